@@ -1,0 +1,36 @@
+"""The one exception that a user may cause.
+
+Everything a user can get wrong (a flag, a file, a size) is raised as :class:`UserError` or a subclass. The program prints
+its message as a single line and exits with :attr:`UserError.exit_code` on every rank; it never prints a traceback for it.
+Anything else that escapes is a bug and is printed with its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake outside the program; the message is one line and says what to do about it."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A wrong command line: unknown flag, bad value, impossible combination."""
+
+    exit_code = 2
+
+
+class GGUFError(UserError):
+    """A model file that is broken, truncated or not GGUF."""
+
+
+class ModelError(UserError):
+    """A sound GGUF file that cannot be run: unknown architecture, missing tensor, wrong shape, unsupported type."""
+
+
+class PeerFailure(UserError):
+    """Another rank failed and has already told the user; this rank leaves with the same exit code, in silence."""
+
+    def __init__(self, exit_code: int = 1) -> None:
+        super().__init__("")
+        self.exit_code = exit_code
