@@ -1,0 +1,163 @@
+"""The sampler of one sequence: logits in, token out."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+
+import numpy as np
+
+from mpillama.engine.sampling import filters
+from mpillama.engine.sampling.adaptive import AdaptiveP
+from mpillama.engine.sampling.candidates import Candidates
+from mpillama.engine.sampling.dry import Dry
+from mpillama.engine.sampling.mirostat import Mirostat
+from mpillama.engine.sampling.params import RANDOM_SEED, SamplingParams
+from mpillama.engine.sampling.penalties import Penalties
+from mpillama.errors import UsageError, UserError
+
+
+class Sampler:
+    """Chooses tokens as llama.cpp does: logit bias, the samplers in the user's order, then one draw.
+
+    With Mirostat only the bias and the plain temperature come before it. At temp <= 0 the sampler `temperature` leaves
+    one token, so that the defaults with temp 0 are an exact argmax.
+
+    Every token takes two numbers from the generator, whatever is on, so the stream depends only on the seed and
+    on how many tokens were sampled. The numbers are not llama.cpp's (std::mt19937 and the C++ library's distributions),
+    so the same seed gives another text there.
+
+    seed: the seed in use, also where the parameters asked for a random one.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        n_vocab: int,
+        n_ctx: int,
+        token_bytes: Callable[[int], bytes] | None = None,
+    ) -> None:
+        """n_ctx: what a window of -1 means, in tokens; token_bytes: the text of a token, for DRY's sequence breakers.
+
+        Raises UsageError for a bias on a token outside the vocabulary.
+        """
+        p = self.params = params
+        self.n_vocab = n_vocab
+        self.seed = secrets.randbelow(RANDOM_SEED) if p.seed in (-1, RANDOM_SEED) else p.seed
+        self._penalties = Penalties(
+            n_ctx if p.repeat_last_n < 0 else p.repeat_last_n, p.repeat_penalty, p.frequency_penalty, p.presence_penalty
+        )
+        self._dry = Dry(
+            p.dry_multiplier,
+            p.dry_base,
+            p.dry_allowed_length,
+            n_ctx if p.dry_penalty_last_n < 0 else p.dry_penalty_last_n,
+            p.dry_sequence_breakers,
+            token_bytes,
+        )
+        self._mirostat = Mirostat(p.mirostat, p.mirostat_ent, p.mirostat_lr, n_vocab) if p.mirostat else None
+        self._adaptive = AdaptiveP(p.adaptive_target, p.adaptive_decay) if "adaptive_p" in p.samplers else None
+        self._bias = _sum_biases(p.logit_bias, n_vocab)
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the state after construction: no history, and the generator at the start of the same seed."""
+        self._bits = np.random.PCG64(self.seed)
+        self._penalties.reset()
+        self._dry.reset()
+        for stage in (self._mirostat, self._adaptive):
+            if stage is not None:
+                stage.reset()
+
+    def accept(self, token: int, generated: bool = True) -> None:
+        """Adds a token to the history. Call it for each token of the prompt too, with generated=False."""
+        self._penalties.accept(token)
+        self._dry.accept(token)
+        if generated and self._adaptive is not None:
+            self._adaptive.accept(token)
+
+    def sample(self, logits: np.ndarray) -> int:
+        """The next token. logits: float32 (n_vocab,), left as they are.
+
+        Raises UserError if they contain NaN or +inf, or if no token is left to choose from.
+        """
+        _check(logits, self.n_vocab)
+        # Raw bits, because NumPy promises them to stay the same in later versions; the top 53 make a float64 in [0, 1).
+        u_xtc, u = ((int(raw) >> 11) * 2.0**-53 for raw in self._bits.random_raw(2))
+        c = self._biased(Candidates(logits))
+        if self._mirostat is not None:
+            return self._mirostat.sample(filters.temperature(c, self.params.temp), u)
+        for name in self.params.samplers:
+            c = self._apply(name, c, u_xtc)
+        if self._adaptive is not None:
+            return self._adaptive.sample(c, u)
+        return c.token(c.draw(u))
+
+    def _apply(self, name: str, c: Candidates, u_xtc: float) -> Candidates:
+        """One sampler of the chain."""
+        p = self.params
+        match name:
+            case "penalties":
+                return self._penalties.apply(c)
+            case "dry":
+                return self._dry.apply(c)
+            case "top_n_sigma":
+                return filters.top_n_sigma(c, p.top_n_sigma)
+            case "top_k":
+                return filters.top_k(c, p.top_k)
+            case "typ_p":
+                return filters.typical(c, p.typical, p.min_keep)
+            case "top_p":
+                return filters.top_p(c, p.top_p, p.min_keep)
+            case "min_p":
+                return filters.min_p(c, p.min_p, p.min_keep)
+            case "xtc":
+                return filters.xtc(c, p.xtc_probability, p.xtc_threshold, p.min_keep, u_xtc)
+            case "temperature":
+                return filters.dynamic_temperature(c, p.temp, p.dynatemp_range, p.dynatemp_exponent)
+            case "adaptive_p":
+                return c  # it takes the place of the draw, wherever it is named
+        raise ValueError(f"no sampler {name!r}")
+
+    def _biased(self, c: Candidates) -> Candidates:
+        """The whole vocabulary with the biases added; where some are +inf, only the tokens that have it."""
+        if not self._bias:
+            return c
+        logits = c.logits.copy()
+        for token, bias in self._bias.items():
+            if bias < math.inf:
+                logits[token] += np.float32(bias)
+        forced = np.array([token for token, bias in self._bias.items() if bias == math.inf], dtype=np.int64)
+        c = c.with_logits(logits)
+        return c.take(forced) if len(forced) else c
+
+
+def _sum_biases(logit_bias: tuple[tuple[int, float], ...], n_vocab: int) -> dict[int, float]:
+    """The sum of the biases of each token; a ban outweighs everything."""
+    total: dict[int, float] = {}
+    for token, bias in logit_bias:
+        if not 0 <= token < n_vocab:
+            raise UsageError(f"--logit-bias: token {token} is not in the vocabulary, whose ids are 0 to {n_vocab - 1}")
+        banned = -math.inf in (bias, total.get(token))
+        total[token] = -math.inf if banned else total.get(token, 0.0) + bias
+    return total
+
+
+def _check(logits: np.ndarray, n_vocab: int) -> None:
+    """Raises UserError for logits nothing can be drawn from; ValueError for an array of another shape or type."""
+    if logits.shape != (n_vocab,) or logits.dtype != np.float32:
+        raise ValueError(f"logits must be float32 ({n_vocab},), got {logits.dtype} {logits.shape}")
+    peak = logits.max()  # NaN if there is one anywhere
+    if math.isfinite(peak):
+        return
+    if peak == -math.inf:
+        raise UserError(
+            "the model gave every token a logit of -inf; check that the file is intact and the model supported"
+        )
+    bad = np.flatnonzero(np.isnan(logits) | (logits == np.inf))
+    kind = "NaN" if math.isnan(peak) else "+inf"
+    raise UserError(
+        f"the model produced {kind} at {len(bad)} of {n_vocab} logits, first at token {bad[0]}; "
+        "check that the file is intact, or try another backend or precision"
+    )
