@@ -191,7 +191,8 @@ def main() -> None:
         rank_main(options.n, Path(logs), float(deadline), options.args)
     else:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, stop)
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup
+                signal.signal(signum, stop)
         sys.exit(run(options.n, options.limit, options.mpirun or find_mpirun(), options.args))
 
 
