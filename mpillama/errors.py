@@ -12,6 +12,8 @@ class UserError(Exception):
     """A mistake outside the program; the message is one line and says what to do about it."""
 
     exit_code = 1
+    told = False
+    """Whether the other ranks have learned of it already, and are on their way out."""
 
 
 class UsageError(UserError):
@@ -31,6 +33,8 @@ class ModelError(UserError):
 class PeerFailure(UserError):
     """Another rank failed and has already told the user; this rank leaves with the same exit code, in silence."""
 
+    told = True
+
     def __init__(self, exit_code: int = 1) -> None:
-        super().__init__("")
+        super().__init__(exit_code)
         self.exit_code = exit_code

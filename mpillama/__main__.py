@@ -1,0 +1,7 @@
+"""``python -m mpillama`` is ``mpillama``."""
+
+import sys
+
+from mpillama.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,204 @@
+"""The ops protocol: what a device must be able to do. A backend knows arrays and kernels, and nothing of other ranks.
+
+Legend of shape suffixes: T tokens of the step, S sequences, N width of an activation, H query heads, G KV heads, D elements of a
+head, E experts, K experts chosen for a token, V vocabulary. Activations are float32, contiguous, tokens first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpillama.config import Rope
+from mpillama.gguf.types import GGMLType
+
+# An array of the backend (numpy.ndarray, cupy.ndarray …), and a weight or cache in whatever form it keeps them.
+Array = Any
+Handle = Any
+
+KV_BLOCK = 32
+"""Tokens in one block of the KV cache."""
+
+
+@dataclass(frozen=True)
+class RawWeight:
+    """A rank's slice of a tensor as the file has it.
+
+    Attributes:
+        raw: uint8 (n_mats, n_rows, row bytes); the backend may keep it.
+        n_in: elements of a row, pads included.
+        pad: elements before and after the rank's own range of the in axis, to be met with zeros.
+    """
+
+    name: str
+    type: GGMLType
+    raw: np.ndarray
+    n_in: int
+    pad: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step, sequence after sequence.
+
+    Attributes:
+        tokens: int32 (T,).
+        positions: int32 (T,), consecutive within a sequence.
+        seq_lens: int32 (S,), tokens of each sequence in this step.
+        block_tables: int32 (S, B), the KV blocks of each sequence in order of position, -1 where it has none.
+        logit_rows: int32 (L,), the tokens whose logits are wanted.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    seq_lens: np.ndarray
+    block_tables: np.ndarray
+    logit_rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What is fixed for the attention of one block.
+
+    Attributes:
+        scale: factor on q.k.
+        softcap: scores become softcap * tanh(score / softcap); 0: no cap.
+        window: a token sees itself and the window - 1 tokens before it; 0: all before it.
+        kv_heads: for each local query head, the local KV head that it reads.
+    """
+
+    scale: float
+    softcap: float
+    window: int
+    kv_heads: tuple[int, ...]
+
+
+class Backend(Protocol):
+    """One device of one rank."""
+
+    name: str
+
+    def supports(self, type: GGMLType) -> bool:
+        """Whether weights of this type can be used."""
+        ...
+
+    def weight(self, raw: RawWeight) -> Handle:
+        """Take a matrix, or a stack of matrices, for `linear`, `expert_linear` and `embedding`."""
+        ...
+
+    def vector(self, raw: RawWeight) -> Array:
+        """Return a norm weight, scale or bias as float32 (rows, n); only the biases of experts have several rows."""
+        ...
+
+    def asarray(self, x: np.ndarray) -> Array:
+        """Bring a small host array over."""
+        ...
+
+    def to_host(self, x: Array) -> np.ndarray:
+        """Return a host array, float32."""
+        ...
+
+    def embedding(self, tokens: np.ndarray, w: Handle, first: int) -> Array:
+        """Return rows ``tokens - first`` of ``w``, (T, N); zeros for tokens whose row is not here."""
+        ...
+
+    def linear(self, x: Array, w: Handle) -> Array:
+        """Return x W^T for x (T, n_in without pads); result (T, n_rows)."""
+        ...
+
+    def expert_linear(self, x: Array, w: Handle, experts: Array) -> Array:
+        """Return, for each token and chosen expert, x times that expert's matrix.
+
+        Args:
+            x: (T, n_in) the same for all experts, or (T, K, n_in).
+            w: a stack of E matrices.
+            experts: int (T, K).
+
+        Returns:
+            (T, K, n_rows)
+        """
+        ...
+
+    def take(self, table: Array, index: Array) -> Array:
+        """Return ``table[index]`` along the first axis."""
+        ...
+
+    def rows(self, x: Array, index: np.ndarray) -> Array:
+        """Return these rows of x."""
+        ...
+
+    def add(self, a: Array, b: Array) -> Array:
+        """Return a + b, broadcasting."""
+        ...
+
+    def mul(self, a: Array, b: Array | float) -> Array:
+        """Return a * b, broadcasting."""
+        ...
+
+    def sum_experts(self, x: Array, weights: Array) -> Array:
+        """Return the sum over K of weights (T, K) times x (T, K, N)."""
+        ...
+
+    def rms_norm(self, x: Array, w: Array, eps: float) -> Array:
+        """Return x / rms(x) * w over the last axis (arXiv:1910.07467)."""
+        ...
+
+    def sum_squares(self, x: Array, start: int, stop: int) -> Array:
+        """Return the sum of squares of elements [start, stop) of the last axis, (T, 1)."""
+        ...
+
+    def scale_by_mean_square(self, x: Array, mean_square: Array, w: Array, eps: float) -> Array:
+        """Return x / sqrt(mean_square + eps) * w: the second half of a norm whose first half spans ranks."""
+        ...
+
+    def gated(self, activation: str, gate: Array, up: Array) -> Array:
+        """Return act(gate) * up for ``silu``, ``gelu`` or ``swiglu_oai``."""
+        ...
+
+    def sigmoid(self, x: Array) -> Array:
+        """Return the logistic function."""
+        ...
+
+    def softcap(self, x: Array, cap: float) -> Array:
+        """Return cap * tanh(x / cap)."""
+        ...
+
+    def route(self, logits: Array, n_used: int, gating: str, normalize: bool) -> tuple[Array, Array]:
+        """Choose experts: logits (T, E) to indices (T, K) and weights (T, K).
+
+        ``gating`` is ``softmax`` (over all experts, before choosing) or ``softmax_weight`` (over the chosen logits).
+        """
+        ...
+
+    def rope_table(self, positions: np.ndarray, rope: Rope, factors: Array | None) -> Handle:
+        """Prepare the rotations of a step's tokens."""
+        ...
+
+    def rope(self, x: Array, table: Handle) -> Array:
+        """Rotate heads x (T, H, D)."""
+        ...
+
+    def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> Handle:
+        """Allocate the KV cache of one block of the model, for n_blocks * KV_BLOCK tokens (f32, f16, bf16)."""
+        ...
+
+    def attention(
+        self, q: Array, k: Array, v: Array, cache: Handle, batch: Batch, params: AttentionParams, sinks: Array | None
+    ) -> Array:
+        """Store k and v of the step's tokens, then attend causally.
+
+        Args:
+            q: (T, H, D).
+            k: (T, G, D).
+            v: (T, G, Dv).
+            cache: of this block.
+            batch: positions and KV blocks.
+            params: scale, window and head map.
+            sinks: (H,) logits that take part in each softmax without a value, or None.
+
+        Returns:
+            (T, H, Dv)
+        """
+        ...

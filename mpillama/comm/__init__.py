@@ -1,0 +1,1 @@
+"""Groups of ranks: the collectives of tensors, and the control channel of one run."""

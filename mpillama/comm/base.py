@@ -1,0 +1,108 @@
+"""The two protocols of this package.
+
+`Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `World` carries
+small control messages between all ranks of a run, and knows how to end it. `tests/unit/test_comm_contract.py` holds every
+implementation to the same contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from mpillama.errors import PeerFailure, UserError
+from mpillama.layout import Cut
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """Ranks that share the slices of one model."""
+
+    rank: int
+    size: int
+
+    @property
+    def leader(self) -> bool:
+        """Whether this rank is the one that adds replicated terms (biases, residuals) to a partial sum."""
+        ...
+
+    def allreduce(self, x: np.ndarray) -> np.ndarray:
+        """Return the sum of ``x`` over the ranks, bit for bit the same on each; ``x`` (contiguous) may be reused for it.
+
+        The dtype on the wire is that of ``x``.
+        """
+        ...
+
+    def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
+        """Return the ranks' slices joined along the last axis; ``x`` has shape (..., cut.width(rank))."""
+        ...
+
+
+class World(Protocol):
+    """All ranks of one run, and the host each lives on."""
+
+    rank: int
+    size: int
+    hosts: tuple[str, ...]
+    local_rank: int
+    local_size: int
+
+    def group(self) -> Group:
+        """Return the group of all ranks for tensors in host memory."""
+        ...
+
+    def bcast(self, value: Any) -> Any:
+        """Return rank 0's ``value`` (any small picklable object) on every rank."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's ``value`` on rank 0, and an empty list elsewhere."""
+        ...
+
+    def send(self, message: np.ndarray) -> None:
+        """Rank 0: give all others an int32 message, to be taken by `receive`."""
+        ...
+
+    def receive(self) -> np.ndarray:
+        """Other ranks: wait for the next message of rank 0 without occupying a core."""
+        ...
+
+    def report(self, amount: int) -> None:
+        """Tell rank 0 of some progress (bytes); returns at once."""
+        ...
+
+    def reported(self) -> int:
+        """Rank 0: return what the others have reported since the last call; returns at once."""
+        ...
+
+    def abort(self, exit_code: int) -> None:
+        """End all ranks now."""
+        ...
+
+    def close(self) -> None:
+        """Leave in peace, after all ranks have got here."""
+        ...
+
+
+def from_root(world: World, make: Callable[[], T]) -> T:
+    """Call ``make`` on rank 0 and return its result on every rank.
+
+    Raises:
+        UserError: on rank 0, what ``make`` raised.
+        PeerFailure: on the other ranks, if ``make`` raised a UserError there.
+    """
+    if world.rank != 0:
+        result = world.bcast(None)
+        if isinstance(result, PeerFailure):
+            raise result
+        return result
+    try:
+        value = make()
+    except UserError as error:
+        world.bcast(PeerFailure(error.exit_code))
+        error.told = True
+        raise
+    return world.bcast(value)

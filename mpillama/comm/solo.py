@@ -1,0 +1,72 @@
+"""One rank alone: every collective is the identity. Needs no MPI library."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import numpy as np
+
+from mpillama.layout import Cut
+
+
+class SoloGroup:
+    """A group of one."""
+
+    rank = 0
+    size = 1
+    leader = True
+
+    def allreduce(self, x: np.ndarray) -> np.ndarray:
+        """Return ``x``."""
+        return x
+
+    def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
+        """Return ``x``."""
+        return x
+
+
+class SoloWorld:
+    """A run of one rank."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+
+    def __init__(self) -> None:
+        self.hosts = (socket.gethostname(),)
+
+    def group(self) -> SoloGroup:
+        """Return the group of one."""
+        return SoloGroup()
+
+    def bcast(self, value: Any) -> Any:
+        """Return ``value``."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the one value."""
+        return [value]
+
+    def send(self, message: np.ndarray) -> None:
+        """Nobody else is there to take it."""
+
+    def receive(self) -> np.ndarray:
+        """Raise: rank 0 never waits for itself."""
+        raise RuntimeError("rank 0 has no one to receive from")
+
+    def report(self, amount: int) -> None:
+        """Rank 0 counts its own progress."""
+
+    def reported(self) -> int:
+        """Return 0."""
+        return 0
+
+    def abort(self, exit_code: int) -> None:
+        """End the process without running any more of it."""
+        os._exit(exit_code)
+
+    def close(self) -> None:
+        """Nothing is held."""

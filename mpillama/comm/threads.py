@@ -1,0 +1,137 @@
+"""Ranks as threads of one process, so that tests run any number of ranks without MPI."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mpillama.layout import Cut
+
+T = TypeVar("T")
+
+
+class _Board:
+    """What the threads share: a slot for each rank, and a barrier that breaks when one of them fails."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.size = size
+        self.slots: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=timeout)
+        self.messages = [queue.Queue[np.ndarray]() for _ in range(size)]
+        self.progress: queue.Queue[int] = queue.Queue()
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.slots[rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+
+class ThreadGroup:
+    """A group whose ranks are threads; sums in rank order, so every rank gets the same bits."""
+
+    def __init__(self, board: _Board, rank: int) -> None:
+        self._board, self.rank, self.size = board, rank, board.size
+
+    @property
+    def leader(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def allreduce(self, x: np.ndarray) -> np.ndarray:
+        """Return the sum over the ranks."""
+        values = self._board.exchange(self.rank, x)
+        total = values[0].copy()
+        for value in values[1:]:
+            total += value
+        # A rank may overwrite its ``x`` only after all have read it.
+        self._board.barrier.wait()
+        return total
+
+    def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
+        """Return the slices joined along the last axis."""
+        joined = np.concatenate(self._board.exchange(self.rank, x), axis=-1)
+        self._board.barrier.wait()
+        return joined
+
+
+class ThreadWorld:
+    """A run whose ranks are threads."""
+
+    def __init__(self, board: _Board, rank: int) -> None:
+        self._board, self.rank, self.size = board, rank, board.size
+        self.hosts = ("threads",) * board.size
+        self.local_rank, self.local_size = rank, board.size
+
+    def group(self) -> ThreadGroup:
+        """Return the group of all threads."""
+        return ThreadGroup(self._board, self.rank)
+
+    def bcast(self, value: Any) -> Any:
+        """Return rank 0's value."""
+        return self._board.exchange(self.rank, value)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return all values on rank 0."""
+        values = self._board.exchange(self.rank, value)
+        return values if self.rank == 0 else []
+
+    def send(self, message: np.ndarray) -> None:
+        """Put a message into every other rank's queue."""
+        for box in self._board.messages[1:]:
+            box.put(message.copy())
+
+    def receive(self) -> np.ndarray:
+        """Take the next message."""
+        return self._board.messages[self.rank].get(timeout=self._board.barrier._timeout)  # type: ignore[attr-defined]
+
+    def report(self, amount: int) -> None:
+        """Note some progress."""
+        if self.rank:
+            self._board.progress.put(amount)
+
+    def reported(self) -> int:
+        """Return the progress noted since the last call."""
+        total = 0
+        while not self._board.progress.empty():
+            total += self._board.progress.get()
+        return total
+
+    def abort(self, exit_code: int) -> None:
+        """Break the barrier, so that no thread waits for this one."""
+        self._board.barrier.abort()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def run_threads(size: int, main: Callable[[ThreadWorld], T], timeout: float = 60.0) -> list[T]:
+    """Run ``main`` once for each rank, in threads, and return their results in rank order.
+
+    Raises:
+        Exception: the first failure of a rank that is not merely the consequence of another's.
+    """
+    board = _Board(size, timeout)
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def body(rank: int) -> None:
+        try:
+            results[rank] = main(ThreadWorld(board, rank))
+        except BaseException as error:
+            errors.append(error)
+            board.barrier.abort()
+
+    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
+    return results

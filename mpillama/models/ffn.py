@@ -1,0 +1,44 @@
+"""Feed-forward networks: gated dense, and mixtures of gated experts with or without a shared one."""
+
+from __future__ import annotations
+
+from mpillama.config import Config
+from mpillama.models.weights import Weights, project
+from mpillama.ops import Experts, Ops, Value
+
+
+def dense(ops: Ops, x: Value, w: Weights, cfg: Config, suffix: str = "") -> Value:
+    """Compute down(act(gate(x)) * up(x)); here a weight's scale comes after its bias."""
+    gate = _biased_then_scaled(ops, x, w, f"ffn_gate{suffix}")
+    up = _biased_then_scaled(ops, x, w, f"ffn_up{suffix}")
+    return _biased_then_scaled(ops, ops.gated(cfg.arch.activation, gate, up), w, f"ffn_down{suffix}")
+
+
+def _biased_then_scaled(ops: Ops, x: Value, w: Weights, name: str) -> Value:
+    y = ops.linear(x, w.matrix(name))
+    bias, scale = w.optional(f"{name}.bias"), w.optional(f"{name}.scale")
+    y = ops.add(y, bias) if bias else y
+    return ops.scale(y, scale) if scale else y
+
+
+def experts(ops: Ops, x: Value, w: Weights, cfg: Config) -> Value:
+    """Send each token to its experts and sum their answers, with the shared expert's if there is one."""
+    arch = cfg.arch
+    chosen = ops.route(project(ops, x, w, "ffn_gate_inp"), cfg.n_expert_used, arch.expert_gating, arch.expert_norm)
+    gate = _expert_project(ops, x, w, "ffn_gate_exps", chosen)
+    up = _expert_project(ops, x, w, "ffn_up_exps", chosen)
+    down = _expert_project(ops, ops.gated(arch.activation, gate, up), w, "ffn_down_exps", chosen)
+    y = ops.expert_sum(down, chosen)
+    if not cfg.n_ff_shexp:
+        return y
+    shared = dense(ops, x, w, cfg, "_shexp")
+    if arch.shared_experts == "gated":
+        shared = ops.scale(shared, ops.sigmoid(ops.linear(x, w.matrix("ffn_gate_inp_shexp"))))
+    return ops.add(y, shared)
+
+
+def _expert_project(ops: Ops, x: Value, w: Weights, name: str, chosen: Experts) -> Value:
+    y = ops.expert_linear(x, w.matrix(name), chosen)
+    scale, bias = w.optional(f"{name}.scale"), w.optional(f"{name}.bias")
+    y = ops.expert_scale(y, scale, chosen) if scale else y
+    return ops.expert_bias(y, bias, chosen) if bias else y

@@ -1,0 +1,80 @@
+"""The decoder: embedding, blocks, head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillama.backends.base import Batch, Handle
+from mpillama.config import Config, Rope
+from mpillama.models.attention import attention
+from mpillama.models.ffn import dense, experts
+from mpillama.models.weights import Weights, project
+from mpillama.ops import Ops, Value
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all blocks of one step share.
+
+    Attributes:
+        batch: tokens, positions, KV blocks.
+        ropes: the rotations of the step's tokens for each kind of rope.
+        attn_temperature: factor on each token's queries (T, 1), or None.
+    """
+
+    batch: Batch
+    ropes: dict[Rope, Handle]
+    attn_temperature: Value | None
+
+
+def forward(ops: Ops, w: Weights, cfg: Config, caches: Sequence[Handle], batch: Batch) -> Value:
+    """Run the model on a batch and return the logits (L, V) of the tokens in ``batch.logit_rows``."""
+    step = Step(batch, _rope_tables(ops, w, cfg, batch), _attn_temperature(ops, cfg, batch))
+    h = ops.scale(ops.embedding(batch.tokens, w.matrix("token_embd")), cfg.embedding_scale)
+    for il in range(cfg.n_layer):
+        wanted = batch.logit_rows if il == cfg.n_layer - 1 else None
+        h = _block(ops, h, w.block(il), cfg, il, caches[il], step, wanted)
+    h = ops.norm(h, w.vector("output_norm.weight"), cfg.norm_eps)
+    logits = ops.scale(project(ops, h, w, "output"), 1.0 / cfg.logit_scale)
+    return ops.gather(ops.softcap(logits, cfg.final_softcap))
+
+
+def _block(
+    ops: Ops, h: Value, w: Weights, cfg: Config, il: int, cache: Handle, step: Step, wanted: np.ndarray | None
+) -> Value:
+    """One block: attention and a feed-forward network, each added to the residual; keeps the ``wanted`` tokens."""
+    arch = cfg.arch
+    x = ops.norm(h, w.vector("attn_norm.weight"), cfg.norm_eps) if arch.pre_norms else h
+    x = attention(ops, x, w, cfg, il, cache, step)
+    if wanted is not None:
+        x, h = ops.rows(x, wanted), ops.rows(h, wanted)
+    if arch.post_norms:
+        x = ops.norm(x, w.vector("post_attention_norm.weight"), cfg.norm_eps)
+    h = ops.add(h, ops.scale(x, cfg.residual_scale))
+
+    x = ops.norm(h, w.vector(f"{arch.ffn_norm}.weight"), cfg.norm_eps) if arch.pre_norms else h
+    x = experts(ops, x, w, cfg) if cfg.n_expert else dense(ops, x, w, cfg)
+    if arch.post_norms:
+        x = ops.norm(x, w.vector("post_ffw_norm.weight"), cfg.norm_eps)
+    return ops.add(h, ops.scale(x, cfg.residual_scale))
+
+
+def _rope_tables(ops: Ops, w: Weights, cfg: Config, batch: Batch) -> dict[Rope, Handle]:
+    ropes = {cfg.rope_of(il) for il in range(cfg.n_layer)}
+    return {
+        rope: ops.rope_table(batch.positions, rope, w.vector(rope.factors) if rope.factors else None)
+        for rope in ropes
+        if rope.n_rot
+    }
+
+
+def _attn_temperature(ops: Ops, cfg: Config, batch: Batch) -> Value | None:
+    """Return log(floor(position / n_ctx_orig) + 1) * scale + 1 for each token (Llama 4's long-context scaling)."""
+    if not cfg.attn_temperature_scale:
+        return None
+    steps = np.log(np.floor(batch.positions / cfg.attn_temperature_floor) + 1.0)
+    factors = (steps * cfg.attn_temperature_scale + 1.0).astype(np.float32)
+    return Value(ops.backend.asarray(factors[:, None]))

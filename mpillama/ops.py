@@ -1,0 +1,240 @@
+"""Ops that carry layouts: each runs on the rank's own arrays and infers how its result lies over the ranks.
+
+A collective is put in only where one is needed, and only here: an op that is not linear in its input makes a partial sum
+whole first (`Ops.whole`), a norm over a cut axis reduces one number per token, and `Ops.gather` joins the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillama.backends.base import Array, AttentionParams, Backend, Batch, Handle
+from mpillama.comm.base import Group
+from mpillama.config import Rope
+from mpillama.layout import PARTIAL, REPLICATE, Cut, Layout, Partial, Replicate, Shard
+
+
+@dataclass
+class Value:
+    """An activation, or a norm weight, bias or scale: the rank's array, and how it lies over the ranks."""
+
+    data: Array
+    layout: Layout = REPLICATE
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix or a stack of them: ``axis`` is "" (replicated), ``out`` or ``in``, ``cut`` how that axis is cut."""
+
+    name: str
+    handle: Handle
+    axis: str = ""
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts chosen for each token and the weights of their answers, both (T, K), the same on every rank."""
+
+    index: Array
+    weights: Array
+
+
+class Ops:
+    """The ops of a model text, over one backend and one group."""
+
+    def __init__(self, backend: Backend, group: Group) -> None:
+        self.backend, self._group = backend, group
+
+    # -- layouts ---------------------------------------------------------------------------------------------------
+
+    def whole(self, x: Value) -> Array:
+        """Return the array of a value that must be the same everywhere; a partial sum is reduced once, and stays so."""
+        if isinstance(x.layout, Partial):
+            x.data, x.layout = self._group.allreduce(x.data), REPLICATE
+        if not isinstance(x.layout, Replicate):
+            raise AssertionError(f"a value cut by {x.layout} was used where a whole one is needed")
+        return x.data
+
+    def gather(self, x: Value) -> Value:
+        """Return the value whole: shards are joined, partial sums reduced."""
+        if isinstance(x.layout, Shard):
+            return Value(self._group.allgather(x.data, x.layout.cut))
+        return Value(self.whole(x))
+
+    def _elementwise(self, x: Value) -> Layout:
+        if isinstance(x.layout, Partial):
+            self.whole(x)
+        return x.layout
+
+    def _pair(self, a: Value, b: Value) -> Layout:
+        """Return the common layout of two values of the same extent."""
+        layout = self._elementwise(a)
+        if self._elementwise(b) != layout:
+            raise AssertionError(f"layouts {layout} and {b.layout} do not fit together")
+        return layout
+
+    # -- linear ----------------------------------------------------------------------------------------------------
+
+    def embedding(self, tokens: np.ndarray, w: Weight) -> Value:
+        """Look tokens up; where the rows are cut, each rank finds its own and the sum has all."""
+        first = w.cut.ranges[self._group.rank][0] if w.cut else 0
+        return Value(self.backend.embedding(tokens, w.handle, first), PARTIAL if w.cut else REPLICATE)
+
+    def _linear_layout(self, x: Value, w: Weight) -> Layout:
+        if w.axis == "in":
+            if x.layout != Shard(_some(w.cut)):
+                raise AssertionError(f"{w.name} is cut by {w.cut} but its input by {x.layout}")
+            return PARTIAL
+        self.whole(x)
+        return Shard(_some(w.cut)) if w.axis == "out" else REPLICATE
+
+    def linear(self, x: Value, w: Weight) -> Value:
+        """Multiply by a matrix."""
+        layout = self._linear_layout(x, w)
+        return Value(self.backend.linear(x.data, w.handle), layout)
+
+    def add(self, a: Value, b: Value) -> Value:
+        """Add; what is whole joins a partial sum on one rank only."""
+        if isinstance(a.layout, Partial) != isinstance(b.layout, Partial):
+            partial, whole = (a, b) if isinstance(a.layout, Partial) else (b, a)
+            self.whole(whole)
+            return Value(self.backend.add(a.data, b.data) if self._group.leader else partial.data, PARTIAL)
+        if a.layout != b.layout:
+            raise AssertionError(f"cannot add a value cut by {a.layout} and one cut by {b.layout}")
+        return Value(self.backend.add(a.data, b.data), a.layout)
+
+    def scale(self, x: Value, factor: float | Value) -> Value:
+        """Multiply by a number, by a replicated scale of one element, or by one number for each token."""
+        if isinstance(factor, Value):
+            return Value(self.backend.mul(x.data, self.whole(factor)), x.layout)
+        return x if factor == 1.0 else Value(self.backend.mul(x.data, factor), x.layout)
+
+    def rows(self, x: Value, index: np.ndarray) -> Value:
+        """Keep these tokens."""
+        return Value(self.backend.rows(x.data, index), x.layout)
+
+    # -- not linear ------------------------------------------------------------------------------------------------
+
+    def norm(self, x: Value, w: Value, eps: float) -> Value:
+        """RMS norm over the whole width, also where the width is cut."""
+        if not isinstance(x.layout, Shard):
+            return Value(self.backend.rms_norm(self.whole(x), w.data, eps))
+        cut, rank = x.layout.cut, self._group.rank
+        start, stop = (edge - cut.ranges[rank][0] for edge in cut.owned[rank])
+        total = self._group.allreduce(self.backend.sum_squares(x.data, start, stop))
+        mean = self.backend.mul(total, 1.0 / cut.size)
+        return Value(self.backend.scale_by_mean_square(x.data, mean, w.data, eps), x.layout)
+
+    def head_norm(self, x: Value, w: Value, n_embd_head: int, eps: float) -> Value:
+        """RMS norm of each head."""
+        layout = self._elementwise(x)
+        heads = x.data.reshape(x.data.shape[0], -1, n_embd_head)
+        return Value(self.backend.rms_norm(heads, w.data, eps).reshape(x.data.shape), layout)
+
+    def rope(self, x: Value, table: Handle, n_embd_head: int) -> Value:
+        """Rotate each head by its token's position."""
+        layout = self._elementwise(x)
+        heads = x.data.reshape(x.data.shape[0], -1, n_embd_head)
+        return Value(self.backend.rope(heads, table).reshape(x.data.shape), layout)
+
+    def rope_table(self, positions: np.ndarray, rope: Rope, factors: Value | None) -> Handle:
+        """Prepare the rotations of a step."""
+        return self.backend.rope_table(positions, rope, factors.data if factors else None)
+
+    def gated(self, activation: str, gate: Value, up: Value) -> Value:
+        """Return act(gate) * up."""
+        layout = self._pair(gate, up)
+        return Value(self.backend.gated(activation, gate.data, up.data), layout)
+
+    def sigmoid(self, x: Value) -> Value:
+        """Return the logistic function."""
+        layout = self._elementwise(x)
+        return Value(self.backend.sigmoid(x.data), layout)
+
+    def softcap(self, x: Value, cap: float) -> Value:
+        """Return cap * tanh(x / cap); x itself where the cap is 0."""
+        if not cap:
+            return x
+        layout = self._elementwise(x)
+        return Value(self.backend.softcap(x.data, cap), layout)
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def attention(
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        cache: Handle,
+        batch: Batch,
+        *,
+        n_embd_head: tuple[int, int],
+        scale: float,
+        softcap: float,
+        window: int,
+        sinks: Value | None,
+    ) -> Value:
+        """Store k and v, then attend causally; ``n_embd_head`` are the elements of a key and of a value."""
+        n_k, n_v = n_embd_head
+        layout = self._elementwise(q)
+        for other in (k, v):
+            self._elementwise(other)
+        n_tokens = q.data.shape[0]
+        params = AttentionParams(scale, softcap, window, self._kv_heads(q, k, n_k))
+        out = self.backend.attention(
+            q.data.reshape(n_tokens, -1, n_k),
+            k.data.reshape(n_tokens, -1, n_k),
+            v.data.reshape(n_tokens, -1, n_v),
+            cache,
+            batch,
+            params,
+            sinks.data if sinks else None,
+        )
+        if isinstance(layout, Shard):
+            heads = Cut(layout.cut.size // n_k, tuple((a // n_k, b // n_k) for a, b in layout.cut.ranges))
+            layout = Shard(heads.scaled(n_v))
+        return Value(out.reshape(n_tokens, -1), layout)
+
+    def _kv_heads(self, q: Value, k: Value, n_k: int) -> tuple[int, ...]:
+        """Return, for each query head that the rank holds, which of its KV heads it reads."""
+        n_local = q.data.shape[1] // n_k
+        if not isinstance(q.layout, Shard) or not isinstance(k.layout, Shard):
+            group = n_local // (k.data.shape[1] // n_k)
+            return tuple(head // group for head in range(n_local))
+        group = q.layout.cut.size // k.layout.cut.size
+        first = q.layout.cut.ranges[self._group.rank][0] // n_k
+        first_kv = k.layout.cut.ranges[self._group.rank][0] // n_k
+        return tuple((first + head) // group - first_kv for head in range(n_local))
+
+    # -- mixture of experts ----------------------------------------------------------------------------------------
+
+    def route(self, logits: Value, n_used: int, gating: str, normalize: bool) -> Experts:
+        """Choose experts by the router's logits."""
+        return Experts(*self.backend.route(self.whole(logits), n_used, gating, normalize))
+
+    def expert_linear(self, x: Value, w: Weight, experts: Experts) -> Value:
+        """Multiply each token, or each token's K activations, by its experts' matrices."""
+        layout = self._linear_layout(x, w)
+        return Value(self.backend.expert_linear(x.data, w.handle, experts.index), layout)
+
+    def expert_scale(self, x: Value, scales: Value, experts: Experts) -> Value:
+        """Multiply by one number for each expert."""
+        chosen = self.backend.take(self.whole(scales), experts.index)
+        return Value(self.backend.mul(x.data, chosen[..., None]), x.layout)
+
+    def expert_bias(self, x: Value, bias: Value, experts: Experts) -> Value:
+        """Add each expert's bias."""
+        return self.add(x, Value(self.backend.take(bias.data, experts.index), bias.layout))
+
+    def expert_sum(self, x: Value, experts: Experts) -> Value:
+        """Sum the experts' answers by their weights."""
+        return Value(self.backend.sum_experts(x.data, experts.weights), x.layout)
+
+
+def _some(cut: Cut | None) -> Cut:
+    if cut is None:
+        raise AssertionError("a cut axis without a cut")
+    return cut

@@ -1,0 +1,65 @@
+"""One rank's share of a model: its weights, its KV cache, and `Runner.run`, which every rank calls with the same batch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.config import Config
+from mpillama.models import forward
+from mpillama.models.weights import Weights
+from mpillama.ops import Ops
+from mpillama.sharding import Sharding
+
+
+class Runner:
+    """Runs batches on this rank's slices, jointly with the other ranks of its group.
+
+    Args:
+        cfg: of the model.
+        weights: this rank's.
+        ops: of this rank's backend and group.
+        n_head_kv: KV heads that this rank holds.
+        n_ctx: tokens that the KV cache holds.
+        type_k: f32, f16 or bf16; ``type_v`` likewise.
+        type_v: see ``type_k``.
+    """
+
+    def __init__(
+        self, cfg: Config, weights: Weights, ops: Ops, n_head_kv: int, n_ctx: int, type_k: str, type_v: str
+    ) -> None:
+        self.cfg, self._weights, self._ops = cfg, weights, ops
+        self.n_blocks = -(-n_ctx // KV_BLOCK)
+        new_cache = ops.backend.new_cache
+        self._caches = [
+            new_cache(self.n_blocks, n_head_kv, cfg.n_embd_head_k, cfg.n_embd_head_v, type_k, type_v)
+            for _ in range(cfg.n_layer)
+        ]
+
+    def run(self, batch: Batch) -> np.ndarray:
+        """Return the logits of the wanted tokens, float32 (L, n_vocab), the same on every rank."""
+        logits = forward(self._ops, self._weights, self.cfg, self._caches, batch)
+        return self._ops.backend.to_host(logits.data)
+
+
+def kv_bytes(cfg: Config, sharding: Sharding, rank: int, n_ctx: int, type_k: str, type_v: str) -> int:
+    """Return the bytes of a rank's KV cache."""
+    n_tokens = -(-n_ctx // KV_BLOCK) * KV_BLOCK
+    size = {"f32": 4, "f16": 2, "bf16": 2}
+    per_token = sharding.cuts["k"].width(rank) * size[type_k] + sharding.cuts["v"].width(rank) * size[type_v]
+    return cfg.n_layer * n_tokens * per_token
+
+
+def pack(batch: Batch) -> np.ndarray:
+    """Return a batch as one int32 array, for the wire."""
+    head = [len(batch.tokens), len(batch.seq_lens), batch.block_tables.shape[1], len(batch.logit_rows)]
+    parts = (batch.tokens, batch.positions, batch.seq_lens, batch.block_tables.ravel(), batch.logit_rows)
+    return np.concatenate([np.array(head, np.int32), *(part.astype(np.int32, copy=False) for part in parts)])
+
+
+def unpack(message: np.ndarray) -> Batch:
+    """Return the batch that `pack` made ``message`` of."""
+    n_tokens, n_seqs, n_table, n_rows = message[:4].tolist()
+    sizes = (n_tokens, n_tokens, n_seqs, n_seqs * n_table, n_rows)
+    tokens, positions, seq_lens, tables, rows = np.split(message[4:], np.cumsum(sizes)[:-1])
+    return Batch(tokens, positions, seq_lens, tables.reshape(n_seqs, n_table), rows)
