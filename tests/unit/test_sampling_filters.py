@@ -200,6 +200,17 @@ def test_disabled_means_untouched(run):
     assert run(c) is c
 
 
+def test_top_p_is_reached_but_typical_is_passed():
+    quarters = Candidates(np.zeros(4, np.float32))
+    assert set(kept(filters.top_p(quarters, 0.5, 0))) == {0, 1}
+    assert set(kept(filters.typical(quarters, 0.5, 0))) == {0, 1, 2}
+
+
+def test_a_draw_never_takes_what_is_excluded():
+    c = Candidates(np.float32([-np.inf, 0, 0, -np.inf]))
+    assert [c.draw(u) for u in (0.0, 0.49, 0.5, 1 - 2**-53)] == [1, 1, 2, 2]
+
+
 def test_typical_puts_excluded_tokens_last():
     assert set(kept(filters.typical(candidates([0.5, 0, 0.5, 0]), 0.9, 0))) == {0, 2}
     assert set(kept(filters.typical(candidates([0.5, 0, 0.5, 0]), 0.9, 3))) == {0, 1, 2}

@@ -69,7 +69,7 @@ class Dry:
             self._tail = text[-n_tail:] if n_tail else b""
 
     def repeats(self) -> dict[int, int]:
-        """For each token that would continue a repeat: the length of the longest repeat it would continue."""
+        """For each token that would continue a repeat: the length of the longest one, up to where the penalty stops."""
         window = self._buffer[max(0, self._end - self.last_n) : self._end][::-1]  # the newest token first
         limit = min(len(window), self._since_breaker)
         if len(window) <= self.allowed_length or limit < self.allowed_length:
@@ -98,8 +98,6 @@ class Dry:
             return c
         at, found = c.find(np.fromiter(repeats.keys(), np.int64, len(repeats)))
         exponents = np.fromiter(repeats.values(), np.float64, len(repeats))[found] - self.allowed_length
-        if self.max_exponent is not None:
-            exponents = np.minimum(exponents, self.max_exponent)
         # Half the largest float32, so that a penalty alone never excludes every token.
         penalty = np.minimum(self.multiplier * self.base**exponents, float(np.finfo(np.float32).max) / 2)
         logits = c.logits.copy()
