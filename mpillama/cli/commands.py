@@ -1,0 +1,156 @@
+"""The commands of the program: a new one is an entry of ``COMMANDS`` and the function it names."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
+
+from mpillama.cli import values
+from mpillama.cli.options import (
+    CONTEXT,
+    LOGGING,
+    MODEL,
+    PARALLEL,
+    PROMPT,
+    ROPE,
+    SAMPLING,
+    TENSOR_SPLIT,
+    Option,
+    sampling_params,
+)
+from mpillama.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    ``run`` is ``module:function``, imported when the command runs, so that help needs no model code. The function
+    returns the exit code; it takes the namespace and, if the command is ``parallel``, the world and the interrupts.
+    ``check`` looks at the whole namespace and raises UsageError. ``positional`` is the dest of the option that a bare
+    word sets, if the command takes one.
+    """
+
+    name: str
+    summary: str
+    examples: tuple[str, ...]
+    options: tuple[Option, ...]
+    run: str
+    check: Callable[[Namespace], None] = lambda namespace: None
+    positional: str = ""
+    parallel: bool = True
+
+    def load(self) -> Callable[..., int]:
+        """Import and return the function that runs the command."""
+        module, _, function = self.run.partition(":")
+        return cast("Callable[..., int]", getattr(import_module(module), function))
+
+
+def check_model(namespace: Namespace) -> None:
+    """Raise UsageError for flags about the model that do not go together."""
+    if namespace.hf_file and namespace.hf_repo is None:
+        raise UsageError("--hf-file names a file of a repository: give the repository with --hf-repo USER/MODEL")
+
+
+def check_split(namespace: Namespace) -> None:
+    """Raise UsageError if shares are given for a model that is not split."""
+    if namespace.split_mode == "none" and namespace.tensor_split is not None:
+        raise UsageError("--tensor-split cuts the model over ranks, --split-mode none keeps it whole: give one of them")
+
+
+def check_generate(namespace: Namespace) -> None:
+    """Raise UsageError for what ``generate`` cannot do."""
+    check_model(namespace)
+    check_split(namespace)
+    if namespace.predict == 0:
+        raise UsageError("-n 0 generates nothing: give the number of tokens, or -1 for no limit")
+    sampling_params(namespace)
+
+
+def check_logits(namespace: Namespace) -> None:
+    """Raise UsageError for what ``logits`` cannot do."""
+    check_model(namespace)
+    check_split(namespace)
+    if namespace.tokens is None and namespace.tokens_file is None:
+        raise UsageError("no tokens: give ids with --tokens 1,2,3 or a file of ids with --tokens-file FILE")
+
+
+LOGITS = (
+    Option(
+        ("--tokens",),
+        "token ids to evaluate, e.g. 1,15043,29991",
+        values.token_ids,
+        None,
+        "IDS",
+        excludes=("tokens_file",),
+        group="logits",
+    ),
+    Option(
+        ("--tokens-file",),
+        "text file of token ids separated by commas or white space",
+        values.path,
+        None,
+        "FNAME",
+        excludes=("tokens",),
+        group="logits",
+    ),
+    Option(
+        ("--out",),
+        "file to write the logits to: float32, one row per token",
+        values.path,
+        None,
+        "FNAME.npy",
+        required=True,
+        group="logits",
+    ),
+)
+
+INSPECT = (
+    Option(("-n",), "show what each of N ranks would hold", values.integer(1), 1, dest="n_ranks", group="inspect"),
+    Option(("--json",), "print JSON", None, False, group="inspect"),
+)
+
+COMMANDS = (
+    Command(
+        "generate",
+        "continue a prompt (the default command)",
+        (
+            'mpillama -m model.gguf -p "Once upon a time" -n 64',
+            'mpirun -n 4 mpillama generate -m model.gguf -p "The capital of France is" -n 32 --temp 0',
+            "mpirun -n 2 mpillama generate -m model.gguf -ts 3,1 -f prompt.txt -c 4096",
+            'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
+        ),
+        (*MODEL, *PROMPT, *CONTEXT, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
+        "mpillama.cli.generate:run",
+        check_generate,
+    ),
+    Command(
+        "logits",
+        "write the logits of given tokens to a .npy file",
+        (
+            "mpillama logits -m model.gguf --tokens 1,15043,29991 --out logits.npy",
+            "mpirun -n 4 mpillama logits -m model.gguf --tokens-file ids.txt --out logits.npy",
+        ),
+        (*LOGITS, *MODEL, *CONTEXT, *PARALLEL, *ROPE, *LOGGING),
+        "mpillama.cli.logits:run",
+        check_logits,
+    ),
+    Command(
+        "inspect",
+        "show a model file and what each rank would hold of it",
+        (
+            "mpillama inspect model.gguf",
+            "mpillama inspect model.gguf -n 4 -ts 3,1,1,1",
+            "mpillama inspect model.gguf --json",
+        ),
+        (*INSPECT, *TENSOR_SPLIT, *MODEL, *LOGGING),
+        "mpillama.cli.inspect:run",
+        check_model,
+        positional="model",
+        parallel=False,
+    ),
+)
+DEFAULT_COMMAND = "generate"

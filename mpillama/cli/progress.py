@@ -1,0 +1,137 @@
+"""What a person sees on stderr: the progress of loading, log lines, timings."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from datetime import datetime
+from types import TracebackType
+from typing import TextIO
+
+from mpillama.errors import UsageError
+
+
+class LoadProgress:
+    """A bar of the bytes loaded by all ranks; nothing at all without a terminal or when not enabled."""
+
+    def __init__(self, total_bytes: int, enabled: bool = True, stream: TextIO | None = None) -> None:
+        from tqdm import tqdm
+
+        stream = sys.stderr if stream is None else stream
+        self._bar = tqdm(
+            total=total_bytes,
+            desc="loading",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            file=stream,
+            disable=not (enabled and stream.isatty()),
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def update(self, n: int) -> None:
+        """Count ``n`` more bytes."""
+        self._bar.update(n)
+
+    def close(self) -> None:
+        """Remove the bar; may be called more than once."""
+        self._bar.close()
+
+    def __enter__(self) -> LoadProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Log:
+    """Lines for a person, from rank 0: to stderr, and with time stamps to the file of ``--log-file``.
+
+    Reads ``verbose``, ``log_file``, ``log_disable`` and ``notes`` of the namespace. On other ranks and with
+    ``--log-disable`` nothing is written and no file is made. Raises UsageError if the file cannot be written.
+    """
+
+    def __init__(self, args: Namespace, rank: int = 0, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._active = rank == 0 and not args.log_disable
+        self._verbose = args.verbose
+        self._file: TextIO | None = None
+        if self._active and args.log_file is not None:
+            try:
+                self._file = args.log_file.open("w", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise UsageError(f"--log-file {args.log_file}: {error.strerror or error}") from error
+        for note in args.notes:
+            self.verbose(note)
+
+    @property
+    def interactive(self) -> bool:
+        """Whether someone watches: lines are written, and to a terminal."""
+        return self._active and self._stream.isatty()
+
+    def info(self, text: str) -> None:
+        """Write one or more lines."""
+        self._write(text, shown=True)
+
+    def verbose(self, text: str) -> None:
+        """Write lines that reach stderr only with ``-v``; the file gets them always."""
+        self._write(text, shown=self._verbose)
+
+    def _write(self, text: str, shown: bool) -> None:
+        if not self._active:
+            return
+        if shown:
+            print(text, file=self._stream, flush=True)
+        if self._file is not None:
+            stamp = datetime.now().astimezone().isoformat(timespec="milliseconds")
+            for line in text.split("\n"):
+                print(stamp, line, file=self._file)
+
+    def close(self) -> None:
+        """Close the file; may be called more than once."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def format_timings(
+    *, load: float, sample: tuple[float, int], prompt: tuple[float, int], eval: tuple[float, int]
+) -> str:
+    """Return timings as lines in llama.cpp's terms and layout.
+
+    ``load`` is in seconds, the others are (seconds, tokens): drawn from the logits, evaluated together as the prompt,
+    evaluated one by one ("runs"). The total is the sum of all four.
+    """
+    total = load + sample[0] + prompt[0] + eval[0]
+    return "\n".join(
+        (
+            f"   sampling time = {_time(sample, 'tokens')}",
+            f"       load time = {1e3 * load:10.2f} ms",
+            f"prompt eval time = {_time(prompt, 'tokens')}",
+            f"       eval time = {_time(eval, 'runs  ')}",
+            f"      total time = {1e3 * total:10.2f} ms / {prompt[1] + eval[1]:5d} tokens",
+        )
+    )
+
+
+def _time(measured: tuple[float, int], unit: str) -> str:
+    seconds, n = measured
+    time = f"{1e3 * seconds:10.2f} ms / {n:5d} {unit}"
+    if n == 0 or seconds <= 0:
+        return time.rstrip()
+    return f"{time} ({1e3 * seconds / n:8.2f} ms per token, {n / seconds:8.2f} tokens per second)"
+
+
+def format_bytes(n: float) -> str:
+    """Return a number of bytes in the largest binary unit that leaves at least 1: ``512 B``, ``1.50 MiB``."""
+    units = ("KiB", "MiB", "GiB", "TiB", "PiB")
+    if abs(n) < 1024:
+        return f"{n:.0f} B"
+    for unit in units:
+        n /= 1024
+        if abs(n) < 1024 or unit == units[-1]:
+            break
+    return f"{n:.2f} {unit}"
