@@ -3,7 +3,8 @@
 A flag in ``IGNORED`` changes only speed or looks in llama.cpp: it is accepted, with its value, and noted. A flag in
 ``UNSUPPORTED`` changes what is computed or asks for something else altogether: it is refused by name, so that nobody
 takes it for a typing error. Each line is one flag of ``common/arg.cpp``: all of its names, then a word for each value
-it takes. Flags of llama.cpp's other programs (perplexity, imatrix, training, …) are left out.
+it takes. Flags of llama.cpp's other programs (perplexity, imatrix, training, …) are left out; a few that it has
+removed, like ``--mlock``, are kept because people still type them.
 """
 
 from __future__ import annotations
@@ -189,6 +190,72 @@ UNSUPPORTED = """
 --spec-default
 --draft --draft-n --draft-max N
 --draft-min --draft-n-min N
+--cache-idle-slots
+--no-cache-idle-slots
+--mtmd-batch-max-tokens N
+--embd-normalize N
+--cors-origins ORIGINS
+--cors-methods METHODS
+--cors-headers HEADERS
+--cors-credentials
+--no-cors-credentials
+--ui-config --webui-config JSON
+--ui-config-file --webui-config-file PATH
+--ui-mcp-proxy --webui-mcp-proxy
+--no-ui-mcp-proxy --no-webui-mcp-proxy
+--tools TOOL1,TOOL2,...
+--tools-runtime OPTION
+--mcp-servers-config PATH
+--mcp-servers-json JSON
+--ui --webui
+--no-ui --no-webui
+--sse-ping-interval N
+--media-path PATH
+--models-dir PATH
+--models-preset PATH
+--models-max N
+--models-autoload
+--no-models-autoload
+--sleep-idle-seconds SECONDS
+--spec-draft-cpu-mask -Cd --cpu-mask-draft M
+--spec-draft-cpu-range -Crd --cpu-range-draft lo-hi
+--spec-draft-cpu-strict --cpu-strict-draft 0|1
+--spec-draft-prio --prio-draft N
+--spec-draft-poll --poll-draft 0|1
+--spec-draft-cpu-mask-batch -Cbd --cpu-mask-batch-draft M
+--spec-draft-cpu-strict-batch --cpu-strict-batch-draft 0|1
+--spec-draft-prio-batch --prio-batch-draft N
+--spec-draft-poll-batch --poll-batch-draft 0|1
+--spec-synth-len L
+--spec-synth-rates P0,P1,...
+--spec-draft-backend-sampling
+--no-spec-draft-backend-sampling
+--spec-ngram-mod-n-min N
+--spec-ngram-mod-n-max N
+--spec-ngram-mod-n-match N
+--spec-ngram-simple-size-n N
+--spec-ngram-simple-size-m N
+--spec-ngram-simple-min-hits N
+--spec-ngram-map-k-size-n N
+--spec-ngram-map-k-size-m N
+--spec-ngram-map-k-min-hits N
+--spec-ngram-map-k4v-size-n N
+--spec-ngram-map-k4v-size-m N
+--spec-ngram-map-k4v-min-hits N
+--spec-ngram-size-n N
+--spec-ngram-size-m N
+--spec-ngram-min-hits N
+--embd-gemma-default
+--fim-qwen-1.5b-default
+--fim-qwen-3b-default
+--fim-qwen-7b-default
+--fim-qwen-7b-spec
+--fim-qwen-14b-spec
+--fim-qwen-30b-default
+--gpt-oss-20b-default
+--gpt-oss-120b-default
+--vision-gemma-4b-default
+--vision-gemma-12b-default
 """
 
 

@@ -1,0 +1,1 @@
+"""The command line: flags, help, and what the commands print."""
