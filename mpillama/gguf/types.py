@@ -19,8 +19,8 @@ class GGMLType(IntEnum):
     block_size: int
     block_bytes: int
 
-    def __new__(cls, number: int, block_size: int, block_bytes: int) -> GGMLType:
-        """Make the member of a row of the table below; ``GGMLType(number)`` looks it up."""
+    def __new__(cls, number: int, block_size: int = 0, block_bytes: int = 0) -> GGMLType:
+        """Make a member from its row below; type checkers take a lookup by number for a call, hence the defaults."""
         member = int.__new__(cls, number)
         member._value_ = number
         member.block_size = block_size
