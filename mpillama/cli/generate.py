@@ -13,6 +13,7 @@ import numpy as np
 from mpillama.chat import template_from
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
+from mpillama.cli.values import unescape
 from mpillama.cli.session import Loaded, Model, load, open_model
 from mpillama.comm.base import World
 from mpillama.engine.sampling.chain import Sampler
@@ -57,8 +58,6 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
 
 
 def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Request]:
-    if args.predict == 0:
-        raise UsageError("-n 0 generates nothing; give the number of tokens to generate, or -1 for no limit")
     text, system = _prompt_texts(args)
     header, model = open_model(args, n_ranks)
     tokenizer = load_tokenizer(header.metadata)
@@ -85,8 +84,10 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Request]:
 
 
 def _prompt_texts(args: Namespace) -> tuple[str, str | None]:
-    """Return the prompt and the system prompt, from flags or files."""
+    """Return the prompt and the system prompt, from flags or files; escapes in ``-p`` are replaced already."""
     prompt = _read(args.file, "-f") if args.file else args.prompt or ""
+    if args.file and args.escape:
+        prompt = unescape(prompt)
     system = _read(args.system_prompt_file, "-sysf") if args.system_prompt_file else args.system_prompt
     return prompt, system
 

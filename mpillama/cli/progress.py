@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from argparse import Namespace
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from tqdm import tqdm
+
 from mpillama.errors import UsageError
+
+_LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun", "srun")
+
+
+def is_watched(stream: TextIO) -> bool:
+    """Whether what is written to ``stream`` reaches a terminal, directly or through a launcher on this host.
+
+    A launcher connects its ranks by pipes and copies what they write to its own stderr, so it is that which counts.
+    """
+    if stream.isatty():
+        return True
+    try:
+        if not stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            return False
+        pid = os.getppid()
+        while pid > 1:
+            process = Path("/proc", str(pid))
+            if process.joinpath("comm").read_text().startswith(_LAUNCHERS):
+                return os.readlink(process / "fd" / "2").startswith(("/dev/pts/", "/dev/tty"))
+            pid = int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        # No /proc, another user's process, a stream without a file: then nobody is known to watch.
+        return False
+    return False
 
 
 class LoadProgress:
     """A bar of the bytes loaded by all ranks; nothing at all without a terminal or when not enabled."""
 
     def __init__(self, total_bytes: int, enabled: bool = True, stream: TextIO | None = None) -> None:
-        from tqdm import tqdm
-
         stream = sys.stderr if stream is None else stream
         self._bar = tqdm(
             total=total_bytes,
@@ -25,7 +52,7 @@ class LoadProgress:
             unit_scale=True,
             unit_divisor=1024,
             file=stream,
-            disable=not (enabled and stream.isatty()),
+            disable=not (enabled and is_watched(stream)),
             leave=False,
             dynamic_ncols=True,
         )
@@ -50,7 +77,8 @@ class LoadProgress:
 class Log:
     """Lines for a person, from rank 0: to stderr, and with time stamps to the file of ``--log-file``.
 
-    Reads ``verbose``, ``log_file``, ``log_disable`` and ``notes`` of the namespace. On other ranks and with
+    Without a terminal, or with ``--no-progress``, stderr stays quiet unless ``-v`` is given; the file gets everything.
+    Reads ``verbose``, ``no_progress``, ``log_file``, ``log_disable`` and ``notes`` of the namespace. On other ranks and with
     ``--log-disable`` nothing is written and no file is made. Raises UsageError if the file cannot be written.
     """
 
@@ -58,6 +86,7 @@ class Log:
         self._stream = sys.stderr if stream is None else stream
         self._active = rank == 0 and not args.log_disable
         self._verbose = args.verbose
+        self._interactive = is_watched(self._stream) and not args.no_progress
         self._file: TextIO | None = None
         if self._active and args.log_file is not None:
             try:
@@ -70,11 +99,11 @@ class Log:
     @property
     def interactive(self) -> bool:
         """Whether someone watches: lines are written, and to a terminal."""
-        return self._active and self._stream.isatty()
+        return self._active and self._interactive
 
     def info(self, text: str) -> None:
-        """Write one or more lines."""
-        self._write(text, shown=True)
+        """Write one or more lines for whoever watches."""
+        self._write(text, shown=self._interactive or self._verbose)
 
     def verbose(self, text: str) -> None:
         """Write lines that reach stderr only with ``-v``; the file gets them always."""

@@ -106,7 +106,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     sharding = Sharding(model.cfg, model.weights)
     infos = list(model.tensors.values())
     shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
-    bar = LoadProgress(sum(shares), enabled=log.interactive and not args.no_progress and world.rank == 0)
+    bar = LoadProgress(sum(shares), enabled=log.interactive)
 
     def progress(n: int) -> None:
         world.report(n)

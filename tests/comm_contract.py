@@ -1,0 +1,108 @@
+"""What every group and world must do, run by each implementation's own tests on each number of ranks."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from mpillama.comm.base import World, from_root
+from mpillama.errors import ModelError, PeerFailure
+from mpillama.layout import Cut, split
+
+
+def allreduce_sums_to_the_same_bits(world: World) -> None:
+    group = world.group()
+    assert (group.rank, group.size, group.leader) == (world.rank, world.size, world.rank == 0)
+    rng = np.random.default_rng(5)
+    for shape in ((1, 1), (3, 7), (17, 1000), (64, 4096), (0, 5)):
+        shares = (rng.standard_normal((world.size, *shape)) * 10.0 ** rng.integers(-3, 3, (world.size, *shape))).astype("f4")
+        total = group.allreduce(shares[world.rank].copy())
+        assert total.dtype == np.float32
+        np.testing.assert_allclose(total, shares.astype("f8").sum(axis=0), rtol=1e-5, atol=1e-5)
+        bits = world.bcast(total.tobytes())
+        assert bits == total.tobytes(), f"rank {world.rank} has another sum than rank 0"
+
+
+def allgather_joins_uneven_slices(world: World) -> None:
+    group = world.group()
+    rng = np.random.default_rng(6)
+    for size, weights in ((7, [1.0] * world.size), (100, list(range(world.size, 0, -1))), (1, [1.0] * world.size)):
+        cut = split(size, weights)
+        for n_rows in (1, 5, 0):
+            whole = rng.standard_normal((n_rows, size)).astype("f4")
+            start, stop = cut.ranges[world.rank]
+            np.testing.assert_array_equal(group.allgather(whole[:, start:stop], cut), whole)
+    empty = Cut(4, ((0, 4), *[(4, 4)] * (world.size - 1)))
+    whole = np.arange(8, dtype="f4").reshape(2, 4)
+    start, stop = empty.ranges[world.rank]
+    np.testing.assert_array_equal(group.allgather(whole[:, start:stop], empty), whole)
+
+
+def messages_of_any_length_arrive_in_order(world: World) -> None:
+    for n in (1, 2, 1022, 1023, 1024, 1025, 50_000, 3):
+        message = np.arange(n, dtype=np.int32) - 1
+        if world.rank == 0:
+            world.send(message)
+        else:
+            np.testing.assert_array_equal(world.receive(), message)
+
+
+def waiting_costs_no_core(world: World) -> None:
+    """A rank that waits a second for a message must not compute meanwhile."""
+    if world.rank == 0:
+        time.sleep(1.0)
+        world.send(np.zeros(3, np.int32))
+    else:
+        began = time.thread_time()
+        world.receive()
+        assert time.thread_time() - began < 0.25
+
+
+def objects_reach_everyone(world: World) -> None:
+    value = {"size": world.size, "array": np.arange(3)} if world.rank == 0 else None
+    assert world.bcast(value)["size"] == world.size
+    ranks = world.gather(world.rank)
+    assert ranks == (list(range(world.size)) if world.rank == 0 else [])
+    assert len(world.hosts) == world.size
+    assert 0 <= world.local_rank < world.local_size <= world.size
+
+
+def progress_adds_up(world: World) -> None:
+    for _ in range(10):
+        world.report(3)
+    world.bcast(None)
+    if world.rank == 0:
+        total, began = 0, time.monotonic()
+        while total < 30 * (world.size - 1) and time.monotonic() - began < 10:
+            total += world.reported()
+        assert total == 30 * (world.size - 1)
+    world.bcast(None)
+
+
+def an_error_of_rank_0_reaches_everyone(world: World) -> None:
+    def fail() -> int:
+        raise ModelError("no such model")
+
+    try:
+        from_root(world, fail)
+    except PeerFailure as failure:
+        assert world.rank != 0
+        assert failure.exit_code == ModelError.exit_code
+    except ModelError as error:
+        assert world.rank == 0
+        assert error.told
+    else:
+        raise AssertionError("the error was lost")
+    assert from_root(world, lambda: 7) == 7
+
+
+CONTRACT = (
+    allreduce_sums_to_the_same_bits,
+    allgather_joins_uneven_slices,
+    messages_of_any_length_arrive_in_order,
+    waiting_costs_no_core,
+    objects_reach_everyone,
+    progress_adds_up,
+    an_error_of_rank_0_reaches_everyone,
+)

@@ -1,0 +1,100 @@
+"""Starts mpillama the way a user does: as processes, with or without mpirun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def mpirun(n_ranks: int) -> list[str]:
+    """Return the launcher's command, or nothing for a run without one; skips the test where there is no launcher."""
+    if n_ranks == 0:
+        return []
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        pytest.skip("there is no mpirun; pip install mpich provides one")
+    return [found, "-n", str(n_ranks)]
+
+
+def start(
+    arguments: Sequence[object], n_ranks: int = 0, env: Mapping[str, str] | None = None, program: Sequence[str] = ("-m", "mpillama")
+) -> subprocess.Popen[str]:
+    """Start a job in a process group of its own; ``n_ranks`` 0: without mpirun."""
+    command = [*mpirun(n_ranks), sys.executable, *program, *map(str, arguments)]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_ARG_", "PMI_", "OMPI_COMM"))}
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**inherited, **(env or {})},
+        start_new_session=True,
+    )
+
+
+def finish(job: subprocess.Popen[str], limit: float = 60.0) -> Ended:
+    """Wait for a job; one that outlives the limit is killed, and fails the test."""
+    began = time.monotonic()
+    try:
+        out, err = job.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, 9)
+        out, err = job.communicate()
+        pytest.fail(f"the job did not end within {limit} s; stdout: {out[-500:]} stderr: {err[-1500:]}")
+    return Ended(job.returncode, out, err, time.monotonic() - began)
+
+
+def run(arguments: Sequence[object], n_ranks: int = 0, limit: float = 60.0, **options: object) -> Ended:
+    """Run a job to its end."""
+    return finish(start(arguments, n_ranks, **options), limit)  # type: ignore[arg-type]
+
+
+def ranks_of(job: subprocess.Popen[str], n_ranks: int, limit: float = 20.0) -> list[int]:
+    """Return the process ids of a job's ranks, once all are there."""
+    began = time.monotonic()
+    while time.monotonic() - began < limit:
+        found = [pid for pid in _descendants(job.pid) if _is_rank(pid)]
+        if len(found) == n_ranks:
+            return sorted(found)
+        time.sleep(0.05)
+    pytest.fail(f"{n_ranks} ranks did not appear within {limit} s")
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            words = children.read_text().split()
+        except OSError:
+            continue
+        for word in words:
+            found += [int(word), *_descendants(int(word))]
+    return found
+
+
+def _is_rank(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"python" in words[0] and b"mpillama" in words
