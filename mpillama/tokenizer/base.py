@@ -38,6 +38,8 @@ class Tokenizer(ABC):
         # Longest first (in bytes), so that no special token hides a longer one that contains it.
         special = [i for i, type_ in enumerate(vocab.types) if is_special(type_)]
         self._special = sorted(special, key=lambda i: -len(vocab.tokens[i].encode()))
+        # Some vocabularies have thousands of them, but with few beginnings, which are looked for first.
+        self._heads = {vocab.tokens[i][:2] for i in special}
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Ids of a text.
@@ -98,9 +100,12 @@ class Tokenizer(ABC):
     def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
         """Cut a text at its special tokens; each of them becomes its id."""
         fragments: list[str | int] = [text] if text else []
-        for id_ in self._special:
+        heads = {head for head in self._heads if head in text}
+        for id_ in self._special if heads else ():
             token = self.vocab.tokens[id_]
-            if token in text and (parse_special or self.vocab.types[id_] == TokenType.USER_DEFINED):
+            if not parse_special and self.vocab.types[id_] != TokenType.USER_DEFINED:
+                continue
+            if token[:2] in heads and token in text:
                 fragments = [
                     part
                     for fragment in fragments

@@ -138,3 +138,13 @@ def test_bpe_merge_without_token() -> None:
     }
     with pytest.raises(ModelError, match=r"merges does not fit .*tokens"):
         load_tokenizer(metadata)
+
+
+def test_bpe_characters_that_stand_for_no_byte_mean_themselves() -> None:
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": [*characters(), "<｜é▁x｜>"],
+        "tokenizer.ggml.merges": [],
+    }
+    # é is the stand-in of byte 0xE9, which is no UTF-8 by itself; ｜ and ▁ stand for nothing.
+    assert load_tokenizer(metadata).token_bytes(256) == "<｜".encode() + b"\xe9" + "▁x｜>".encode()

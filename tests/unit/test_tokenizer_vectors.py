@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared import shared
 
 from mpillama.errors import ModelError
 from mpillama.gguf.reader import read_header
 from mpillama.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from shared import shared
 
 NAMES = ("deepseek-coder", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "qwen35")
 SPM_SPACE = "▁"  # stands for a space in these vocabularies, and comes back as one
