@@ -1,7 +1,7 @@
 """The architectures, as data: what each one reads from its metadata and how its blocks differ.
 
-What a file says by the presence of a tensor (biases, a tied head) is not repeated here. The facts follow llama.cpp, whose
-converter writes these files.
+What a file says by the presence of a tensor (biases, a tied head) is not repeated here. The facts follow llama.cpp,
+whose converter writes these files.
 """
 
 from __future__ import annotations

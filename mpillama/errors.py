@@ -1,8 +1,8 @@
 """The one exception that a user may cause.
 
-Everything a user can get wrong (a flag, a file, a size) is raised as :class:`UserError` or a subclass. The program prints
-its message as a single line and exits with :attr:`UserError.exit_code` on every rank; it never prints a traceback for it.
-Anything else that escapes is a bug and is printed with its traceback.
+Everything a user can get wrong (a flag, a file, a size) is raised as :class:`UserError` or a subclass. The program
+prints its message as a single line and exits with :attr:`UserError.exit_code` on every rank; it never prints a
+traceback for it. Anything else that escapes is a bug and is printed with its traceback.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Slices of files as weights: a rank reads the bytes that it owns, in the order of the file, and nothing else.
 
-Reads are plain ``pread`` calls into the arrays that are kept: on a parallel file system page faults through a memory map are slower
-by orders of magnitude, and a copy would double a rank's memory.
+Reads are plain ``pread`` calls into the arrays that are kept: on a parallel file system page faults through a memory
+map are slower by orders of magnitude, and a copy would double a rank's memory.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class SliceReader:
         fd = self._files.get(info.part)
         if fd is None:
             fd = self._files[info.part] = os.open(self._paths[info.part], os.O_RDONLY)
-        view, done = memoryview(out), 0
+        view, done = memoryview(out.data), 0
         while done < len(view):
             n = os.preadv(fd, [view[done : done + _READ_BYTES]], offset + done)
             if n == 0:

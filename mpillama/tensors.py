@@ -1,4 +1,4 @@
-"""Which tensors a model needs, with which shapes; fused tensors are taken apart here, so that nobody else meets them."""
+"""Which tensors a model needs, with which shapes; fused ones are taken apart here, so that nobody else meets them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor that the model reads: its name, its shape in GGUF order (in axis first), and whether it must be there."""
+    """A tensor that the model reads: its name, shape in GGUF order (in axis first), and whether it must be there."""
 
     name: str
     shape: Shape

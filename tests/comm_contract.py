@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pytest
 
 from mpillama.comm.base import World, from_root
 from mpillama.errors import ModelError, PeerFailure
@@ -16,7 +17,9 @@ def allreduce_sums_to_the_same_bits(world: World) -> None:
     assert (group.rank, group.size, group.leader) == (world.rank, world.size, world.rank == 0)
     rng = np.random.default_rng(5)
     for shape in ((1, 1), (3, 7), (17, 1000), (64, 4096), (0, 5)):
-        shares = (rng.standard_normal((world.size, *shape)) * 10.0 ** rng.integers(-3, 3, (world.size, *shape))).astype("f4")
+        shares = (rng.standard_normal((world.size, *shape)) * 10.0 ** rng.integers(-3, 3, (world.size, *shape))).astype(
+            "f4"
+        )
         total = group.allreduce(shares[world.rank].copy())
         assert total.dtype == np.float32
         np.testing.assert_allclose(total, shares.astype("f8").sum(axis=0), rtol=1e-5, atol=1e-5)
@@ -84,16 +87,10 @@ def an_error_of_rank_0_reaches_everyone(world: World) -> None:
     def fail() -> int:
         raise ModelError("no such model")
 
-    try:
+    with pytest.raises(ModelError if world.rank == 0 else PeerFailure) as caught:
         from_root(world, fail)
-    except PeerFailure as failure:
-        assert world.rank != 0
-        assert failure.exit_code == ModelError.exit_code
-    except ModelError as error:
-        assert world.rank == 0
-        assert error.told
-    else:
-        raise AssertionError("the error was lost")
+    assert caught.value.told
+    assert caught.value.exit_code == ModelError.exit_code
     assert from_root(world, lambda: 7) == 7
 
 

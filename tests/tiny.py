@@ -62,7 +62,15 @@ def random_blocks(rng: np.random.Generator, type: GGMLType, shape: Sequence[int]
 
 def write_llama(path: Path, rng: np.random.Generator, type: GGMLType = GGMLType.F32, **sizes: Any) -> Path:
     """Write a random llama model whose matrices all have ``type``; sizes override the defaults below."""
-    size = {"n_layer": 2, "n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_head_dim": 64, "n_ff": 512, "n_vocab": 96} | sizes
+    size = {
+        "n_layer": 2,
+        "n_embd": 256,
+        "n_head": 4,
+        "n_head_kv": 2,
+        "n_head_dim": 64,
+        "n_ff": 512,
+        "n_vocab": 96,
+    } | sizes
     arch = sizes.get("arch", "llama")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(128)
@@ -140,7 +148,9 @@ def logits_of(runner: Runner, tokens: Sequence[int], chunk: int = 1000) -> np.nd
     return np.concatenate(parts)
 
 
-def run_on(path: Path, tokens: Sequence[int], weights: Sequence[float], chunk: int = 1000, kv_type: str = "f32") -> list[np.ndarray]:
+def run_on(
+    path: Path, tokens: Sequence[int], weights: Sequence[float], chunk: int = 1000, kv_type: str = "f32"
+) -> list[np.ndarray]:
     """Return every rank's logits, on as many threads as there are weights."""
 
     def main(world: World) -> np.ndarray:

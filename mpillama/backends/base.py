@@ -1,7 +1,8 @@
 """The ops protocol: what a device must be able to do. A backend knows arrays and kernels, and nothing of other ranks.
 
-Legend of shape suffixes: T tokens of the step, S sequences, N width of an activation, H query heads, G KV heads, D elements of a
-head, E experts, K experts chosen for a token, V vocabulary. Activations are float32, contiguous, tokens first.
+Legend of shape suffixes: T tokens of the step, S sequences, N width of an activation, H query heads, G KV heads, D
+elements of a head, E experts, K experts chosen for a token, V vocabulary. Activations are float32, contiguous, tokens
+first.
 """
 
 from __future__ import annotations

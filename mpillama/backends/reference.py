@@ -136,12 +136,13 @@ class ReferenceBackend:
 
     def rms_norm(self, x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
         """Return the RMS norm."""
-        return self.scale_by_mean_square(x, np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32), w, eps)
+        mean_square = np.asarray(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32))
+        return self.scale_by_mean_square(x, mean_square, w, eps)
 
     def sum_squares(self, x: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Return the sum of squares of a range."""
         part = x[..., start:stop]
-        return np.sum(part * part, axis=-1, keepdims=True, dtype=np.float32)
+        return np.asarray(np.sum(part * part, axis=-1, keepdims=True, dtype=np.float32))
 
     def scale_by_mean_square(self, x: np.ndarray, mean_square: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
         """Return x / sqrt(mean_square + eps) * w."""

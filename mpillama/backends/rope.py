@@ -53,7 +53,7 @@ def rope_table(positions: np.ndarray, rope: Rope, factors: np.ndarray | None) ->
 
 
 def rotate(x: np.ndarray, table: RopeTable) -> np.ndarray:
-    """Rotate the first n_rot elements of each head of x (T, H, D): pairs (i, i + n_rot/2) if neox, else (2i, 2i + 1)."""
+    """Rotate the first n_rot elements of heads x (T, H, D): pairs (i, i + n_rot/2) if neox, else (2i, 2i + 1)."""
     half = table.cos.shape[-1]
     out = x.copy()
     if table.neox:

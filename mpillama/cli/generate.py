@@ -13,8 +13,8 @@ import numpy as np
 from mpillama.chat import template_from
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
-from mpillama.cli.values import unescape
 from mpillama.cli.session import Loaded, Model, load, open_model
+from mpillama.cli.values import unescape
 from mpillama.comm.base import World
 from mpillama.engine.sampling.chain import Sampler
 from mpillama.engine.sequence import Sequence

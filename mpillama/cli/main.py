@@ -9,7 +9,7 @@ from functools import partial
 
 from mpillama.cli.parser import HelpRequested, find_command, parse
 from mpillama.errors import UserError
-from mpillama.spmd import launch, run
+from mpillama.spmd import launch, mute, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_alone(body: partial[int], speaks: bool) -> int:
     """Run a command that needs no other ranks; where a launcher has started several, only rank 0 is heard."""
     if not speaks:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        mute(sys.stdout)
+        mute(sys.stderr)
     try:
         return body()
     except UserError as error:
@@ -43,7 +44,7 @@ def _run_alone(body: partial[int], speaks: bool) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+        mute(sys.stdout)
         return 141
 
 

@@ -78,8 +78,8 @@ class Log:
     """Lines for a person, from rank 0: to stderr, and with time stamps to the file of ``--log-file``.
 
     Without a terminal, or with ``--no-progress``, stderr stays quiet unless ``-v`` is given; the file gets everything.
-    Reads ``verbose``, ``no_progress``, ``log_file``, ``log_disable`` and ``notes`` of the namespace. On other ranks and with
-    ``--log-disable`` nothing is written and no file is made. Raises UsageError if the file cannot be written.
+    Reads ``verbose``, ``no_progress``, ``log_file``, ``log_disable`` and ``notes`` of the namespace. On other ranks and
+    with ``--log-disable`` nothing is written and no file is made. Raises UsageError if the file cannot be written.
     """
 
     def __init__(self, args: Namespace, rank: int = 0, stream: TextIO | None = None) -> None:

@@ -127,8 +127,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     log.info(_layout_line(world, backend.name, threads, model, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
         log.verbose(
-            f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, read {format_bytes(n_read_there)}, "
-            f"KV {format_bytes(kv[rank])}, peak memory {format_bytes(peak)}"
+            f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
+            f"read {format_bytes(n_read_there)}, KV {format_bytes(kv[rank])}, peak memory {format_bytes(peak)}"
         )
     n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in infos}.values())
     log.verbose(

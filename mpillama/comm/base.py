@@ -1,8 +1,8 @@
 """The two protocols of this package.
 
-`Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `World` carries
-small control messages between all ranks of a run, and knows how to end it. `tests/unit/test_comm_contract.py` holds every
-implementation to the same contract.
+`Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `World`
+carries small control messages between all ranks of a run, and knows how to end it. `tests/unit/test_comm_contract.py`
+holds every implementation to the same contract.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Group(Protocol):
         ...
 
     def allreduce(self, x: np.ndarray) -> np.ndarray:
-        """Return the sum of ``x`` over the ranks, bit for bit the same on each; ``x`` (contiguous) may be reused for it.
+        """Return the sum of ``x`` over the ranks, bit for bit the same on each; ``x`` (contiguous) may be reused.
 
         The dtype on the wire is that of ``x``.
         """

@@ -36,7 +36,7 @@ class SoloWorld:
     local_size = 1
 
     def __init__(self) -> None:
-        self.hosts = (socket.gethostname(),)
+        self.hosts: tuple[str, ...] = (socket.gethostname(),)
 
     def group(self) -> SoloGroup:
         """Return the group of one."""

@@ -1,4 +1,4 @@
-"""A sequence of tokens on its way through the model: what has been computed, what is still to be, and where its KV lies."""
+"""A sequence of tokens on its way through the model: what has been computed, what is pending, where its KV lies."""
 
 from __future__ import annotations
 

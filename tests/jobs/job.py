@@ -36,11 +36,16 @@ def mpirun(n_ranks: int) -> list[str]:
 
 
 def start(
-    arguments: Sequence[object], n_ranks: int = 0, env: Mapping[str, str] | None = None, program: Sequence[str] = ("-m", "mpillama")
+    arguments: Sequence[object],
+    n_ranks: int = 0,
+    env: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("-m", "mpillama"),
 ) -> subprocess.Popen[str]:
     """Start a job in a process group of its own; ``n_ranks`` 0: without mpirun."""
     command = [*mpirun(n_ranks), sys.executable, *program, *map(str, arguments)]
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_ARG_", "PMI_", "OMPI_COMM"))}
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_ARG_", "PMI_", "OMPI_COMM"))
+    }
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -63,12 +63,15 @@ def assert_told_once(ended, *words):
         ("truncated in the tensors", "missing"),
         ("magic", "not a GGUF file"),
         ("version", "version 99"),
-        ("tensor count", "claims"),
+        ("tensor count", "too many"),
         ("architecture", "architecture 'lluma' is not supported"),
     ],
 )
 def test_damaged_file(model, tmp_path, how, word, n_ranks):
-    assert_told_once(run(["logits", "-m", damaged(model, tmp_path, how), "--tokens", "1", "--out", tmp_path / "o.npy"], n_ranks), word)
+    assert_told_once(
+        run(["logits", "-m", damaged(model, tmp_path, how), "--tokens", "1", "--out", tmp_path / "o.npy"], n_ranks),
+        word,
+    )
 
 
 @pytest.mark.parametrize("n_ranks", [0, 3])
@@ -130,7 +133,7 @@ def test_a_killed_rank_ends_the_job(victim):
     ended = finish(job, 20)
     assert ended.code != 0
     assert ended.seconds < TOO_LONG
-    assert ended.err.strip()
+    assert "signal 9" in ended.out + ended.err  # the launcher says it, MPICH's on stdout
 
 
 @pytest.mark.parametrize("n_ranks", [0, 1, 3])

@@ -82,7 +82,20 @@ def test_log_file_gets_what_stderr_does_not(tmp_path):
 
 def test_stop_string():
     ended = run(
-        ["generate", "-m", stories(), "-p", "Once upon a time", "-n", 60, "--temp", 0, "-r", "Lily", "--no-display-prompt"]
+        [
+            "generate",
+            "-m",
+            stories(),
+            "-p",
+            "Once upon a time",
+            "-n",
+            60,
+            "--temp",
+            0,
+            "-r",
+            "Lily",
+            "--no-display-prompt",
+        ]
     )
     assert ended.out == ", there was a little girl named \n"
 
@@ -110,14 +123,24 @@ def test_logits_from_a_file_of_tokens(tmp_path, rng):
     path = write_llama(tmp_path / "m.gguf", rng, GGMLType.Q4_K)
     tokens = rng.integers(0, 96, 20).tolist()
     (tmp_path / "ids").write_text("\n".join(map(str, tokens)))
-    ended = run(["logits", "-m", path, "--tokens-file", tmp_path / "ids", "--out", tmp_path / "l.npy", "-ctk", "f32"], 3)
+    ended = run(
+        ["logits", "-m", path, "--tokens-file", tmp_path / "ids", "--out", tmp_path / "l.npy", "-ctk", "f32"], 3
+    )
     assert ended.code == 0, ended.err
     assert nmse(np.load(tmp_path / "l.npy"), run_on(path, tokens, [1.0])[0]) < 1e-5
 
 
 def test_peak_memory_is_the_share_and_a_constant(tmp_path, rng):
     path = write_llama(
-        tmp_path / "m.gguf", rng, GGMLType.Q8_0, n_embd=1024, n_head=16, n_head_kv=16, n_ff=8192, n_layer=8, n_vocab=4096
+        tmp_path / "m.gguf",
+        rng,
+        GGMLType.Q8_0,
+        n_embd=1024,
+        n_head=16,
+        n_head_kv=16,
+        n_ff=8192,
+        n_layer=8,
+        n_vocab=4096,
     )
     size = path.stat().st_size
     assert size > 200e6

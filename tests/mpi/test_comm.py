@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mpillama.comm.mpi import MPIWorld
 from comm_contract import CONTRACT
+from mpillama.comm.mpi import MPIWorld
 from shared import shared
 from tiny import logits_of, nmse, open_runner, write_llama
 
@@ -19,7 +19,9 @@ def test_contract(check, world):
     check(world)
 
 
-@pytest.mark.parametrize("name", ["llama-dense", "gemma3-dense", "olmo2-dense", "qwen3-dense", "gpt-oss-moe", "qwen2moe-moe"])
+@pytest.mark.parametrize(
+    "name", ["llama-dense", "gemma3-dense", "olmo2-dense", "qwen3-dense", "gpt-oss-moe", "qwen2moe-moe"]
+)
 def test_golden_logits(name, world):
     reference = np.load(shared("golden", f"{name}.npz"))
     runner, _ = open_runner(world, shared("golden", f"{name}.gguf"), [1.0] * world.size)

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
+from comm_contract import CONTRACT
 from mpillama.comm.solo import SoloWorld
 from mpillama.comm.threads import run_threads
-from comm_contract import CONTRACT
 
 
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)

@@ -7,9 +7,9 @@ from shared import shared
 from tiny import nmse, run_on
 
 MODELS = (
-    "llama-dense llama-moe mistral3-dense qwen2-dense qwen2moe-moe qwen3-dense qwen3moe-moe gemma2-dense gemma3-dense "
-    "phi3-dense granite-dense olmo2-dense olmoe-moe gpt-oss-moe"
-).split()
+    *("llama-dense", "llama-moe", "mistral3-dense", "qwen2-dense", "qwen2moe-moe", "qwen3-dense", "qwen3moe-moe"),
+    *("gemma2-dense", "gemma3-dense", "phi3-dense", "granite-dense", "olmo2-dense", "olmoe-moe", "gpt-oss-moe"),
+)
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 4, 6])
