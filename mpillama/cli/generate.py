@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpillama.chat import template_from
+from mpillama.chat import encode_chat, template_from
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
 from mpillama.cli.session import Loaded, Model, load, open_model
@@ -62,9 +62,7 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Request]:
     header, model = open_model(args, n_ranks)
     tokenizer = load_tokenizer(header.metadata)
     text, templated = _templated(args, header, text, system)
-    prompt = tokenizer.encode(text, add_special=not templated, parse_special=True)
-    if templated and tokenizer.add_bos and tokenizer.bos_id is not None and prompt[:1] != [tokenizer.bos_id]:
-        prompt.insert(0, tokenizer.bos_id)
+    prompt = encode_chat(tokenizer, text) if templated else tokenizer.encode(text)
     if not prompt:
         if tokenizer.bos_id is None:
             raise UsageError(
@@ -135,7 +133,7 @@ def _generate(
     for token in request.prompt:
         sampler.accept(token, generated=False)
 
-    decoder, stops = StreamDecoder(tokenizer, special=args.special), StopStrings(args.reverse_prompt)
+    decoder, stops = StreamDecoder(tokenizer, special=args.special, continues=True), StopStrings(args.reverse_prompt)
     n_generated, eval_seconds, n_eval, sample_seconds, n_sampled = 0, 0.0, 0, 0.0, 0
     reason = ""
     while not interrupts.exit_code:

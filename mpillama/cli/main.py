@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from mpillama.cli.parser import HelpRequested, find_command, parse
@@ -17,27 +17,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     speaks = launch(os.environ).rank == 0
     try:
         name, args = parse(sys.argv[1:] if argv is None else argv, os.environ)
-    except HelpRequested as help:
-        if speaks:
-            print(help.text)
-        return 0
-    except UserError as error:
-        if speaks:
-            print(f"mpillama: error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (HelpRequested, UserError) as result:
+        return _alone(partial(_tell, result), speaks)
     command = find_command(name)
-    if command.parallel:
-        return run(partial(command.load(), args))
-    return _run_alone(partial(command.load(), args), speaks)
+    body = partial(command.load(), args)
+    return run(body) if command.parallel else _alone(body, speaks)
 
 
-def _run_alone(body: partial[int], speaks: bool) -> int:
-    """Run a command that needs no other ranks; where a launcher has started several, only rank 0 is heard."""
+def _tell(result: HelpRequested | UserError) -> int:
+    if isinstance(result, UserError):
+        raise result
+    print(result.text)
+    return 0
+
+
+def _alone(body: Callable[[], int], speaks: bool) -> int:
+    """Run what needs no other ranks; where a launcher has started several, only rank 0 is heard."""
     if not speaks:
         mute(sys.stdout)
         mute(sys.stderr)
     try:
-        return body()
+        code = body()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"mpillama: error: {error}", file=sys.stderr)
         return error.exit_code
