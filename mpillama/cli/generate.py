@@ -133,7 +133,8 @@ def _generate(
     for token in request.prompt:
         sampler.accept(token, generated=False)
 
-    decoder, stops = StreamDecoder(tokenizer, special=args.special, continues=True), StopStrings(args.reverse_prompt)
+    decoder = StreamDecoder(tokenizer, special=args.special, continues=len(request.prompt) > 1)
+    stops = StopStrings(args.reverse_prompt)
     n_generated, eval_seconds, n_eval, sample_seconds, n_sampled = 0, 0.0, 0, 0.0, 0
     reason = ""
     while not interrupts.exit_code:

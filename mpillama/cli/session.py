@@ -143,9 +143,10 @@ def _layout_line(world: World, backend: str, threads: int, model: Model, shares:
     split = ",".join(f"{100 * weight / total:.3g}" for weight in model.weights)
     low, high = min(shares), max(shares)
     per_rank = format_bytes(high) if low == high else f"{format_bytes(low)} to {format_bytes(high)}"
+    each = " each" if world.size > 1 else ""
     return (
         f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {backend} backend on CPU with "
-        f"{_count(threads, 'thread')}{' each' if world.size > 1 else ''}, tensor split {split} %, weights {per_rank} per rank, "
+        f"{_count(threads, 'thread')}{each}, tensor split {split} %, weights {per_rank} per rank, "
         f"KV {format_bytes(max(kv))} for {model.n_ctx} tokens"
     )
 

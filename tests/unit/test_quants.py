@@ -58,13 +58,11 @@ def test_every_byte_at_every_place_of_a_block(type, rng):
     assert_same_bits(dequantize(raw, type), oracle(raw, type))
 
 
-@each_type
-def test_quantized_weights_come_back_nearly(type, rng):
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
+def test_quantized_weights_come_back_nearly(name, rng):
+    type = GGMLType[name]
     weights = rng.standard_normal((8, 512)).astype(np.float32)
-    try:
-        raw = gguf.quants.quantize(weights, gguf.GGMLQuantizationType(int(type))).view(np.uint8)
-    except NotImplementedError:
-        pytest.skip(f"the gguf package cannot quantize to {type.name}")
+    raw = gguf.quants.quantize(weights, gguf.GGMLQuantizationType(int(type))).view(np.uint8)
     error = ((dequantize(raw, type) - weights) ** 2).mean()
     assert error < {32: 1e-13, 16: 1e-4, 8: 1e-3}.get(type.block_bytes * 8 // type.block_size, 2e-2)
 
