@@ -1,4 +1,4 @@
-"""Dequantization against the gguf package, on random bytes and on quantized weights, to the bit."""
+"""Dequantization against the gguf package, to the bit, and within the memory it promises."""
 
 import tracemalloc
 import warnings
@@ -10,52 +10,215 @@ import pytest
 from mpillama.backends.quants import SUPPORTED, dequantize
 from mpillama.errors import ModelError
 from mpillama.gguf.types import GGMLType, row_bytes
+from tiny import random_blocks
 
 TYPES = sorted(SUPPORTED)
-each_type = pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
+by_name = pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
 
 
 def oracle(raw: np.ndarray, type: GGMLType) -> np.ndarray:
-    with warnings.catch_warnings():
+    with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(int(type)))
+        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(int(type))).astype(np.float32)
 
 
-def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
-    assert got.dtype == np.float32
-    assert got.shape == expected.shape
-    both_nan = np.isnan(got) & np.isnan(expected)
-    np.testing.assert_array_equal(
-        np.where(both_nan, 0, got.view(np.uint32)), np.where(both_nan, 0, expected.view(np.uint32))
-    )
+def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert (ours.dtype, ours.shape) == (np.float32, theirs.shape)
+    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
-def random_rows(rng, type: GGMLType, *lead: int, n_blocks: int = 3) -> np.ndarray:
-    return rng.integers(0, 256, (*lead, n_blocks * type.block_bytes), dtype=np.uint8)
+def rows_of_blocks(rng: np.random.Generator, type: GGMLType, n_rows: int, n_weights: int) -> np.ndarray:
+    n_in = -(-n_weights // type.block_size) * type.block_size
+    return random_blocks(rng, type, (n_rows, n_in))
 
 
-def test_the_types_that_are_promised():
+def test_every_type_that_models_are_made_of():
     promised = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4"
-    assert {type.name for type in SUPPORTED} >= set(promised.split())
+    assert {t.name for t in SUPPORTED} == set(promised.split())
 
 
-@each_type
-def test_random_bytes(type, rng):
-    # 5000 blocks: any scale, any quant, infinities and not-a-numbers, none of which may warn.
-    raw = random_rows(rng, type, 50, n_blocks=100)
+@by_name
+def test_random_blocks_to_the_bit(type, rng):
+    raw = rows_of_blocks(rng, type, 40, 512)
+    theirs = oracle(raw, type)
+    assert np.isfinite(theirs).all()
+    assert len(np.unique(theirs)) > 8
+    assert_same_bits(dequantize(raw, type), theirs)
+
+
+@by_name
+def test_random_bytes_and_no_warnings(type, rng):
+    # All factors there are: zero, subnormal, negative, infinite, undefined.
+    raw = rng.integers(0, 256, (300, row_bytes(type, 256)), dtype=np.uint8)
+    theirs = oracle(raw, type)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = dequantize(raw, type)
-    assert_same_bits(got, oracle(raw, type))
+        ours = dequantize(raw, type)
+    defined = ~np.isnan(theirs)
+    np.testing.assert_array_equal(np.isnan(ours), ~defined)
+    assert_same_bits(ours[defined], theirs[defined])
 
 
-@each_type
-def test_every_byte_at_every_place_of_a_block(type, rng):
-    block = random_rows(rng, type, 1, n_blocks=1)
-    raw = np.repeat(block, 256 * type.block_bytes, axis=0).reshape(type.block_bytes, 256, -1)
-    for at in range(type.block_bytes):
-        raw[at, :, at] = np.arange(256)
-    assert_same_bits(dequantize(raw, type), oracle(raw, type))
+@by_name
+def test_every_value_of_every_byte(type, rng):
+    """Each byte of a block in turn takes all 256 values, so that no field is only right for small numbers."""
+    block = random_blocks(rng, type, (type.block_size,)).reshape(-1)
+    raw = np.repeat(block[None], 256 * len(block), axis=0).reshape(len(block), 256, -1)
+    for i in range(len(block)):
+        raw[i, :, i] = np.arange(256)
+    raw = raw.reshape(-1, len(block))
+    theirs = oracle(raw, type)
+    ours = dequantize(raw, type)
+    defined = ~np.isnan(theirs)
+    np.testing.assert_array_equal(np.isnan(ours), ~defined)
+    assert_same_bits(ours[defined], theirs[defined])
+
+
+def test_scales_of_mxfp4():
+    raw = np.zeros((256, 17), np.uint8)
+    raw[:, 0] = np.arange(256)
+    raw[:, 1] = 0x92  # 1 in the low half (element 0), -0.5 in the high half (element 16).
+    got = dequantize(raw, GGMLType.MXFP4)
+    np.testing.assert_array_equal(got[:255, 0], np.ldexp(1.0, np.arange(255) - 127).astype(np.float32))
+    np.testing.assert_array_equal(got[:255, 16], -got[:255, 0] / 2)
+    np.testing.assert_array_equal(got[:, 1:16], 0)
+
+
+@by_name
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (3, 2), (2, 0, 5), (2, 1, 3)], ids=str)
+def test_leading_axes(type, lead, rng):
+    n_in = max(type.block_size, 4) * 3
+    raw = random_blocks(rng, type, (*lead, n_in))
+    got = dequantize(raw, type)
+    assert got.shape == (*lead, n_in)
+    assert got.dtype == np.float32
+    if raw.size:
+        assert_same_bits(got, oracle(raw, type))
+
+
+@by_name
+def test_rows_of_no_weights(type):
+    assert dequantize(np.empty((3, 0), np.uint8), type).shape == (3, 0)
+
+
+@by_name
+def test_more_than_one_chunk(type, rng):
+    """Sizes on both sides of several chunk boundaries give what single rows give."""
+    # Random contents of one small tensor, repeated at random, so that the oracle need not run over megabytes.
+    rows = rows_of_blocks(rng, type, 7, 256)
+    weights = oracle(rows, type)
+    for n_rows in (255, 256, 257, 512, 513, 1000):
+        pick = rng.integers(0, len(rows), n_rows)
+        assert_same_bits(dequantize(rows[pick], type), weights[pick])
+    wide = rng.integers(0, len(rows), 300)
+    got = dequantize(rows[wide].reshape(1, -1), type)
+    assert_same_bits(got.reshape(300, -1), weights[wide])
+
+
+@by_name
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda raw, b: raw[::2],
+        lambda raw, b: raw[::-1],
+        lambda raw, b: raw.transpose(1, 0, 2),
+        lambda raw, b: raw[:, 3:17],
+        lambda raw, b: raw[:, :, 2 * b : 6 * b],
+        lambda raw, b: raw[:, 1, b:],
+        lambda raw, b: np.broadcast_to(raw[0, 0], (5, raw.shape[-1])),
+    ],
+    ids=["every second", "backwards", "transposed", "middle", "columns", "part of rows", "broadcast"],
+)
+def test_memory_that_is_not_contiguous(type, view, rng):
+    n_in = max(8 * type.block_size, 16)
+    raw = view(random_blocks(rng, type, (6, 20, n_in)), row_bytes(type, n_in) // 8)
+    assert_same_bits(dequantize(raw, type), oracle(np.ascontiguousarray(raw), type))
+
+
+@by_name
+def test_bytes_that_are_not_next_to_each_other(type, rng):
+    spread = np.zeros((4, 2 * row_bytes(type, 256)), np.uint8)
+    spread[:, ::2] = random_blocks(rng, type, (4, 256))
+    assert_same_bits(dequantize(spread[:, ::2], type), oracle(spread[:, ::2].copy(), type))
+    assert_same_bits(dequantize(spread[2, ::2], type), oracle(spread[2, ::2].copy(), type))
+
+
+@by_name
+def test_wide_rows_that_are_not_contiguous(type, rng):
+    n_in = 1 << 17
+    small = random_blocks(rng, type, (4, 256))
+    raw = np.tile(small, (1, n_in // 256))[::2]
+    assert_same_bits(dequantize(raw, type), np.tile(oracle(small, type), (1, n_in // 256))[::2])
+
+
+@by_name
+def test_any_address(type, rng):
+    raw = random_blocks(rng, type, (3, 256))
+    for shift in range(1, 4):
+        moved = np.empty(raw.size + shift, np.uint8)[shift:].reshape(raw.shape)
+        moved[:] = raw
+        assert_same_bits(dequantize(moved, type), oracle(raw, type))
+
+
+@by_name
+def test_the_input_is_not_written(type, rng):
+    raw = random_blocks(rng, type, (5, 256))
+    before = raw.copy()
+    raw.flags.writeable = False
+    dequantize(raw, type)
+    np.testing.assert_array_equal(raw, before)
+
+
+@by_name
+def test_into_given_memory(type, rng):
+    raw = random_blocks(rng, type, (5, 256))
+    out = np.full((5, 256), np.nan, np.float32)
+    assert dequantize(raw, type, out) is out
+    assert_same_bits(out, oracle(raw, type))
+    for wrong in (np.empty((5, 255), np.float32), np.empty((5, 256)), np.empty((256, 5), np.float32).T):
+        with pytest.raises(ValueError, match="out is"):
+            dequantize(raw, type, wrong)
+
+
+def test_f32_is_a_view(rng):
+    raw = random_blocks(rng, GGMLType.F32, (6, 8))
+    assert np.shares_memory(dequantize(raw, GGMLType.F32), raw)
+    assert np.shares_memory(dequantize(raw[1::2, 4:12], GGMLType.F32), raw)
+    shifted = np.zeros(33, np.uint8)[1:]
+    assert not np.shares_memory(dequantize(shifted, GGMLType.F32), shifted)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "rows", "transposed", "one row"])
+@by_name
+def test_temporaries_stay_small(type, layout, rng):
+    n_rows, n_in = 512, 8192
+    raw = np.tile(random_blocks(rng, type, (1, n_in)), (n_rows, 1))
+    raw = {
+        "contiguous": lambda: raw,
+        "rows": lambda: raw[::2],
+        "transposed": lambda: raw.reshape(64, 8, -1).transpose(1, 0, 2),
+        "one row": lambda: raw.reshape(1, -1),
+    }[layout]()
+    n_weights = raw.size // type.block_bytes * type.block_size
+    tracemalloc.start()
+    try:
+        dequantize(raw, type, np.empty((*raw.shape[:-1], n_weights // (raw.size // raw.shape[-1])), np.float32))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - 4 * n_weights < 4 << 20
+
+
+@pytest.mark.parametrize("type", sorted(set(GGMLType) - SUPPORTED), ids=lambda t: t.name)
+def test_other_types_are_named(type):
+    with pytest.raises(ModelError, match=rf"type {type.name} cannot"):
+        dequantize(np.zeros((1, type.block_bytes), np.uint8), type)
+
+
+def test_mistakes_of_the_caller():
+    for raw in (np.zeros((2, 35), np.uint8), np.zeros((2, 34), np.int8), np.uint8(3).reshape(())):
+        with pytest.raises(ValueError, match="not rows of Q8_0 blocks"):
+            dequantize(raw, GGMLType.Q8_0)
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
@@ -65,98 +228,3 @@ def test_quantized_weights_come_back_nearly(name, rng):
     raw = gguf.quants.quantize(weights, gguf.GGMLQuantizationType(int(type))).view(np.uint8)
     error = ((dequantize(raw, type) - weights) ** 2).mean()
     assert error < {32: 1e-13, 16: 1e-4, 8: 1e-3}.get(type.block_bytes * 8 // type.block_size, 2e-2)
-
-
-@each_type
-def test_shapes_and_out(type, rng):
-    raw = random_rows(rng, type, 2, 3, 4)
-    expected = oracle(raw, type)
-    assert_same_bits(dequantize(raw, type), expected)
-    assert_same_bits(dequantize(raw[0, 0, 0], type), expected[0, 0, 0])
-    out = np.full(expected.shape, np.nan, np.float32)
-    assert dequantize(raw, type, out) is out
-    assert_same_bits(out, expected)
-    for empty in (raw[:0], raw[:, :0], raw[..., :0]):
-        n = empty.shape[-1] // type.block_bytes * type.block_size
-        assert dequantize(empty, type).shape == (*empty.shape[:-1], n)
-
-
-@each_type
-def test_slices_that_are_not_contiguous(type, rng):
-    raw = random_rows(rng, type, 4, 6, 6, n_blocks=5)
-    columns = slice(type.block_bytes, 4 * type.block_bytes)
-    for part in (raw[..., columns], raw[::2, 1:5:2], raw[:, :, ::-1], raw.transpose(1, 0, 2, 3)[0], raw[0, 0, 0, ::-1]):
-        if part.ndim > 1 or part.size % type.block_bytes == 0:
-            expected = oracle(np.ascontiguousarray(part), type)
-            assert_same_bits(dequantize(part, type), expected)
-            out = np.empty(expected.shape, np.float32)
-            assert_same_bits(dequantize(part, type, out), expected)
-
-
-@pytest.mark.parametrize("type", [GGMLType.F16, GGMLType.Q4_0, GGMLType.Q6_K], ids=lambda t: t.name)
-def test_long_and_many_rows_that_are_not_contiguous(type, rng):
-    # Rows longer than a chunk, and more short rows than fit into one.
-    for n_rows, n_in in ((3, 1 << 17), (1500, 256)):
-        raw = rng.integers(0, 256, (n_rows, row_bytes(type, 2 * n_in)), dtype=np.uint8)[:, : row_bytes(type, n_in)]
-        assert_same_bits(dequantize(raw, type), oracle(np.ascontiguousarray(raw), type))
-
-
-@each_type
-def test_chunks_end_inside_the_last_rows(type, rng):
-    raw = random_rows(rng, type, 70_000 // type.block_size * 3 + 1, n_blocks=1)
-    assert_same_bits(dequantize(raw, type), oracle(raw, type))
-
-
-@each_type
-def test_memory_that_may_not_be_written(type, rng):
-    raw = random_rows(rng, type, 3)
-    before = raw.copy()
-    raw.flags.writeable = False
-    assert_same_bits(dequantize(raw, type), oracle(raw, type))
-    np.testing.assert_array_equal(raw, before)
-
-
-def test_f32_is_a_view(rng):
-    raw = rng.integers(0, 256, (4, 6, 64), dtype=np.uint8)
-    for part in (raw, raw[1, 2:], raw[..., 8:40], raw[0, 0]):
-        weights = dequantize(part, GGMLType.F32)
-        assert np.shares_memory(weights, raw)
-        assert weights.flags.aligned
-
-
-def test_f32_that_is_not_aligned_is_copied(rng):
-    raw = rng.integers(0, 256, 4 * 8 + 1, dtype=np.uint8)[1:]
-    weights = dequantize(raw, GGMLType.F32)
-    assert weights.flags.aligned
-    assert not np.shares_memory(weights, raw)
-    assert weights.tobytes() == raw.tobytes()
-
-
-@each_type
-def test_temporaries_are_small(type, rng):
-    raw = random_rows(rng, type, 16, n_blocks=(1 << 18) // type.block_size)
-    for part in (raw, raw[:, type.block_bytes :]):
-        out = np.empty((len(part), part.shape[1] // type.block_bytes * type.block_size), np.float32)
-        tracemalloc.start()
-        try:
-            dequantize(part, type, out)
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert peak < 2 << 20
-
-
-def test_unknown_types_are_refused():
-    for type in set(GGMLType) - SUPPORTED:
-        with pytest.raises(ModelError, match=type.name):
-            dequantize(np.zeros(type.block_bytes, np.uint8), type)
-
-
-def test_wrong_arguments_are_refused():
-    raw = np.zeros((2, 36), np.uint8)
-    for bad in (raw[:, :35], raw.view(np.int8), np.zeros((), np.uint8)):
-        with pytest.raises(ValueError, match="is not rows of Q4_0 blocks"):
-            dequantize(bad, GGMLType.Q4_0)
-    for out in (np.empty((2, 32), np.float32), np.empty((2, 64)), np.empty((64, 2), np.float32).T):
-        with pytest.raises(ValueError, match="not contiguous float32"):
-            dequantize(raw, GGMLType.Q4_0, out)
