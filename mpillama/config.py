@@ -11,12 +11,15 @@ import numpy as np
 
 from mpillama.architectures import Architecture, architecture
 from mpillama.errors import ModelError
+from mpillama.gguf.cursor import quoted
 from mpillama.gguf.reader import GGUFHeader
 
 # Far above any model there is; a larger number is a damaged file.
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 22
 MAX_CONTEXT = 1 << 30
+MAX_NUMBER = 1e15
+MAX_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,10 @@ class _Keys:
             value = value.flat[0].item()
         if value is None:
             if default is None:
-                raise ModelError(f"the model has no key {self.prefix}.{key}; the file is incomplete, convert it again")
+                raise self.missing(key)
             return default
         if isinstance(value, bool) or not isinstance(value, int):
-            kind = "differs between blocks" if isinstance(value, np.ndarray) else f"is {value!r}"
-            raise ModelError(f"key {self.prefix}.{key} {kind}; a single integer is needed")
+            raise ModelError(f"key {self.prefix}.{key} is {_shown(value)}; a single integer is needed")
         if not low <= value <= high:
             raise ModelError(f"key {self.prefix}.{key} is {value}; it must be between {low} and {high}")
         return value
@@ -124,11 +126,31 @@ class _Keys:
         value = self.get(key)
         if value is None:
             if default is None:
-                raise ModelError(f"the model has no key {self.prefix}.{key}; the file is incomplete, convert it again")
+                raise self.missing(key)
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ModelError(f"key {self.prefix}.{key} is {value!r}; a finite number is needed")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_NUMBER:
+            raise ModelError(
+                f"key {self.prefix}.{key} is {_shown(value)}; a number between 0 and {MAX_NUMBER:g} is needed"
+            )
         return float(value)
+
+    def text(self, key: str, default: str) -> str:
+        value = self.get(key)
+        if value is not None and not isinstance(value, str):
+            raise ModelError(f"key {self.prefix}.{key} is {_shown(value)}; a text is needed")
+        return value or default
+
+    def missing(self, key: str) -> ModelError:
+        return ModelError(f"the model has no key {self.prefix}.{key}; the file is incomplete, convert it again")
+
+
+def _shown(value: Any) -> str:
+    """Return a metadata value for a message of one line."""
+    if isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return quoted(value)
+    return f"an array of {len(value)} values"
 
 
 def read_config(header: GGUFHeader, n_ctx: int = 0, overrides: RopeOverrides | None = None) -> Config:
@@ -145,6 +167,8 @@ def read_config(header: GGUFHeader, n_ctx: int = 0, overrides: RopeOverrides | N
     name = header.metadata.get("general.architecture")
     if not isinstance(name, str):
         raise ModelError("the file has no general.architecture; it is not a language model in GGUF format")
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise ModelError(f"general.architecture is {quoted(name)}, which is no architecture; the file is damaged")
     arch = architecture(name)
     keys = _Keys(header.metadata, name)
 
@@ -153,7 +177,11 @@ def read_config(header: GGUFHeader, n_ctx: int = 0, overrides: RopeOverrides | N
     n_head = keys.integer("attention.head_count", high=1 << 14)
     n_head_kv = keys.integer("attention.head_count_kv", n_head, high=1 << 14)
     if n_head % n_head_kv:
-        raise ModelError(f"{n_head} query heads do not divide into {n_head_kv} KV heads")
+        raise ModelError(
+            f"key {name}.attention.head_count is {n_head}, not a multiple of the {n_head_kv} of head_count_kv"
+        )
+    if n_embd < n_head:
+        raise ModelError(f"key {name}.attention.head_count is {n_head}, more than embedding_length, {n_embd}")
     n_embd_head_k = keys.integer("attention.key_length", n_embd // n_head)
     n_ctx_train = keys.integer("context_length", high=MAX_CONTEXT)
     n_expert = keys.integer("expert_count", 0, low=0, high=1 << 12)
@@ -171,17 +199,20 @@ def read_config(header: GGUFHeader, n_ctx: int = 0, overrides: RopeOverrides | N
     if arch.shared_experts == "gated" and not n_ff_shexp:
         n_ff_shexp = n_ff
     if not (n_ff_exp if n_expert else n_ff):
-        raise ModelError(f"the model has no key {name}.feed_forward_length; the file is incomplete, convert it again")
+        raise keys.missing("feed_forward_length")
 
     embd = header.tensors.get("token_embd.weight")
-    if embd is None or len(embd.shape) != 2:
+    if embd is None:
         raise ModelError("the model has no tensor token_embd.weight; the file is incomplete, convert it again")
+    if len(embd.shape) != 2:
+        raise ModelError(f"tensor token_embd.weight has {len(embd.shape)} axes instead of 2; convert the model again")
 
     rope = _rope(keys, arch, n_embd_head_k, n_ctx_train, n_ctx or n_ctx_train, header, overrides or RopeOverrides())
     windows = _windows(keys, arch, n_layer)
+    title = header.metadata.get("general.name")
     return Config(
         arch=arch,
-        name=str(header.metadata.get("general.name", name)),
+        name=title if isinstance(title, str) else name,
         n_layer=n_layer,
         n_embd=n_embd,
         n_vocab=embd.shape[1],
@@ -223,11 +254,13 @@ def _rope(
     if n_rot % 2:
         raise ModelError(f"key {keys.prefix}.rope.dimension_count is {n_rot}; it must be even")
     finetuned = keys.get("rope.scaling.finetuned")
-    if arch.rope_switch and finetuned is not None and not finetuned:
+    if arch.rope_switch and finetuned is False:
         n_rot = 0
-    kind = over.scaling or keys.get("rope.scaling.type") or "linear"
+    kind = over.scaling or keys.text("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise ModelError(f"rope scaling type '{kind}' is not supported; mpillama knows none, linear, yarn and longrope")
+        raise ModelError(
+            f"rope scaling type {quoted(kind)} is not supported; mpillama knows none, linear, yarn and longrope"
+        )
     factor = keys.number("rope.scaling.factor", 0.0) or keys.number("rope.scale_linear", 0.0)
     scale = over.freq_scale or (1.0 / factor if factor else 1.0)
     if kind == "none":
@@ -244,7 +277,7 @@ def _rope(
     if arch.yarn_keys:
         beta_fast = keys.number("rope.scaling.yarn_beta_fast", beta_fast)
         beta_slow = keys.number("rope.scaling.yarn_beta_slow", beta_slow)
-    return Rope(
+    rope = Rope(
         n_rot=n_rot,
         neox=arch.rope_neox,
         freq_base=over.freq_base or keys.number("rope.freq_base", 10000.0),
@@ -256,6 +289,25 @@ def _rope(
         n_ctx_orig=n_ctx_orig,
         factors=_rope_factors(arch, n_ctx > n_ctx_orig, header),
     )
+    return _checked(rope)
+
+
+def _checked(rope: Rope) -> Rope:
+    """Return a rope whose angles can be computed: no logarithm of 0, nothing infinite."""
+    for what, value, low in (
+        ("base frequency", rope.freq_base, 1.001),
+        ("frequency scale", rope.freq_scale, 1e-9),
+        ("magnitude", rope.attn_factor, 1e-9),
+        ("YaRN beta_fast", rope.beta_fast, 1e-9),
+        ("YaRN beta_slow", rope.beta_slow, 1e-9),
+        ("YaRN mix", rope.ext_factor, 0.0),
+    ):
+        if not low <= value <= MAX_NUMBER:
+            raise ModelError(
+                f"rope has the {what} {value:g}, which must be between {low:g} and {MAX_NUMBER:g}; "
+                "correct the flag that sets it, or convert the model again"
+            )
+    return rope
 
 
 def _yarn_magnitude(factor: float, mscale: float) -> float:
@@ -274,10 +326,11 @@ def _window_rope(keys: _Keys, arch: Architecture, rope: Rope) -> Rope:
     if arch.window_rope == "own":
         unscaled = 1.0 if rope.ext_factor else rope.attn_factor
         base = keys.number("rope.freq_base_swa", 10000.0)
-        return replace(rope, freq_base=base, freq_scale=1.0, ext_factor=0.0, attn_factor=unscaled)
+        return _checked(replace(rope, freq_base=base, freq_scale=1.0, ext_factor=0.0, attn_factor=unscaled))
     if arch.window_rope == "unscaled":
         return replace(rope, freq_scale=1.0, ext_factor=0.0, attn_factor=1.0)
-    return replace(rope, freq_base=keys.number("rope.freq_base_swa", rope.freq_base)) if arch.window_period else rope
+    base = keys.number("rope.freq_base_swa", rope.freq_base) if arch.window_period else rope.freq_base
+    return _checked(replace(rope, freq_base=base))
 
 
 def _windows(keys: _Keys, arch: Architecture, n_layer: int) -> tuple[int, ...]:

@@ -151,8 +151,10 @@ def _unfuse(present: dict[str, TensorInfo], name: str, members: tuple[tuple[str,
         if fused is None:
             continue
         n_rows = sum(n for _, n in members)
-        if fused.shape[-1] != n_rows:
+        if fused.shape[-1] != n_rows or len(fused.shape) != (2 if suffix == ".weight" else 1):
             raise ModelError(f"tensor {fused.name} has shape {_text(fused.shape)}; its metadata ask for {n_rows} rows")
+        if suffix == ".bias" and fused.type.block_size > 1:
+            raise ModelError(f"tensor {fused.name} has type {fused.type.name}; a fused bias must be F32, F16 or BF16")
         del present[name + suffix]
         start = 0
         for member, n in members:

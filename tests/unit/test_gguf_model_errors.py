@@ -80,7 +80,7 @@ def check_message(error: UserError) -> None:
     message = str(error)
     assert message.isprintable()
     assert len(message) < 400
-    assert isinstance(error, ModelError)
+    assert isinstance(error, ModelError | GGUFError)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,14 @@ def test_absurd_keys(llama, name, value, pattern):
 
 @pytest.mark.parametrize(
     "name",
-    ["embedding_length", "block_count", "context_length", "feed_forward_length", "attention.head_count"]
-    + ["attention.layer_norm_rms_epsilon"],
+    [
+        "embedding_length",
+        "block_count",
+        "context_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+    ],
 )
 def test_missing_keys(llama, name):
     assert f"has no key llama.{name}" in message_of(with_key(llama, f"llama.{name}", None))
@@ -203,11 +209,11 @@ def test_unknown_architectures(llama, value, pattern):
 
 
 def test_yarn_that_cannot_be_computed(llama):
-    header = with_key(llama, "general.architecture", "mistral3")
-    for name, value in llama.metadata.items():
-        header = with_key(header, name.replace("llama.", "mistral3."), value)
-    header = with_key(with_key(header, "mistral3.rope.scaling.type", "yarn"), "mistral3.rope.scaling.factor", 4.0)
-    use(header)
+    metadata = {name.replace("llama.", "mistral3."): value for name, value in llama.metadata.items()}
+    metadata |= {"general.architecture": "mistral3", "mistral3.rope.scaling.type": "yarn"}
+    metadata["mistral3.rope.scaling.factor"] = 4.0
+    header = dataclasses.replace(llama, metadata=metadata)
+    assert use(header).rope.ext_factor == 1.0
     assert "beta_fast 0, which must" in message_of(with_key(header, "mistral3.rope.scaling.yarn_beta_fast", 0))
     assert "is -3.5" in message_of(with_key(header, "mistral3.rope.scaling.yarn_log_multiplier", -3.5))
 
@@ -309,7 +315,7 @@ def test_a_file_that_changed_after_its_header_was_read(tmp_path, rng):
         with pytest.raises(GGUFError, match=r"the file ends inside [a-z_.0-9]+; copy it again"):
             load_weights(header.paths, tensors, Sharding(cfg, [1.0]), 0, ReferenceBackend())
     path.unlink()
-    with pytest.raises(GGUFError, match="cannot read .*: No such file"):
+    with pytest.raises(GGUFError, match=r"cannot read .*: No such file"):
         load_weights(header.paths, tensors, Sharding(cfg, [1.0, 2.0]), 1, ReferenceBackend())
 
 
@@ -351,7 +357,12 @@ def sound_header(arch: str, experts: bool) -> GGUFHeader:
     tensors, offset = {}, 0
     for want in expected_tensors(cfg):
         if want.required:
-            tensors[want.name] = TensorInfo(want.name, F32, want.shape, 0, offset)
+            # The gate of a fused pair is in the first rows of ffn_up.
+            fused = cfg.arch.fused_gate_up and not experts and want.name.endswith(("ffn_gate.weight", "ffn_up.weight"))
+            if fused and "gate" in want.name:
+                continue
+            shape = (want.shape[0], 2 * want.shape[1]) if fused else want.shape
+            tensors[want.name] = TensorInfo(want.name, F32, shape, 0, offset)
             offset += tensors[want.name].nbytes
     return GGUFHeader(("m.gguf",), 3, 32, metadata, tensors, offset)
 
@@ -381,8 +392,7 @@ def random_value(rng: np.random.Generator) -> Any:
             n = int(rng.integers(0, 5))
             # Half of the arrays repeat one number, which readers may take for a single one.
             raw = rng.integers(0, 256, (1 if rng.integers(2) else n, dtype.itemsize), dtype=np.uint8)
-            with np.errstate(all="ignore"):
-                return np.resize(raw.reshape(-1) % 2 == 1 if dtype == bool else raw.reshape(-1).view(dtype), n)
+            return np.resize(raw.reshape(-1) % 2 == 1 if dtype.kind == "b" else raw.reshape(-1).view(dtype), n)
         case _:
             return strings(*TEXTS[: int(rng.integers(4))]) if rng.integers(2) else [np.arange(3), strings("x")]
 
@@ -452,7 +462,7 @@ def test_random_tensor_tables(llama, rng):
 
 
 def test_damage_that_keeps_the_format_of_a_real_file(tmp_path, rng):
-    """Numbers within the metadata and tensor table of a real file are overwritten; what opens is loaded on two ranks."""
+    """Numbers in the header of a real file are overwritten; what opens is loaded on two ranks."""
     path = write_llama(tmp_path / "m.gguf", rng, n_embd=64, n_head_dim=16, n_ff=64, n_vocab=32)
     sound = path.read_bytes()
     start = min(info.offset for info in read_header(path).tensors.values())
@@ -474,8 +484,7 @@ def test_damage_that_keeps_the_format_of_a_real_file(tmp_path, rng):
                 assert n_read <= len(data)
             n_loaded += 1
         except UserError as error:
-            assert str(error).isprintable()
-            assert len(str(error)) < 500
+            check_message(error)
     assert 0 < n_loaded < 300
 
 
