@@ -281,7 +281,7 @@ def counted(tmp_path, data: bytes) -> tuple[int, int]:
         for value in header.metadata.values():
             if not isinstance(value, str | int | float):
                 list(value)
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 5
     return accepted, tracemalloc.get_traced_memory()[1] - before
 
 
@@ -290,7 +290,7 @@ def test_thousands_of_damaged_files(tmp_path, rng):
     n_accepted = 0
     tracemalloc.start()
     try:
-        for _ in range(3000):
+        for _ in range(2000):
             data = mutated(rng, sound)
             accepted, peak = counted(tmp_path, data)
             n_accepted += accepted
@@ -298,7 +298,7 @@ def test_thousands_of_damaged_files(tmp_path, rng):
     finally:
         tracemalloc.stop()
     # Damage to a value goes unnoticed; if it never or always did, the mutations would not reach the checks.
-    assert 100 < n_accepted < 2700
+    assert 100 < n_accepted < 1800
 
 
 @pytest.mark.parametrize("layout", ["<Q", "<I"])
@@ -319,7 +319,7 @@ def test_huge_numbers_at_every_place(tmp_path, layout):
 
 def test_memory_stays_near_the_size_of_a_large_damaged_file(tmp_path):
     # Empty strings and arrays make the most objects of the fewest bytes.
-    n = 50_000
+    n = 20_000
     for item_type, item in ((STRING, bytes(8)), (ARRAY, array_body(U16, []))):
         data = gguf_bytes([array("a", item_type, [], count=n) + item * n, array("b", STRING, [], count=1 << 40)])
         tracemalloc.start()
@@ -328,4 +328,4 @@ def test_memory_stays_near_the_size_of_a_large_damaged_file(tmp_path):
         finally:
             tracemalloc.stop()
         assert not accepted
-        assert peak < (4 << 20) + 32 * len(data)
+        assert peak < (3 << 20) + 32 * len(data)
