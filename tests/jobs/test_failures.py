@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -178,12 +177,17 @@ def test_a_launcher_of_another_family_is_explained(model, tmp_path):
     assert ended.code == 2
 
 
-def test_output_into_a_closed_pipe_is_no_error():
-    command = [*mpirun(2), sys.executable, "-m", "mpillama", *map(str, endless())]
+@pytest.mark.parametrize("n_ranks", [0, 2])
+def test_output_into_a_closed_pipe_is_no_error(n_ranks):
+    if n_ranks and "Open MPI" in launcher():
+        pytest.skip("Open MPI's launcher goes on reading when its own output is closed")
+    command = [*mpirun(n_ranks), sys.executable, "-m", "mpillama", *map(str, endless())]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     job.stdout.read(10)
     job.stdout.close()
-    began = time.monotonic()
-    job.wait(20)
-    assert time.monotonic() - began < TOO_LONG
+    try:
+        job.wait(TOO_LONG)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
     assert "Traceback" not in job.stderr.read()

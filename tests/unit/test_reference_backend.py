@@ -1,0 +1,180 @@
+"""The reference backend against formulas written out slowly, in float64, one number at a time."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
+from mpillama.backends.quants import dequantize
+from mpillama.backends.reference import ReferenceBackend
+from mpillama.backends.rope import frequencies
+from mpillama.config import Rope
+from mpillama.gguf.types import GGMLType
+from tiny import random_blocks
+
+
+def batch_of(lengths, pasts, n_blocks, rng):
+    """Return a batch of sequences that have ``pasts`` tokens behind them, each with KV blocks of its own."""
+    order = rng.permutation(n_blocks)
+    tables, taken = np.full((len(lengths), n_blocks), -1, np.int32), 0
+    for row, (length, past) in enumerate(zip(lengths, pasts, strict=True)):
+        n = -(-(length + past) // KV_BLOCK)
+        tables[row, :n] = order[taken : taken + n]
+        taken += n
+    positions = np.concatenate([np.arange(p, p + n) for n, p in zip(lengths, pasts, strict=True)]).astype(np.int32)
+    none = np.zeros(0, np.int32)
+    return Batch(np.zeros(len(positions), np.int32), positions, np.array(lengths, np.int32), tables, none)
+
+
+def slow_attention(q, keys, values, position, params, sinks):
+    """Attend from one token: q (H, D), all keys (C, G, D) and values (C, G, Dv) up to its position."""
+    out = np.zeros((len(q), values.shape[2]))
+    for head, group in enumerate(params.kv_heads):
+        scores = {}
+        for other in range(position + 1):
+            if params.window and position - other >= params.window:
+                continue
+            score = float(q[head].astype(float) @ keys[other, group].astype(float)) * params.scale
+            scores[other] = params.softcap * math.tanh(score / params.softcap) if params.softcap else score
+        total = sum(math.exp(s) for s in scores.values()) + (math.exp(sinks[head]) if sinks is not None else 0.0)
+        for other, score in scores.items():
+            out[head] += math.exp(score) / total * values[other, group]
+    return out
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 40])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(0.0, False), (20.0, False), (0.0, True)])
+@pytest.mark.parametrize("kv_heads", [(0, 0, 1, 1), (0, 1), (0, 1, 1, 1, 2), ()])
+def test_attention(window, softcap, with_sinks, kv_heads, rng):
+    backend, n_head, n_kv, n_k, n_v = ReferenceBackend(), len(kv_heads), max(kv_heads, default=-1) + 1, 8, 6
+    params = AttentionParams(0.4, softcap, window, kv_heads)
+    sinks = rng.standard_normal(n_head).astype("f4") if with_sinks else None
+    cache = backend.new_cache(12, n_kv, n_k, n_v, "f32", "f32")
+    history = [(np.zeros((0, n_kv, n_k)), np.zeros((0, n_kv, n_v))) for _ in range(2)]
+    pasts, table_rng = [0, 0], np.random.default_rng(3)
+    tables = batch_of([100, 90], [0, 0], 12, table_rng).block_tables
+    for lengths in ([37, 5], [1, 1], [4, 30], [1, 2]):
+        n = sum(lengths)
+        q, k, v = (rng.standard_normal((n, h, d)).astype("f4") for h, d in ((n_head, n_k), (n_kv, n_k), (n_kv, n_v)))
+        positions = np.concatenate([np.arange(p, p + m) for p, m in zip(pasts, lengths, strict=True)]).astype("i4")
+        batch = Batch(positions, positions, np.array(lengths, "i4"), tables, positions[:0])
+        out = backend.attention(q, k, v, cache, batch, params, sinks)
+        assert out.shape == (n, n_head, n_v)
+        start = 0
+        for row, length in enumerate(lengths):
+            part = slice(start, start + length)
+            old_k, old_v = history[row]
+            history[row] = np.concatenate([old_k, k[part]]), np.concatenate([old_v, v[part]])
+            for t in range(start, start + length):
+                expected = slow_attention(q[t], *history[row], int(positions[t]), params, sinks)
+                np.testing.assert_allclose(out[t], expected, rtol=2e-5, atol=2e-6)
+            start += length
+            pasts[row] += length
+
+
+@pytest.mark.parametrize("neox", [False, True])
+def test_rope_turns_pairs_by_position_times_frequency(neox, rng):
+    backend, rope = ReferenceBackend(), Rope(n_rot=12, neox=neox, freq_base=1000.0, freq_scale=0.5, attn_factor=1.25)
+    positions = np.array([0, 1, 7, 5000], np.int32)
+    x = rng.standard_normal((4, 3, 16)).astype("f4")
+    out = backend.rope(x, backend.rope_table(positions, rope, None))
+    for t, position in enumerate(positions.tolist()):
+        for pair in range(6):
+            i, j = (pair, pair + 6) if neox else (2 * pair, 2 * pair + 1)
+            turned = (x[t, :, i] + 1j * x[t, :, j]) * 1.25 * np.exp(1j * position * 0.5 * 1000.0 ** (-2 * pair / 12))
+            np.testing.assert_allclose(out[t, :, i], turned.real, atol=1e-5)
+            np.testing.assert_allclose(out[t, :, j], turned.imag, atol=1e-5)
+    np.testing.assert_array_equal(out[..., 12:], x[..., 12:])
+
+
+def test_rope_factors_divide_the_frequencies(rng):
+    factors = rng.uniform(0.5, 8, 4).astype("f4")
+    plain = Rope(n_rot=8, neox=True, freq_base=10000.0)
+    np.testing.assert_allclose(frequencies(plain, factors), frequencies(plain, None) / factors, rtol=1e-7)
+
+
+def test_yarn_keeps_fast_pairs_slows_slow_ones_and_mixes_between():
+    """The definition of the paper, section 3.2, by the number of turns r of each pair within the original context."""
+    n_rot, base, factor, n_orig = 64, 10000.0, 4.0, 4096
+    rope = Rope(n_rot, True, base, freq_scale=1 / factor, ext_factor=1.0, n_ctx_orig=n_orig)
+    found = frequencies(rope, None)
+    plain = base ** (-2.0 * np.arange(n_rot // 2) / n_rot)
+    turns = n_orig * plain / (2 * math.pi)
+    # Between the two the ramp runs over pair numbers, with its ends rounded outwards to whole pairs.
+    assert found[turns > 33 * base ** (2 / n_rot)] == pytest.approx(plain[turns > 33 * base ** (2 / n_rot)])
+    slow = turns < 1 / base ** (2 / n_rot)
+    assert slow.any()
+    assert found[slow] == pytest.approx(plain[slow] / factor)
+    share = (found - plain / factor) / (plain - plain / factor)
+    assert (np.diff(share) <= 1e-12).all()
+    between = share[(share > 0) & (share < 1)]
+    assert len(between) > 5
+    assert np.diff(between) == pytest.approx(np.diff(between)[0])
+
+
+@pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.Q8_0, GGMLType.Q4_K])
+@pytest.mark.parametrize("expand", [True, False])
+def test_linear_embedding_and_experts(type, expand, rng, monkeypatch):
+    if not expand:
+        monkeypatch.setattr("mpillama.backends.reference.EXPAND_BYTES", 0)
+        monkeypatch.setattr("mpillama.backends.reference._CHUNK_ELEMENTS", 3000)
+    backend = ReferenceBackend()
+    raw = random_blocks(rng, type, (5, 40, 512))
+    exact = dequantize(raw, type).astype(float)
+    x = rng.standard_normal((7, 500)).astype("f4")
+    padded = np.concatenate([np.zeros((7, 8)), x, np.zeros((7, 4))], axis=1)
+    one = backend.weight(RawWeight("w", type, raw[:1], 512, (8, 4)))
+    np.testing.assert_allclose(backend.linear(x, one), padded @ exact[0].T, rtol=1e-3, atol=1e-5)
+
+    tokens = np.array([3, 99, 41, 0, 39], np.int32)
+    plain = backend.weight(RawWeight("w", type, raw[:1], 512))
+    rows = backend.embedding(tokens, plain, first=2)
+    for row, token in zip(rows, tokens, strict=True):
+        np.testing.assert_array_equal(row, exact[0, token - 2].astype("f4") if 2 <= token < 42 else np.zeros(512))
+
+    stack = backend.weight(RawWeight("w", type, raw, 512, (8, 4)))
+    chosen = np.array([rng.permutation(5)[:2] for _ in range(7)])
+    out = backend.expert_linear(x, stack, chosen)
+    for t in range(7):
+        for slot, expert in enumerate(chosen[t]):
+            np.testing.assert_allclose(out[t, slot], exact[expert] @ padded[t], rtol=1e-3, atol=1e-5)
+    own = backend.expert_linear(np.repeat(x[:, None], 2, axis=1), stack, chosen)
+    np.testing.assert_allclose(own, out, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_and_activations(rng):
+    backend = ReferenceBackend()
+    x, w = rng.standard_normal((3, 40)).astype("f4") * 4, rng.standard_normal(40).astype("f4")
+    expected = x / np.sqrt((x.astype(float) ** 2).mean(axis=1, keepdims=True) + 1e-3) * w
+    np.testing.assert_allclose(backend.rms_norm(x, w, 1e-3), expected, rtol=1e-5)
+    mean = (backend.sum_squares(x, 0, 15) + backend.sum_squares(x, 15, 40)) / 40
+    np.testing.assert_allclose(backend.scale_by_mean_square(x, mean, w, 1e-3), expected, rtol=1e-5)
+
+    gate, up = x[:, :20].astype(float), x[:, 20:].astype(float)
+    gate[0, :2] = (-200, 200)
+    results = {
+        "silu": gate / (1 + np.exp(-gate)) * up,
+        "gelu": gate * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up,
+        "swiglu_oai": np.minimum(gate, 7) / (1 + np.exp(-1.702 * np.minimum(gate, 7))) * (np.clip(up, -7, 7) + 1),
+    }
+    for name, expected in results.items():
+        found = backend.gated(name, gate.astype("f4"), up.astype("f4"))
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(backend.softcap(x, 3.0), 3 * np.tanh(x / 3.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("gating", ["softmax", "softmax_weight"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_routing(gating, normalize, rng):
+    logits = rng.standard_normal((9, 6)).astype("f4") * 3
+    logits[0] = 1.0
+    experts, weights = ReferenceBackend().route(logits, 3, gating, normalize)
+    assert experts[0].tolist() == [0, 1, 2]
+    for t in range(9):
+        order = sorted(range(6), key=lambda e: (-logits[t, e], e))[:3]
+        assert experts[t].tolist() == order
+        over = order if gating == "softmax_weight" else range(6)
+        total = sum(math.exp(logits[t, e]) for e in over)
+        expected = np.array([math.exp(logits[t, e]) / total for e in order])
+        np.testing.assert_allclose(weights[t], expected / expected.sum() if normalize else expected, rtol=1e-5)
