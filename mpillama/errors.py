@@ -12,6 +12,12 @@ class UserError(Exception):
     """A mistake outside the program; the message is one line and says what to do about it."""
 
     exit_code = 1
+
+    @property
+    def line(self) -> str:
+        """The message on one line, whatever a file name or a library has put into it."""
+        return " ".join(str(self).split())
+
     told = False
     """Whether the other ranks have learned of it already, and are on their way out."""
 

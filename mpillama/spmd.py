@@ -133,7 +133,7 @@ def run(main: Callable[[World, Interrupts], int]) -> int:
     except UserError as error:
         code = error.exit_code
         if place.rank == 0 or (world is not None and not error.told):
-            _say(place, world, str(error), alone=error.told or world is None)
+            _say(place, world, error.line, alone=error.told or world is None)
         if world is not None and not error.told:
             _abort(world, code)
     except Stopped as stopped:

@@ -14,6 +14,7 @@ from pathlib import Path
 import gguf_file
 import torch
 from model import Config, Llama
+from muon import Muon
 from sample import generate
 from stories import story
 from tokenizer import END_OF_TEXT
@@ -27,6 +28,7 @@ IGNORE = -100  # what cross_entropy leaves out
 STORIES_FOR_TOKENIZER = 8000
 HELD_OUT = 256  # the first seeds are for measuring, never for training
 PACKED_EVERY = 8
+COPYING_EVERY = 3
 
 
 def batches(tokenizer: Tokenizer, size: int, n_ctx: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -58,6 +60,19 @@ def batches(tokenizer: Tokenizer, size: int, n_ctx: int, seed: int) -> Iterator[
             yield inputs, targets
 
 
+def copying(n_vocab: int, rows: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) of random tokens told twice; only the second telling counts.
+
+    To keep a hero's name through a story, the model has to look back and copy. From stories alone it learns this late.
+    """
+    length = int(torch.randint(8, 64, (), generator=rng))
+    once = torch.randint(n_vocab, (rows, length), generator=rng)
+    twice = torch.cat((once, once), 1)
+    targets = twice[:, 1:].clone()
+    targets[:, : length - 1] = IGNORE
+    return twice[:, :-1], targets
+
+
 def loss_of(model: Llama, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy per token, in nats."""
     return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
@@ -85,9 +100,10 @@ def train(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     matrices = [weight for name, weight in model.named_parameters() if name.startswith("blk.") and weight.ndim == 2]
     others = [weight for name, weight in model.named_parameters() if not (name.startswith("blk.") and weight.ndim == 2)]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=args.lr),
         torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+    random_tokens = torch.Generator().manual_seed(args.seed)
     start = time.monotonic()
     seen = 0
     for step, (inputs, targets) in enumerate(batches(tokenizer, args.batch, model.config.n_ctx, args.seed)):
@@ -98,6 +114,10 @@ def train(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate(progress + 1e-3)
+        # Only while the rate is high: the last half is for the stories alone.
+        copies = progress < 0.5 and step % COPYING_EVERY == 1
+        if copies:
+            inputs, targets = copying(model.config.n_vocab, 2 * args.batch, random_tokens)
         loss = loss_of(model, inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -105,9 +125,10 @@ def train(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad()
         seen += int((targets != IGNORE).sum())
-        if step % 20 == 0:
+        if step % 20 <= copies:
             speed = seen / (time.monotonic() - start)
-            print(f"step {step:5d}  loss {loss.item():.3f}  {seen / 1e6:.2f}M tokens  {speed:.0f} tokens/s", flush=True)
+            what = "copying" if copies else "stories"
+            print(f"step {step:5d}  {what} {loss.item():.3f}  {seen / 1e6:.2f}M tokens  {speed:.0f} tokens/s", flush=True)
     print(f"trained {step} steps, {seen / 1e6:.2f}M tokens, {(time.monotonic() - start) / 60:.1f} minutes")
 
 

@@ -41,7 +41,7 @@ def _alone(body: Callable[[], int], speaks: bool) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"mpillama: error: {error}", file=sys.stderr)
+        print(f"mpillama: error: {error.line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from mpillama.errors import UserError
-from mpillama.tokenizer.vocabulary import TokenType, Vocabulary, is_special
+from mpillama.tokenizer.vocabulary import TokenType, Vocabulary, is_special, utf8
 
 # What C's isspace takes for white space, which is what llama.cpp strips.
 _WHITE_SPACE = " \t\n\v\f\r"
@@ -37,7 +37,7 @@ class Tokenizer(ABC):
         self.add_eos = vocab.add_eos
         # Longest first (in bytes), so that no special token hides a longer one that contains it.
         special = [i for i, type_ in enumerate(vocab.types) if is_special(type_)]
-        self._special = sorted(special, key=lambda i: -len(vocab.tokens[i].encode()))
+        self._special = sorted(special, key=lambda i: -len(utf8(vocab.tokens[i])))
         # Some vocabularies have thousands of them, but with few beginnings, which are looked for first.
         self._heads = {vocab.tokens[i][:2] for i in special}
 
@@ -78,7 +78,7 @@ class Tokenizer(ABC):
         if type_ == TokenType.NORMAL:
             return self._decode_token(token)
         if type_ == TokenType.USER_DEFINED or (special and is_special(type_)):
-            return token.encode()
+            return utf8(token)
         if type_ == TokenType.BYTE:
             return bytes((int(token[3:5], 16),))
         return b""

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from mpillama.errors import ModelError
 from mpillama.tokenizer.base import Tokenizer
 from mpillama.tokenizer.pre import PreTokenizer, pre_tokenizer
-from mpillama.tokenizer.vocabulary import Vocabulary, load_vocabulary, required
+from mpillama.tokenizer.vocabulary import Vocabulary, load_vocabulary, required, utf8
 
 
 class BPETokenizer(Tokenizer):
@@ -29,6 +29,9 @@ class BPETokenizer(Tokenizer):
         try:
             model = models.BPE(vocab=dict(vocab.ids), merges=list(pairs), ignore_merges=pre.ignore_merges)
         except Exception as error:  # the library raises nothing narrower
+            odd = next((i for i, token in enumerate(vocab.tokens) if not _is_utf8(token)), None)
+            if odd is not None:
+                raise ModelError(f"token {odd} of the vocabulary is not UTF-8 text; convert the model again") from None
             raise ModelError(f"tokenizer.ggml.merges does not fit tokenizer.ggml.tokens: {error}") from error
         self._bpe = HFTokenizer(model)
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -45,13 +48,17 @@ class BPETokenizer(Tokenizer):
     def _decode_token(self, token: str) -> bytes:
         byte_of = self._byte_of
         # Characters that stand for no byte come from tokens added by hand; they mean themselves.
-        return b"".join(byte_of.get(character) or character.encode() for character in token)
+        return b"".join(byte_of.get(character) or utf8(character) for character in token)
 
 
 def load_bpe(metadata: Mapping[str, Any]) -> BPETokenizer:
     """The tokenizer of metadata whose ``tokenizer.ggml.model`` is ``gpt2``. Raises ModelError."""
     pre = pre_tokenizer(metadata.get("tokenizer.ggml.pre") or "default")
     return BPETokenizer(load_vocabulary(metadata, pre.add_bos), required(metadata, "merges"), pre)
+
+
+def _is_utf8(token: str) -> bool:
+    return token == utf8(token).decode("utf-8", "replace")
 
 
 def _byte_of_character() -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpillama.errors import ModelError
 from mpillama.tokenizer.base import Tokenizer
-from mpillama.tokenizer.vocabulary import TokenType, Vocabulary, load_vocabulary, per_token
+from mpillama.tokenizer.vocabulary import TokenType, Vocabulary, load_vocabulary, per_token, utf8
 
 _SPACE = "▁"
 _WORDS_REMEMBERED = 1 << 16
@@ -38,7 +38,7 @@ class SPMTokenizer(Tokenizer):
         return [id_ for word in self._words(text) for id_ in self._word_ids(word)]
 
     def _decode_token(self, token: str) -> bytes:
-        return token.replace(_SPACE, " ").encode()
+        return utf8(token.replace(_SPACE, " "))
 
     def _words(self, text: str) -> Iterator[str]:
         """Cut where no token can reach across, since the two characters there are neighbours in no token.

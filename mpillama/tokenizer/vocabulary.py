@@ -149,6 +149,11 @@ class Vocabulary:
     add_eos: bool
 
 
+def utf8(token: str) -> bytes:
+    """Bytes of a token's text; surrogate escapes, for what was not UTF-8 in the file, become the same bytes again."""
+    return token.encode("utf-8", "surrogateescape")
+
+
 def required(metadata: Mapping[str, Any], key: str) -> Any:
     """The value of ``tokenizer.ggml.KEY``; ModelError if the file does not have it."""
     value = metadata.get(f"tokenizer.ggml.{key}")

@@ -158,3 +158,17 @@ def test_vocabulary_without_bytes() -> None:
         "tokenizer.ggml.scores": np.zeros(4),
     }
     assert load_tokenizer(small).encode("aé") == [1, 3, 0, 0]
+
+
+def test_tokens_that_are_not_utf8() -> None:
+    odd = b"\xff\xfe".decode("utf-8", "surrogateescape")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁a", odd]
+    types = np.array([2, 3, 3] + [6] * 256 + [1, 1], np.int32)
+    keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    keys |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    scores = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": np.zeros(len(tokens), np.float32)}
+    assert load_tokenizer(keys | scores).token_bytes(len(tokens) - 1) == b"\xff\xfe"
+    with pytest.raises(ModelError, match=f"token {len(tokens) - 1} of the vocabulary is not UTF-8"):
+        load_tokenizer(
+            keys | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": []}
+        )
