@@ -14,6 +14,7 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from mpillama.backends.reference import ReferenceBackend
+from mpillama.cli.memory import check_memory
 from mpillama.cli.progress import LoadProgress, Log, format_bytes
 from mpillama.comm.base import World, from_root
 from mpillama.config import Config, RopeOverrides, read_config
@@ -106,6 +107,9 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     sharding = Sharding(model.cfg, model.weights)
     infos = list(model.tensors.values())
     shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
+    kv_types = (args.cache_type_k, args.cache_type_v)
+    kv = [kv_bytes(model.cfg, sharding, rank, model.n_ctx, *kv_types) for rank in range(world.size)]
+    check_memory(world, shares, kv, model.n_ctx)
     bar = LoadProgress(sum(shares), enabled=log.interactive)
 
     def progress(n: int) -> None:
@@ -116,14 +120,12 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     try:
         weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, progress)
         n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
-        kv_types = (args.cache_type_k, args.cache_type_v)
         runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, model.n_ctx, *kv_types)
         everyone = world.bcast(world.gather((n_read, peak_memory())))
         if world.rank == 0:
             bar.update(world.reported())
     finally:
         bar.close()
-    kv = [kv_bytes(model.cfg, sharding, rank, model.n_ctx, *kv_types) for rank in range(world.size)]
     log.info(_layout_line(world, backend.name, threads, model, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
         log.verbose(

@@ -106,6 +106,16 @@ def test_prompt_longer_than_the_context(n_ranks):
     assert_told_once(ended, "tokens but the context holds 64")
 
 
+@pytest.mark.parametrize("n_ranks", [0, 3])
+def test_context_larger_than_the_memory(model, tmp_path, n_ranks):
+    arguments = ["logits", "-m", model, "--tokens", "1", "--out", tmp_path / "o.npy", "-c"]
+    ended = run([*arguments, 1 << 30], n_ranks)
+    assert_told_once(ended, "for a KV cache of 1073741824 tokens", "the largest context that fits is -c ")
+    largest = int(ended.err.split("fits is -c ")[1].split()[0])
+    assert 10_000 < largest < 1 << 30
+    assert run([*arguments, largest * 9 // 10], n_ranks).code == 0
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_no_permission(model, tmp_path):
     path = damaged(model, tmp_path, "")
