@@ -37,6 +37,16 @@ _F16_AT = {
     GGMLType.Q6_K: (208,),
     GGMLType.IQ4_NL: (0,),
     GGMLType.IQ4_XS: (0,),
+    GGMLType.IQ2_XXS: (0,),
+    GGMLType.IQ2_XS: (0,),
+    GGMLType.IQ2_S: (0,),
+    GGMLType.IQ3_XXS: (0,),
+    GGMLType.IQ3_S: (0,),
+    GGMLType.IQ1_S: (0,),
+    GGMLType.TQ1_0: (52,),
+    GGMLType.TQ2_0: (64,),
+    GGMLType.Q1_0: (0,),
+    GGMLType.Q2_0: (0,),
 }
 
 
@@ -57,6 +67,12 @@ def random_blocks(rng: np.random.Generator, type: GGMLType, shape: Sequence[int]
         blocks[:, at : at + 2] = factor.astype(np.float16).view(np.uint8).reshape(-1, 2)
     if type == GGMLType.MXFP4:
         blocks[:, 0] = rng.integers(118, 122, len(blocks))
+    elif type == GGMLType.NVFP4:
+        blocks[:, :4] = rng.integers(1, 16, (len(blocks), 4))
+    elif type == GGMLType.IQ1_M:
+        # The float16 factor is cut into the upper 4 bits of 4 words.
+        factor = (rng.uniform(0.2, 1.0, (len(blocks), 1)) * size / 16).astype(np.float16).view(np.uint16)
+        blocks[:, 49::2] = blocks[:, 49::2] & 15 | (factor >> [0, 4, 8, 12] & 15) << 4
     return raw
 
 
@@ -91,8 +107,9 @@ def write_llama(path: Path, rng: np.random.Generator, type: GGMLType = GGMLType.
         writer.add_expert_used_count(size["n_expert_used"])
 
     def matrix(name: str, *shape: int, type: GGMLType = type) -> None:
-        raw = random_blocks(rng, type, shape)
-        writer.add_tensor(f"{name}.weight", raw, raw_dtype=gguf.GGMLQuantizationType(int(type)))
+        # Not as uint8, whose shape the writer would look up among the types that it knows.
+        raw = random_blocks(rng, type, shape).view(np.int8)
+        writer.add_tensor(f"{name}.weight", raw, raw_shape=shape, raw_dtype=type)
 
     def norm(name: str, n: int) -> None:
         writer.add_tensor(f"{name}.weight", rng.uniform(0.5, 1.5, n).astype(np.float32))

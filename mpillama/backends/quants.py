@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mpillama.backends import quant_grids as grids
 from mpillama.errors import ModelError
 from mpillama.gguf.types import GGMLType
 
@@ -20,8 +21,14 @@ _CHUNK = 1 << 16
 _IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 # E2M1 (OCP Microscaling Formats v1.0) times 2, as ggml has them, to be met with half of the scale.
 _MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+# Scales of NVFP4: E4M3 without sign, times 1/2; 0x7F, which is not a number, counts as zero.
+_UE4M3_HALVES = np.array([math.ldexp(i % 8 + 8 * (i > 7), max(i // 8, 1) - 11) for i in range(128)] * 2, np.float32)
+_UE4M3_HALVES[0x7F] = 0
 _SHIFTS_2 = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
 _SHIFTS_1 = np.arange(8, dtype=np.uint8)[:, None]
+_SHIFTS_3, _SHIFTS_4 = np.arange(0, 12, 3, dtype=np.uint16), np.arange(0, 16, 4, dtype=np.uint16)
+_SHIFTS_7 = np.arange(0, 28, 7, dtype=np.uint32)
+_POWERS_3 = np.array([[1], [3], [9], [27], [81]], np.uint8)
 
 
 def dequantize(raw: np.ndarray, type: GGMLType, out: np.ndarray | None = None) -> np.ndarray:
@@ -230,6 +237,118 @@ def _mxfp4(blocks: np.ndarray, out: np.ndarray) -> None:
     out *= bits.astype(np.uint32).view(np.float32)
 
 
+def _nvfp4(blocks: np.ndarray, out: np.ndarray) -> None:
+    np.take(_MXFP4_VALUES, _nibbles(blocks[:, 4:], 8).reshape(out.shape), out=out, mode="clip")
+    parts = out.reshape(-1, 4, 16)
+    parts *= _UE4M3_HALVES[blocks[:, :4]][:, :, None]
+
+
+def _q1_0(blocks: np.ndarray, out: np.ndarray) -> None:
+    q = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").view(np.int8)
+    q <<= 1
+    q -= 1
+    np.multiply(_half(blocks, 0), q, out=out)
+
+
+def _q2_0(blocks: np.ndarray, out: np.ndarray) -> None:
+    q = (blocks[:, 2:, None] >> _SHIFTS_2[:, 0] & 3).reshape(out.shape).view(np.int8)
+    q -= 1
+    np.multiply(_half(blocks, 0), q, out=out)
+
+
+def _tq1_0(blocks: np.ndarray, out: np.ndarray) -> None:
+    # A byte is a fraction in base 3 of five digits (four in the last four bytes): times 3^i, modulo 1, it begins with
+    # digit i. Runs of bytes give all their first digits, then all their second ones.
+    start = 0
+    for at, run, n_digits in ((0, 32, 5), (32, 16, 5), (48, 4, 4)):
+        fraction = blocks[:, None, at : at + run] * _POWERS_3[:n_digits]
+        digits = (fraction * np.uint16(3) >> 8).astype(np.int8).reshape(len(blocks), -1)
+        digits -= 1
+        stop = start + run * n_digits
+        np.multiply(_half(blocks, 52), digits, out=out[:, start:stop])
+        start = stop
+
+
+def _tq2_0(blocks: np.ndarray, out: np.ndarray) -> None:
+    q = _two_bits(blocks[:, :64]).reshape(out.shape).view(np.int8)
+    q -= 1
+    np.multiply(_half(blocks, 64), q, out=out)
+
+
+def _integers(blocks: np.ndarray, start: int, stop: int, dtype: str) -> np.ndarray:
+    """Return some bytes of each block as little-endian integers (B, n); blocks need not be aligned."""
+    return blocks[:, start:stop].copy().view(dtype)
+
+
+def _odd_scales(d: np.ndarray, numbers: np.ndarray, unit: float) -> np.ndarray:
+    """Return d (2 n + 1) unit, which is exact for float16 d, small integers n and powers of 2."""
+    return d * (2 * numbers.astype(np.float32) + 1) * np.float32(unit)
+
+
+def _signed(sizes: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """Return int8 weights, those of ``sizes`` (vectors of a codebook, contiguous) negated where ``signs`` has a -1."""
+    q, minus = sizes.view(np.int8), signs.reshape(len(sizes), -1).view(np.int8)
+    q ^= minus
+    q -= minus
+    return q
+
+
+def _iq2_xxs(blocks: np.ndarray, out: np.ndarray) -> None:
+    # Each 8 bytes: 4 numbers of vectors, then 4 times 7 bits of signs and a scale of 4 bits.
+    words = _integers(blocks, 2, 66, "<u4")[:, 1::2, None]
+    sizes = grids.IQ2_XXS[blocks[:, 2:].reshape(-1, 8, 8)[:, :, :4].reshape(-1, 32)]
+    q = _signed(sizes, grids.EVEN_SIGNS[words >> _SHIFTS_7 & 127])
+    _scaled(out, _odd_scales(_half(blocks, 0), words[:, :, 0] >> 28, 1 / 8), q)
+
+
+def _iq2_xs(blocks: np.ndarray, out: np.ndarray) -> None:
+    words = _integers(blocks, 2, 66, "<u2")
+    q = _signed(grids.IQ2_XS[words & 511], grids.EVEN_SIGNS[words >> 9])
+    scales = _nibbles(blocks[:, 66:], 1).reshape(-1, 16)
+    _scaled(out, _odd_scales(_half(blocks, 0), scales, 1 / 8), q)
+
+
+def _iq2_s(blocks: np.ndarray, out: np.ndarray) -> None:
+    index = (blocks[:, 66:74, None] >> _SHIFTS_2[:, 0] & 3).reshape(-1, 32).astype(np.uint16) << 8 | blocks[:, 2:34]
+    q = _signed(grids.IQ2_S[index], grids.SIGNS[blocks[:, 34:66]])
+    scales = _nibbles(blocks[:, 74:], 1).reshape(-1, 16)
+    _scaled(out, _odd_scales(_half(blocks, 0), scales, 1 / 8), q)
+
+
+def _iq3_xxs(blocks: np.ndarray, out: np.ndarray) -> None:
+    # As iq2_xxs, with all numbers of vectors first.
+    words = _integers(blocks, 66, 98, "<u4")[:, :, None]
+    q = _signed(grids.IQ3_XXS[blocks[:, 2:66]], grids.EVEN_SIGNS[words >> _SHIFTS_7 & 127])
+    _scaled(out, _odd_scales(_half(blocks, 0), words[:, :, 0] >> 28, 1 / 4), q)
+
+
+def _iq3_s(blocks: np.ndarray, out: np.ndarray) -> None:
+    index = np.unpackbits(blocks[:, 66:74], axis=1, bitorder="little").astype(np.uint16) << 8 | blocks[:, 2:66]
+    q = _signed(grids.IQ3_S[index], grids.SIGNS[blocks[:, 74:106]])
+    scales = _nibbles(blocks[:, 106:], 1).reshape(-1, 8)
+    _scaled(out, _odd_scales(_half(blocks, 0), scales, 1), q)
+
+
+def _iq1_s(blocks: np.ndarray, out: np.ndarray) -> None:
+    # Each word: 4 times the upper 3 bits of a vector's number, a scale of 3 bits, the sign of the shift.
+    words = _integers(blocks, 34, 50, "<u2")
+    index = (words[:, :, None] >> _SHIFTS_3 & 7).reshape(-1, 32) << 8 | blocks[:, 2:34]
+    q = grids.IQ1[index].view(np.int8).reshape(-1, 8, 32)
+    q += np.where(words >> 15, np.int8(-1), np.int8(1))[:, :, None]
+    _scaled(out, _odd_scales(_half(blocks, 0), words >> 12 & 7, 1 / 8), q)
+
+
+def _iq1_m(blocks: np.ndarray, out: np.ndarray) -> None:
+    # Each word: 4 scales of 3 bits, and 4 bits of the block's float16 factor, the lowest first.
+    words = _integers(blocks, 48, 56, "<u2")
+    factor = np.bitwise_or.reduce(words >> 12 << _SHIFTS_4, axis=1, keepdims=True).view(np.float16)
+    scales = (words[:, :, None] >> _SHIFTS_3 & 7).reshape(-1, 16)
+    high = _nibbles(blocks[:, 32:48], 1).reshape(-1, 32)
+    q = grids.IQ1[(high & 7).astype(np.uint16) << 8 | blocks[:, :32]].view(np.int8).reshape(-1, 32, 8)
+    q += np.where(high >> 3, np.int8(-1), np.int8(1))[:, :, None]
+    _scaled(out, _odd_scales(factor.astype(np.float32), scales, 1 / 8), q)
+
+
 _KERNELS: dict[GGMLType, Callable[[np.ndarray, np.ndarray], None]] = {
     GGMLType.F32: _f32,
     GGMLType.F16: _f16,
@@ -247,6 +366,18 @@ _KERNELS: dict[GGMLType, Callable[[np.ndarray, np.ndarray], None]] = {
     GGMLType.IQ4_NL: _iq4_nl,
     GGMLType.IQ4_XS: _iq4_xs,
     GGMLType.MXFP4: _mxfp4,
+    GGMLType.NVFP4: _nvfp4,
+    GGMLType.Q1_0: _q1_0,
+    GGMLType.Q2_0: _q2_0,
+    GGMLType.TQ1_0: _tq1_0,
+    GGMLType.TQ2_0: _tq2_0,
+    GGMLType.IQ1_S: _iq1_s,
+    GGMLType.IQ1_M: _iq1_m,
+    GGMLType.IQ2_XXS: _iq2_xxs,
+    GGMLType.IQ2_XS: _iq2_xs,
+    GGMLType.IQ2_S: _iq2_s,
+    GGMLType.IQ3_XXS: _iq3_xxs,
+    GGMLType.IQ3_S: _iq3_s,
 }
 
 SUPPORTED: frozenset[GGMLType] = frozenset(_KERNELS)

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
+from mpillama.backends import quant_grids
 from mpillama.backends.quants import SUPPORTED, dequantize
 from mpillama.errors import ModelError
 from mpillama.gguf.types import GGMLType, row_bytes
@@ -17,6 +18,18 @@ by_name = pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
 
 
 def oracle(raw: np.ndarray, type: GGMLType) -> np.ndarray:
+    """What the gguf package makes of it; the two types that it cannot expand are spelled out."""
+    if type in (GGMLType.Q1_0, GGMLType.Q2_0):
+        blocks = raw.reshape(-1, type.block_bytes)
+        d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+        per_byte = type.block_size // 16
+        numbers = [blocks[:, 2 + i // per_byte] >> i % per_byte * 8 // per_byte for i in range(type.block_size)]
+        levels = [-1, 1] if type == GGMLType.Q1_0 else [-1, 0, 1, 2]
+        weights = np.array(levels, np.float32)[np.stack(numbers, axis=1) & (len(levels) - 1)]
+        with np.errstate(invalid="ignore"):
+            return (weights * d).reshape(*raw.shape[:-1], -1 if raw.size else 0)
+    if int(type) not in [int(known) for known in gguf.GGMLQuantizationType]:
+        pytest.skip(f"the installed gguf package does not know {type.name}")
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(int(type))).astype(np.float32)
@@ -33,7 +46,8 @@ def rows_of_blocks(rng: np.random.Generator, type: GGMLType, n_rows: int, n_weig
 
 
 def test_every_type_that_models_are_made_of():
-    promised = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4"
+    promised = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 "
+    promised += "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0 NVFP4 Q1_0 Q2_0"
     assert {t.name for t in SUPPORTED} == set(promised.split())
 
 
@@ -82,6 +96,48 @@ def test_scales_of_mxfp4():
     np.testing.assert_array_equal(got[:255, 0], np.ldexp(1.0, np.arange(255) - 127).astype(np.float32))
     np.testing.assert_array_equal(got[:255, 16], -got[:255, 0] / 2)
     np.testing.assert_array_equal(got[:, 1:16], 0)
+
+
+def test_scales_of_nvfp4():
+    """Four scales a block, each E4M3 without its sign."""
+    raw = np.zeros((64, 36), np.uint8)
+    raw[:, :4] = np.arange(256).reshape(64, 4)
+    raw[:, 4::8] = 0x92  # 1 in the low half (elements 0, 16, ...), -0.5 in the high half (elements 8, 24, ...).
+    got = dequantize(raw, GGMLType.NVFP4).reshape(256, 16)
+    known = {0x00: 0, 0x01: 2**-9, 0x07: 7 * 2**-9, 0x08: 2**-6, 0x38: 1, 0x3C: 1.5, 0x7E: 448, 0x7F: 0, 0xB8: 1}
+    for byte, scale in known.items():
+        assert got[byte].tolist() == [scale, *[0] * 7, -scale / 2, *[0] * 7], byte
+    assert (np.diff(got[:127, 0]) > 0).all()
+
+
+def test_few_bits_by_hand():
+    """The orders of weights in a byte, for types without a second opinion and their like."""
+    half = [0x00, 0x38]  # 0.5
+    q1 = dequantize(np.array([*half, 0b00000101, *[0] * 14, 0x80], np.uint8), GGMLType.Q1_0)
+    assert np.flatnonzero(q1 == 0.5).tolist() == [0, 2, 127]
+    assert np.count_nonzero(q1 == -0.5) == 125
+    q2 = dequantize(np.array([*half, 0b11100100, *[0b01010101] * 15], np.uint8), GGMLType.Q2_0)
+    assert q2.tolist() == [-0.5, 0, 0.5, 1, *[0] * 60]
+    tq2 = dequantize(np.array([0b11100100, *[0b01010101] * 63, *half], np.uint8), GGMLType.TQ2_0)
+    assert {int(i): float(tq2[i]) for i in np.flatnonzero(tq2)} == {0: -0.5, 64: 0.5, 96: 1}
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_codebooks(name):
+    """Every vector, at its place: random blocks do not reach all 2048 of them."""
+    theirs = getattr(gguf.quants, name)
+    theirs.init_grid()
+    ours = getattr(quant_grids, name.replace("IQ1_S", "IQ1"))
+    vectors = ours.view(np.int8).reshape(len(ours), -1)
+    np.testing.assert_array_equal(vectors / (8 if name == "IQ1_S" else 1), theirs.grid.reshape(theirs.grid_shape))
+
+
+def test_signs():
+    for number in range(256):
+        signs = [-(number >> i & 1) for i in range(8)]
+        assert quant_grids.SIGNS[number : number + 1].view(np.int8).tolist() == signs
+        if sum(signs) % 2 == 0:
+            assert quant_grids.EVEN_SIGNS[number % 128] == quant_grids.SIGNS[number]
 
 
 @by_name
@@ -228,3 +284,10 @@ def test_quantized_weights_come_back_nearly(name, rng):
     raw = gguf.quants.quantize(weights, gguf.GGMLQuantizationType(int(type))).view(np.uint8)
     error = ((dequantize(raw, type) - weights) ** 2).mean()
     assert error < {32: 1e-13, 16: 1e-4, 8: 1e-3}.get(type.block_bytes * 8 // type.block_size, 2e-2)
+
+
+@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0"])
+def test_ternary_weights_come_back(name, rng):
+    weights = rng.integers(-1, 2, (8, 512)).astype(np.float32) * 0.75
+    raw = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[name])
+    np.testing.assert_array_equal(dequantize(raw, GGMLType[name]), weights)
