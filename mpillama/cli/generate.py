@@ -122,14 +122,14 @@ def _generate(
     tokenizer, sampler, runner = request.tokenizer, request.sampler, loaded.runner
     sequence = Sequence(request.prompt, np.arange(runner.n_blocks, dtype=np.int32))
     n_batch = min(args.batch_size, args.ubatch_size)
-    _write(request.shown_prompt)
-
     began = time.perf_counter()
     while sequence.pending:
         logits = leader.run(sequence.next_batch(n_batch))
         if interrupts.exit_code:
             return ""
     prompt_seconds = time.perf_counter() - began
+    # Not before: a launcher forwards stdout and stderr separately, and the prompt would meet the line of layout.
+    _write(request.shown_prompt)
     for token in request.prompt:
         sampler.accept(token, generated=False)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import time
 from argparse import Namespace
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +15,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from mpillama.comm.base import World
 from mpillama.errors import UsageError
 
 _LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun", "srun")
@@ -72,6 +75,50 @@ class LoadProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class JointProgress:
+    """The bytes that all ranks load, on rank 0's bar; as a context it ends when all ranks have loaded their shares.
+
+    The others report every hundredth of their share, which keeps messages few however many tensors there are.
+    """
+
+    def __init__(self, world: World, shares: Sequence[int], enabled: bool) -> None:
+        self._world, self._share = world, shares[world.rank]
+        self._others = sum(shares) - shares[0]
+        self._pending = 0
+        self._bar = LoadProgress(sum(shares), enabled)
+
+    def update(self, n: int) -> None:
+        """Count ``n`` more bytes of this rank."""
+        if self._world.rank == 0:
+            self._bar.update(n)
+            self._collect()
+            return
+        self._pending += n
+        if self._pending * 100 >= self._share:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._world.report(self._pending)
+            self._pending = 0
+
+    def _collect(self) -> None:
+        n = self._world.reported()
+        self._others -= n
+        self._bar.update(n)
+
+    def __enter__(self) -> JointProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._flush()
+        # Where this rank has failed, the others are about to be told; there is nothing to wait for.
+        while kind is None and self._world.rank == 0 and self._others > 0:
+            time.sleep(0.01)
+            self._collect()
+        self._bar.close()
 
 
 class Log:

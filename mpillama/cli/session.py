@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import check_memory
-from mpillama.cli.progress import LoadProgress, Log, format_bytes
+from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.comm.base import World, from_root
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
@@ -110,22 +110,12 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     kv_types = (args.cache_type_k, args.cache_type_v)
     kv = [kv_bytes(model.cfg, sharding, rank, model.n_ctx, *kv_types) for rank in range(world.size)]
     check_memory(world, shares, kv, model.n_ctx)
-    bar = LoadProgress(sum(shares), enabled=log.interactive)
-
-    def progress(n: int) -> None:
-        world.report(n)
-        bar.update(n + (world.reported() if world.rank == 0 else 0))
-
     backend = ReferenceBackend()
-    try:
-        weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, progress)
+    with JointProgress(world, shares, enabled=log.interactive) as bar:
+        weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update)
         n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
         runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, model.n_ctx, *kv_types)
-        everyone = world.bcast(world.gather((n_read, peak_memory())))
-        if world.rank == 0:
-            bar.update(world.reported())
-    finally:
-        bar.close()
+    everyone = world.bcast(world.gather((n_read, peak_memory())))
     log.info(_layout_line(world, backend.name, threads, model, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
         log.verbose(

@@ -180,6 +180,21 @@ def test_an_uncaught_exception_is_told_once_and_ends_all(victim):
     assert f"rank {victim} on " in ended.err
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_of_one_rank_while_loading_is_told_once_and_ends_all(model, tmp_path, victim):
+    code = (
+        "import sys\n"
+        "from mpi4py import MPI\n"
+        "from mpillama import loader\n"
+        "from mpillama.cli.main import main\n"
+        "from mpillama.errors import GGUFError\n"
+        "def read(self, info, part): raise GGUFError('m.gguf: cannot read it')\n"
+        f"if MPI.COMM_WORLD.rank == {victim}: loader.SliceReader.read = read\n"
+        f"sys.exit(main(['logits', '-m', {str(model)!r}, '--tokens', '1', '--out', {str(tmp_path / 'o.npy')!r}]))\n"
+    )
+    assert_told_once(run([], 3, program=("-c", code)), f"rank {victim} on ", "m.gguf: cannot read it")
+
+
 def test_a_launcher_of_another_family_is_explained(model, tmp_path):
     arguments = ["logits", "-m", model, "--tokens", "1", "--out", tmp_path / "o.npy"]
     ended = run(arguments, env={"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"})
