@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpillama.cli.progress import LoadProgress, Log, format_bytes, format_timings
+from mpillama.cli.progress import JointProgress, LoadProgress, Log, format_bytes, format_timings
+from mpillama.comm.threads import ThreadWorld, run_threads
 from mpillama.errors import UsageError
 
 
@@ -21,7 +22,8 @@ class Terminal(io.StringIO):
 
 
 def arguments(**changes: Any) -> Namespace:
-    return Namespace(**{"verbose": False, "log_file": None, "log_disable": False, "notes": []} | changes)
+    defaults = {"verbose": False, "log_file": None, "log_disable": False, "no_progress": False, "notes": []}
+    return Namespace(**defaults | changes)
 
 
 def test_progress_counts_bytes_on_a_terminal(rng: np.random.Generator) -> None:
@@ -43,13 +45,42 @@ def test_no_progress_without_a_terminal_or_when_not_wanted() -> None:
         assert stream.getvalue() == ""
 
 
-def test_log_lines() -> None:
-    stream = io.StringIO()
+def test_log_lines_on_a_terminal() -> None:
+    stream = Terminal()
     log = Log(arguments(notes=["-ngl has no effect"]), stream=stream)
     log.info("one\ntwo")
     log.verbose("three")
     assert stream.getvalue() == "one\ntwo\n"
+
+
+@pytest.mark.parametrize(("stream", "no_progress"), [(io.StringIO(), False), (Terminal(), True)])
+def test_quiet_without_a_terminal_or_when_told(stream: io.StringIO, no_progress: bool) -> None:
+    log = Log(arguments(no_progress=no_progress), stream=stream)
+    log.info("one")
+    assert stream.getvalue() == ""
     assert not log.interactive
+    Log(arguments(no_progress=no_progress, verbose=True), stream=stream).info("two")
+    assert stream.getvalue() == "two\n"
+
+
+def test_progress_of_all_ranks() -> None:
+    """Rank 0's bar ends with what all have loaded; the others send few messages, whatever the size of their reads."""
+    shares = [1000, 5000, 0]
+
+    def main(world: ThreadWorld) -> tuple[int, int]:
+        sent: list[int] = []
+        report = world.report
+        world.report = lambda n: (sent.append(n), report(n))[1]  # type: ignore[method-assign]
+        with JointProgress(world, shares, enabled=False) as bar:
+            counts: list[int] = []
+            bar._bar.update = counts.append  # type: ignore[method-assign]
+            for _ in range(shares[world.rank]):
+                bar.update(1)
+        return sum(counts), len(sent)
+
+    results = run_threads(3, main)
+    assert results[0][0] == 6000
+    assert [n for _, n in results] == [0, 100, 0]
 
 
 def test_verbose_log_shows_notes() -> None:
