@@ -106,10 +106,11 @@ def write_llama(path: Path, rng: np.random.Generator, type: GGMLType = GGMLType.
         writer.add_expert_count(n_expert)
         writer.add_expert_used_count(size["n_expert_used"])
 
-    def matrix(name: str, *shape: int, type: GGMLType = type) -> None:
+    def matrix(name: str, *shape: int, type: GGMLType = type, rows: tuple[int, ...] = ()) -> None:
+        """Write a matrix; one that is fused draws the same numbers as its members of so many ``rows`` would."""
+        parts = [random_blocks(rng, type, (*shape[:-2], n, shape[-1])) for n in rows or shape[-2:-1]]
         # Not as uint8, whose shape the writer would look up among the types that it knows.
-        raw = random_blocks(rng, type, shape).view(np.int8)
-        writer.add_tensor(f"{name}.weight", raw, raw_shape=shape, raw_dtype=type)
+        writer.add_tensor(f"{name}.weight", np.concatenate(parts).view(np.int8), raw_shape=shape, raw_dtype=type)
 
     def norm(name: str, n: int) -> None:
         writer.add_tensor(f"{name}.weight", rng.uniform(0.5, 1.5, n).astype(np.float32))
@@ -117,9 +118,12 @@ def write_llama(path: Path, rng: np.random.Generator, type: GGMLType = GGMLType.
     matrix("token_embd", size["n_vocab"], n_embd)
     for il in range(size["n_layer"]):
         norm(f"blk.{il}.attn_norm", n_embd)
-        matrix(f"blk.{il}.attn_q", n_q, n_embd)
-        matrix(f"blk.{il}.attn_k", n_kv, n_embd)
-        matrix(f"blk.{il}.attn_v", n_kv, n_embd)
+        if size.get("fused_qkv"):
+            matrix(f"blk.{il}.attn_qkv", n_q + 2 * n_kv, n_embd, rows=(n_q, n_kv, n_kv))
+        else:
+            matrix(f"blk.{il}.attn_q", n_q, n_embd)
+            matrix(f"blk.{il}.attn_k", n_kv, n_embd)
+            matrix(f"blk.{il}.attn_v", n_kv, n_embd)
         matrix(f"blk.{il}.attn_output", n_embd, n_q)
         norm(f"blk.{il}.ffn_norm", n_embd)
         if n_expert:
@@ -128,8 +132,11 @@ def write_llama(path: Path, rng: np.random.Generator, type: GGMLType = GGMLType.
             matrix(f"blk.{il}.ffn_up_exps", n_expert, n_ff, n_embd)
             matrix(f"blk.{il}.ffn_down_exps", n_expert, n_embd, n_ff)
         else:
-            matrix(f"blk.{il}.ffn_gate", n_ff, n_embd)
-            matrix(f"blk.{il}.ffn_up", n_ff, n_embd)
+            if arch == "phi3":
+                matrix(f"blk.{il}.ffn_up", 2 * n_ff, n_embd, rows=(n_ff, n_ff))
+            else:
+                matrix(f"blk.{il}.ffn_gate", n_ff, n_embd)
+                matrix(f"blk.{il}.ffn_up", n_ff, n_embd)
             matrix(f"blk.{il}.ffn_down", n_embd, n_ff)
     norm("output_norm", n_embd)
     if not size.get("tied"):

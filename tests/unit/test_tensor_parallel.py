@@ -10,6 +10,7 @@ from mpillama.comm.solo import SoloWorld
 from mpillama.comm.threads import run_threads
 from mpillama.config import read_config
 from mpillama.gguf.reader import read_header
+from mpillama.gguf.types import GGMLType
 from mpillama.sharding import Sharding
 from mpillama.tensors import model_tensors
 from tiny import logits_of, nmse, open_runner, run_on, write_llama
@@ -52,6 +53,17 @@ def test_random_shapes_and_shares(seed, tmp_path, rng):
             results = run_on(path, tokens, weights, chunk)
             assert nmse(results[0], alone) < 1e-9, (sizes, weights)
             assert all((other == results[0]).all() for other in results)
+
+
+@pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.Q4_K])
+def test_fused_tensors_are_their_members(type, tmp_path, rng):
+    """qwen2 and phi3 differ in nothing else that a file without rope factors says."""
+    seed = int(rng.integers(1 << 30))
+    plain = write_llama(tmp_path / "a.gguf", np.random.default_rng(seed), type, arch="qwen2", n_head=8)
+    fused = write_llama(tmp_path / "b.gguf", np.random.default_rng(seed), type, arch="phi3", n_head=8, fused_qkv=True)
+    tokens = rng.integers(0, 96, 8).tolist()
+    for weights in ([1.0], [1.0] * 3, [1.0, 2.5]):
+        np.testing.assert_array_equal(run_on(fused, tokens, weights)[0], run_on(plain, tokens, weights)[0])
 
 
 def test_a_rank_without_share_still_takes_part(tmp_path, rng):
