@@ -11,6 +11,7 @@
 namespace nb = nanobind;
 using mpillama::Pool;
 
+void bind_matmul(nb::module_& m);
 #if MPILLAMA_BIND_ATTENTION
 void bind_attention(nb::module_& m);
 #endif
@@ -36,6 +37,7 @@ NB_MODULE(_cpu, m) {
            "Raises:\n    ValueError: the level is not available, or the number of threads absurd.")
       .def_prop_ro("n_threads", &Pool::size)
       .def_prop_ro("level", [](const Pool& pool) { return std::string(level_name(pool.level())); });
+  bind_matmul(m);
 #if MPILLAMA_BIND_ATTENTION
   bind_attention(m);
 #endif
