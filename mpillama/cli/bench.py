@@ -27,6 +27,7 @@ from mpillama.bench.plot import Row, import_matplotlib, plot, read_results
 from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
+from mpillama.cli.bench_options import with_defaults
 from mpillama.cli.progress import LoadProgress, Log
 from mpillama.cli.session import limit_threads, model_path
 from mpillama.comm.base import World, from_root
@@ -46,7 +47,6 @@ _SETTINGS = {
     "cache_type_v": "type_v",
     "tensor_split": "tensor_split",
 }
-_DEFAULTS = {"batch_size": (2048,), "ubatch_size": (512,), "cache_type_k": ("f16",), "cache_type_v": ("f16",)}
 
 
 class _Interrupted(Exception):
@@ -94,14 +94,15 @@ class _Bench:
     """All ranks go through the same cases in the same order; rank 0 leads each run of steps, prints and compares."""
 
     def __init__(self, args: Namespace, world: World, interrupts: Interrupts, stack: ExitStack) -> None:
-        self._args, self._world, self._interrupts, self._stack = args, world, interrupts, stack
+        self._given, self._args = args, with_defaults(args)
+        self._world, self._interrupts, self._stack = world, interrupts, stack
         self._log = Log(args, world.rank)
         self._group = MeteredGroup(world.group())
         self._loaded: _Loaded | None = None
         self._cache: _Cache | None = None
         self._peer: Peer | None = None
-        formats = {args.output, args.output_err} - {"none"}
-        self._details = args.verbose or formats != {"md"} or args.plot is not None
+        self._formats = [args.output, args.output_err or "none"]
+        self._details = args.verbose or args.plot is not None or bool({*self._formats} - {"md", "none"})
 
     def run(self) -> None:
         """Run all cases."""
@@ -149,14 +150,12 @@ class _Bench:
         if self._world.rank != 0:
             return []
         args = self._args
-        also = [field for dest, field in _SETTINGS.items() if getattr(args, dest) != _DEFAULTS.get(dest, ())]
+        also = [field for dest, field in _SETTINGS.items() if getattr(self._given, dest)]
         also += DETAILS if args.verbose else ()
         also += COMPARISON if args.compare else ()
         peer = f"{NAME} t/s"
-        printers = [make_printer(args.output, sys.stdout, also, peer)]
-        if args.output_err != "none":
-            printers.append(make_printer(args.output_err, sys.stderr, also, peer))
-        return printers
+        streams = zip(self._formats, (sys.stdout, sys.stderr), strict=True)
+        return [make_printer(format, stream, also, peer) for format, stream in streams if format != "none"]
 
     def _say(self, text: str) -> None:
         if self._args.progress and self._world.rank == 0:

@@ -15,6 +15,17 @@ from mpillama.errors import UsageError
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)(?:([+*])([0-9]+))?")
 # A list longer than this is a slip of the hand.
 _MAX_VALUES = 1000
+# llama-bench's, for what is not typed.
+_DEFAULTS: dict[str, tuple[object, ...]] = {
+    "n_prompt": (512,),
+    "n_gen": (128,),
+    "n_depth": (0,),
+    "batch_size": (2048,),
+    "ubatch_size": (512,),
+    "cache_type_k": ("f16",),
+    "cache_type_v": ("f16",),
+    "threads": (-1,),
+}
 
 
 def integers(low: int) -> Callable[[str], tuple[int, ...]]:
@@ -78,44 +89,42 @@ def splits(text: str) -> tuple[tuple[float, ...], ...]:
     return tuple(found)
 
 
-def _list(names: str, help: str, parse: Callable[[str], object], default: tuple[object, ...], **more: str) -> Option:
-    more.setdefault("shown", ",".join(map(str, default)))
-    return Option(tuple(names.split()), help, parse, default, repeat=True, **more)  # type: ignore[arg-type]
+def _list(names: str, help: str, parse: Callable[[str], tuple[object, ...]], **more: str) -> Option:
+    """Return a flag of several values; what was not typed stays empty until `with_defaults`."""
+    option = Option(tuple(names.split()), help, parse, (), repeat=True, **more)  # type: ignore[arg-type]
+    usual = ",".join(map(str, _DEFAULTS.get(option.dest, ())))
+    return replace(option, shown=option.shown or usual)
 
 
 def _context(dest: str) -> Option:
     """Return a flag of the other commands as one that takes several values."""
-    option = next(option for option in CONTEXT if option.dest == dest and option.parse)
-    several_of = several(option.parse or str)
-    return replace(option, parse=several_of, default=(option.default,), env="", repeat=True, shown=str(option.default))
+    option = next(option for option in CONTEXT if option.dest == dest)
+    parse = several(option.parse or str)
+    return replace(option, parse=parse, default=(), env="", repeat=True, shown=",".join(map(str, _DEFAULTS[dest])))
 
 
 _HUGGING_FACE = ("hf_repo", "hf_file", "hf_token", "offline")
 _TEST = (
-    _list("-m --model", "model files", names, (), metavar="FNAME,...", shown="the demo model"),
+    _list("-m --model", "model files", names, metavar="FNAME,...", shown="the demo model"),
     _list(
         "--shape",
         "models of random weights made in memory, e.g. llama-1b:Q4_K_M; a wrong name lists all",
         names,
-        (),
         metavar="NAME[:TYPE],...",
     ),
-    _list("-p --n-prompt", "tokens of a prompt, 0 = no such test", integers(0), (512,)),
-    _list("-n --n-gen", "tokens to generate, 0 = no such test", integers(0), (128,)),
-    _list(
-        "-pg", "a prompt and tokens to generate after it, timed together; can be repeated", pair, (), metavar="PP,TG"
-    ),
-    _list("-d --n-depth", "tokens in the context before the test", integers(0), (0,)),
-    _list("-b --batch-size", "logical maximum batch size", integers(1), (2048,)),
-    _list("-ub --ubatch-size", "physical maximum batch size", integers(1), (512,)),
+    _list("-p --n-prompt", "tokens of a prompt, 0 = no such test", integers(0)),
+    _list("-n --n-gen", "tokens to generate, 0 = no such test", integers(0)),
+    _list("-pg", "a prompt and tokens to generate after it, timed together; can be repeated", pair, metavar="PP,TG"),
+    _list("-d --n-depth", "tokens in the context before the test", integers(0)),
+    _list("-b --batch-size", "logical maximum batch size", integers(1)),
+    _list("-ub --ubatch-size", "physical maximum batch size", integers(1)),
     _context("cache_type_k"),
     _context("cache_type_v"),
-    _list("-t --threads", "CPU threads per rank, 0 or -1 = the rank's share of its node", integers(-1), (-1,)),
+    _list("-t --threads", "CPU threads per rank, 0 or -1 = the rank's share of its node", integers(-1)),
     _list(
         "-ts --tensor-split",
         "share of the model of each rank, separated by /; commas separate splits",
         splits,
-        (),
         metavar="N0/N1/...,...",
         shown="equal shares",
     ),
@@ -134,8 +143,14 @@ _RUN = (
     ),
 )
 _OUTPUT = (
-    Option(("-o", "--output"), "format on stdout: " + ", ".join(FORMATS), choice(*FORMATS), "md", "FORMAT"),
-    Option(("-oe", "--output-err"), "format on stderr", choice("none", *FORMATS), "none", "FORMAT"),
+    Option(
+        ("-o", "--output"),
+        "format on stdout: " + ", ".join(("none", *FORMATS)),
+        choice("none", *FORMATS),
+        "md",
+        "FORMAT",
+    ),
+    Option(("-oe", "--output-err"), "format on stderr", choice("none", *FORMATS), None, "FORMAT", shown="none"),
     Option(("--plot",), "draw tokens per second over ranks, depth or threads", path, None, "FILE.png"),
     Option(
         ("--plot-add",),
@@ -156,11 +171,18 @@ BENCH = (
 )
 
 
+def with_defaults(namespace: Namespace) -> Namespace:
+    """Return the namespace with llama-bench's defaults for the lists that were not typed."""
+    filled = {dest: getattr(namespace, dest) or values for dest, values in _DEFAULTS.items()}
+    return Namespace(**{**vars(namespace), **filled})
+
+
 def check_bench(namespace: Namespace) -> None:
     """Raise UsageError for what ``bench`` cannot do."""
     if namespace.hf_file and namespace.hf_repo is None:
         raise UsageError("--hf-file names a file of a repository: give the repository with --hf-repo USER/MODEL")
-    if not (any(namespace.n_prompt) or any(namespace.n_gen) or any(p + g for p, g in namespace.pg)):
+    filled = with_defaults(namespace)
+    if not (any(filled.n_prompt) or any(filled.n_gen) or any(p + g for p, g in filled.pg)):
         raise UsageError("there is nothing to run: give lengths with -p, -n or -pg, e.g. -p 512 -n 128")
     if namespace.plot_add and not namespace.plot:
         raise UsageError("--plot-add adds results to a picture: name its file with --plot FILE.png")
