@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama import _cpu
-from mpillama.backends.base import RawWeight
+from mpillama.backends.base import Handle, RawWeight
 from mpillama.backends.reference import Matrix, ReferenceBackend
 from mpillama.errors import UsageError
 from mpillama.gguf.types import GGMLType
@@ -33,9 +33,9 @@ class PackedMatrix:
 class CpuBackend(ReferenceBackend):
     """Kernels on a pool of threads.
 
-    Products of quantized weights with few tokens round the activations to 8 bits (a factor for each 32 of them, relative
-    error about 5e-3); with many tokens on AMX, weights and activations are rounded to bfloat16 (about 2.4e-3). Products of
-    F32 weights, and of F16 and BF16 weights without AMX, are float32 throughout.
+    Products of quantized weights with few tokens round the activations to 8 bits (a factor for each 32 of them,
+    relative error about 5e-3); with many tokens on AMX, weights and activations are rounded to bfloat16 (about
+    2.4e-3). Products of F32 weights, and of F16 and BF16 weights without AMX, are float32 throughout.
 
     Args:
         n_threads: the calling thread included.
@@ -55,7 +55,7 @@ class CpuBackend(ReferenceBackend):
         except ValueError as error:
             raise UsageError(f"{error}") from None
 
-    def weight(self, raw: RawWeight) -> PackedMatrix | Matrix:
+    def weight(self, raw: RawWeight) -> Handle:
         """Pack the slice; its bytes are not kept."""
         if raw.type not in PACKED:
             return super().weight(raw)

@@ -1,4 +1,5 @@
-// Tiles of bf16. Made safe for gcc 12, whose intrinsics do not tell the compiler which memory they read.
+// Tiles of bf16. In assembly: gcc's intrinsics take a tile's number only as a literal, and do not tell the compiler which
+// memory they read (gcc 12).
 //
 // With MPILLAMA_EMULATE_AMX the tiles are arrays, so that what is built on them can be tested on any machine with AVX512.
 #pragma once
@@ -20,7 +21,6 @@ thread_local Tile tiles_of_thread[8];
 
 inline void tiles_begin() {}
 inline void tiles_end() {}
-inline void tile_fence() {}
 template <int t> void tile_zero() { std::memset(&tiles_of_thread[t], 0, sizeof(Tile)); }
 template <int t> void tile_load(const void* p, size_t stride) {
   for (size_t i = 0; i < 16; i++) std::memcpy(tiles_of_thread[t].bytes[i], static_cast<const uint8_t*>(p) + i * stride, 64);
@@ -70,16 +70,19 @@ inline void tiles_begin() {
     config.row_bytes[i] = 64;
     config.rows[i] = 16;
   }
-  // _tile_loadconfig of gcc 12 names only the first 8 bytes as its operand, and the rest is then never stored.
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
-inline void tiles_end() { _tile_release(); }
-// To be put between filling memory and loading tiles from it: gcc 12's _tile_loadd has no memory operand.
-inline void tile_fence() { __asm__ volatile("" ::: "memory"); }
-template <int t> inline void tile_zero() { _tile_zero(t); }
-template <int t> inline void tile_load(const void* p, size_t stride) { _tile_loadd(t, p, stride); }
-template <int t> inline void tile_store(void* p, size_t stride) { _tile_stored(t, p, stride); }
-template <int c, int a, int b> inline void tile_product() { _tile_dpbf16ps(c, a, b); }
+inline void tiles_end() { __asm__ volatile("tilerelease"); }
+template <int t> inline void tile_zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(t)); }
+template <int t> inline void tile_load(const void* p, size_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
+}
+template <int t> inline void tile_store(void* p, size_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(t) : "memory");
+}
+template <int c, int a, int b> inline void tile_product() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
 
 inline __m512i to_bf16(__m512 first, __m512 second) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)); }
 

@@ -2,9 +2,9 @@
 //
 // A block holds 1, 2, 4, 8 or 16 tokens, group of 32 columns by group, so that a kernel finds all of them at fixed
 // distances from one pointer. For n tokens, a group is
-//   quantized types:      int8 q[n][32], float d[n], int32 sum[n][2], float dsum[n][2]
+//   quantized types:      int8 q[n][32], float d[n], int32 sum[n], float dsum[n], int32 sums[n][2], float dsums[n][2]
 //   floating-point types: float x[n][32]
-// where x = d q, and the sums of q are over 16 columns each; dsum = d sum.
+// where x = d q; sum is minus the sum of q, and dsum d times the sum of q; sums and dsums are the same for each 16 columns.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace mpillama {
 
 constexpr int max_tokens = 16;
 
-constexpr size_t int_group_bytes(size_t n) { return n * (32 + 4 + 8 + 8); }
+constexpr size_t int_group_bytes(size_t n) { return n * (32 + 3 * 4 + 2 * 8); }
 constexpr size_t float_group_bytes(size_t n) { return n * 128; }
 
 // y[i][0 .. n_rows) = the product for token i; n_rows <= 16.

@@ -64,7 +64,6 @@ void multiply(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16
               size_t stride, bool add) {
   const uint16_t* lower = a + a_step * values_of_tile;
   const size_t bytes = stride * sizeof(float);
-  tile_fence();
   if (add) {
     tile_load<0>(c, bytes), tile_load<1>(c + 16, bytes);
     tile_load<2>(c + 16 * stride, bytes), tile_load<3>(c + 16 * stride + 16, bytes);
@@ -87,7 +86,6 @@ void multiply(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16
   }
   tile_store<0>(c, bytes), tile_store<1>(c + 16, bytes);
   tile_store<2>(c + 16 * stride, bytes), tile_store<3>(c + 16 * stride + 16, bytes);
-  tile_fence();
 }
 
 constexpr AmxKernels make_kernels() {

@@ -31,7 +31,7 @@ void quantized_panel(const uint8_t* unit, size_t n_units, const uint8_t* x, floa
   constexpr Format f = format_of(type);
   constexpr bool wide = f.bits == 8 || f.table != Table::none;
   constexpr int offset = wide && Vec::signed_codes ? f.offset - 128 : f.offset;
-  constexpr size_t d_at = 32 * n, sum_at = d_at + 4 * n, dsum_at = sum_at + 8 * n;
+  constexpr size_t d_at = 32 * n, sum_at = 36 * n, dsum_at = 40 * n, sums_at = 44 * n, dsums_at = 52 * n;
   Vec::Float acc[parts][n];
   for (int part = 0; part < parts; part++)
     for (int i = 0; i < n; i++) acc[part][i] = Vec::all(0.0f);
@@ -46,31 +46,28 @@ void quantized_panel(const uint8_t* unit, size_t n_units, const uint8_t* x, floa
         const FactorVecs fv = factors<type>(unit, g, part);
 #pragma GCC unroll 16
         for (int i = 0; i < n; i++) {
-          const int8_t* q = reinterpret_cast<const int8_t*>(x) + 32 * i;
-          const int32_t sum0 = load_int(x + sum_at + 8 * size_t(i)), sum1 = load_int(x + sum_at + 8 * size_t(i) + 4);
-          const Vec::Float d = Vec::all(load_float(x + d_at + 4 * size_t(i)));
+          const size_t at = size_t(i);
+          const int8_t* q = reinterpret_cast<const int8_t*>(x) + 32 * at;
+          const Vec::Float d = Vec::all(load_float(x + d_at + 4 * at));
           Vec::Float& a = acc[part][i];
           if constexpr (has_halves(f)) {
-            Vec::Int first = Vec::all(-offset * sum0), second = Vec::all(-offset * sum1);
+            Vec::Int first = Vec::times<offset>(load_int(x + sums_at + 8 * at));
+            Vec::Int second = Vec::times<offset>(load_int(x + sums_at + 8 * at + 4));
             for (int j = 0; j < 4; j++) {
               first = Vec::dot<wide>(first, w[j], q + 4 * j);
               second = Vec::dot<wide>(second, w[j + 4], q + 16 + 4 * j);
             }
             const Vec::Float v = Vec::mul(Vec::to_float(first), fv.s0);
             a = Vec::fma(Vec::fma(Vec::to_float(second), fv.s1, v), d, a);
+            if constexpr (has_min(f)) {
+              a = Vec::fnma(fv.m0, Vec::all(load_float(x + dsums_at + 8 * at)), a);
+              a = Vec::fnma(fv.m1, Vec::all(load_float(x + dsums_at + 8 * at + 4)), a);
+            }
           } else {
-            Vec::Int all = Vec::all(offset ? -offset * (sum0 + sum1) : 0);
+            Vec::Int all = Vec::times<offset>(load_int(x + sum_at + 4 * at));
             for (int j = 0; j < 8; j++) all = Vec::dot<wide>(all, w[j], q + 4 * j);
             a = Vec::fma(Vec::mul(Vec::to_float(all), fv.s0), d, a);
-          }
-          if constexpr (has_min(f)) {
-            const float dsum0 = load_float(x + dsum_at + 8 * size_t(i)), dsum1 = load_float(x + dsum_at + 8 * size_t(i) + 4);
-            if constexpr (has_halves(f)) {
-              a = Vec::fnma(fv.m0, Vec::all(dsum0), a);
-              a = Vec::fnma(fv.m1, Vec::all(dsum1), a);
-            } else {
-              a = Vec::fnma(fv.m0, Vec::all(dsum0 + dsum1), a);
-            }
+            if constexpr (has_min(f)) a = Vec::fnma(fv.m0, Vec::all(load_float(x + dsum_at + 4 * at)), a);
           }
         }
       }
@@ -140,10 +137,13 @@ void quantize_token(const float* x, size_t n_groups, int n, int i, uint8_t* bloc
   for (size_t g = 0; g < n_groups; g++, block += int_group_bytes(count)) {
     int32_t sums[2];
     const float d = Vec::quantize(x + 32 * g, reinterpret_cast<int8_t*>(block) + 32 * at, sums);
-    const float dsums[2] = {d * float(sums[0]), d * float(sums[1])};
+    const int32_t negative[3] = {-(sums[0] + sums[1]), -sums[0], -sums[1]};
+    const float dsums[3] = {d * float(sums[0] + sums[1]), d * float(sums[0]), d * float(sums[1])};
     std::memcpy(block + 32 * count + 4 * at, &d, 4);
-    std::memcpy(block + 36 * count + 8 * at, sums, 8);
-    std::memcpy(block + 44 * count + 8 * at, dsums, 8);
+    std::memcpy(block + 36 * count + 4 * at, negative, 4);
+    std::memcpy(block + 40 * count + 4 * at, dsums, 4);
+    std::memcpy(block + 44 * count + 8 * at, negative + 1, 8);
+    std::memcpy(block + 52 * count + 8 * at, dsums + 1, 8);
   }
 }
 

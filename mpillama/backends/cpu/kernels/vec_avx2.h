@@ -30,7 +30,11 @@ struct Vec {
   static Bytes lookup(const uint8_t* table, Bytes a) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), a);
   }
-  static Int all(int32_t value) { return {_mm256_set1_epi32(value)}; }
+  // factor * value in each lane; a power of two or 0
+  template <int factor> static Int times(int32_t value) {
+    if (!factor) return {_mm256_setzero_si256()};
+    return {_mm256_slli_epi32(_mm256_set1_epi32(value), __builtin_ctz(unsigned(factor)))};
+  }
   template <bool wide> static Int dot(Int a, Bytes w, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);

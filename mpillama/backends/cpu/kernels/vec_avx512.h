@@ -28,7 +28,11 @@ struct Vec {
   static Bytes lookup(const uint8_t* table, Bytes a) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), a);
   }
-  static Int all(int32_t value) { return {_mm512_set1_epi32(value)}; }
+  // factor * value in each lane; a power of two or 0
+  template <int factor> static Int times(int32_t value) {
+    if (!factor) return {_mm512_setzero_si512()};
+    return {_mm512_slli_epi32(_mm512_set1_epi32(value), __builtin_ctz(unsigned(factor)))};
+  }
   template <bool> static Int dot(Int a, Bytes w, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);

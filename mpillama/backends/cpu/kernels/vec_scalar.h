@@ -33,7 +33,7 @@ struct Vec {
     for (uint8_t& b : a.v) b = table[b];
     return a;
   }
-  static Int all(int32_t value) { Int r; for (int32_t& i : r.v) i = value; return r; }
+  template <int factor> static Int times(int32_t value) { Int r; for (int32_t& i : r.v) i = factor * value; return r; }
   template <bool> static Int dot(Int a, const Bytes& w, const int8_t* x) {
     for (int i = 0; i < 16; i++)
       a.v[i] += w.v[4 * i] * x[0] + w.v[4 * i + 1] * x[1] + w.v[4 * i + 2] * x[2] + w.v[4 * i + 3] * x[3];
