@@ -263,7 +263,7 @@ def _cell(name: str, result: Result) -> str:
         return f"{100 * value:.0f} %"
     if name == "peer_ratio":
         return f"{value:.3f}"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{value:.1f}" if isinstance(value, float) else str(value).replace("|", r"\|")
 
 
 def make_printer(format: str, stream: TextIO, also: Iterable[str] = (), peer: str = "") -> Printer:

@@ -63,7 +63,7 @@ class Case:
     test: Test
 
 
-def tests(
+def workloads(
     n_prompt: Sequence[int], n_gen: Sequence[int], n_pg: Sequence[tuple[int, int]], n_depth: Sequence[int]
 ) -> list[Test]:
     """Return the workloads of ``-p``, ``-n`` and ``-pg`` at each depth; a length of 0 stands for none."""
@@ -77,9 +77,9 @@ def cases(
     n_ubatch: Sequence[int],
     type_k: Sequence[str],
     type_v: Sequence[str],
-    workloads: Sequence[Test],
+    tests: Sequence[Test],
 ) -> list[Case]:
     """Return the cross product; what is expensive to change comes first and so changes least."""
     # KV types before batch sizes: a cache is filled again when they change.
-    found = product(loads, type_k, type_v, n_batch, n_ubatch, workloads)
+    found = product(loads, type_k, type_v, n_batch, n_ubatch, tests)
     return [Case(load, b, ub, k, v, test) for load, k, v, b, ub, test in found]

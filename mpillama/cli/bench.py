@@ -22,7 +22,7 @@ from mpillama.bench.measure import Figures, MeteredRunner, RankSteps, Workload, 
 from mpillama.bench.model import BenchModel, StepBytes, describe, load, step_bytes
 from mpillama.bench.output import COMPARISON, DETAILS, Printer, Result, make_printer
 from mpillama.bench.peer import NAME, Peer, import_peer
-from mpillama.bench.plan import Case, Load, Test, cases, tests
+from mpillama.bench.plan import Case, Load, Test, cases, workloads
 from mpillama.bench.plot import Row, import_matplotlib, plot, read_results
 from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
@@ -114,7 +114,7 @@ class _Bench:
             args.ubatch_size,
             args.cache_type_k,
             args.cache_type_v,
-            tests(args.n_prompt, args.n_gen, args.pg, args.n_depth),
+            workloads(args.n_prompt, args.n_gen, args.pg, args.n_depth),
         )
         n_ctx = max(case.test.n_ctx for case in planned)
         printers = self._printers()
