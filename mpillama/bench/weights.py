@@ -48,6 +48,7 @@ _FACTORS: dict[GGMLType, tuple[int, tuple[int, float] | None]] = {
 _FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 RANDOM_TYPES: frozenset[GGMLType] = SUPPORTED & {*_FACTORS, *_FLOATS, GGMLType.MXFP4}
 """The types that random weights can have."""
+_ROWS = 1024
 # Weights of this size keep activations of a few thousand elements near 1.
 _SIZE = 0.02
 
@@ -88,7 +89,9 @@ class RandomTensors:
             else:
                 starts = (first + n_wide * np.arange(n_rows, dtype=np.int64)) % n_pool
                 windows = np.lib.stride_tricks.sliding_window_view(pool.reshape(-1), n_cols)
-                np.take(windows[::size], starts, axis=0, out=out[mat], mode="clip")
+                for row in range(0, n_rows, _ROWS):
+                    # Not np.take, which would first copy all windows there are.
+                    out[mat, row : row + _ROWS] = windows[::size][starts[row : row + _ROWS]]
         return out
 
 

@@ -17,7 +17,6 @@ from statistics import fmean, median
 
 from mpillama import __version__
 from mpillama.backends.base import Backend
-from mpillama.backends.reference import ReferenceBackend
 from mpillama.bench.measure import Figures, MeteredRunner, RankSteps, Workload, figures, spread
 from mpillama.bench.model import BenchModel, StepBytes, describe, load, step_bytes
 from mpillama.bench.output import COMPARISON, DETAILS, Printer, Result, make_printer
@@ -29,7 +28,7 @@ from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
 from mpillama.cli.bench_options import with_defaults
 from mpillama.cli.progress import LoadProgress, Log
-from mpillama.cli.session import limit_threads, model_path
+from mpillama.cli.session import model_path, open_backend
 from mpillama.comm.base import World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.errors import UsageError, UserError
@@ -97,6 +96,8 @@ class _Bench:
         self._given, self._args = args, with_defaults(args)
         self._world, self._interrupts, self._stack = world, interrupts, stack
         self._log = Log(args, world.rank)
+        # Before a backend pins this thread.
+        self._cores = os.sched_getaffinity(0)
         self._group = MeteredGroup(world.group())
         self._loaded: _Loaded | None = None
         self._cache: _Cache | None = None
@@ -172,9 +173,8 @@ class _Bench:
         self._close_peer()
         self._interrupts.deferred = False
         world = self._world
-        backend = ReferenceBackend()
+        backend, n_threads = open_backend(Namespace(**{**vars(self._args), "threads": spec.n_threads}), world)
         model = from_root(world, lambda: self._describe(spec, n_ctx, backend))
-        n_threads = limit_threads(world, spec.n_threads)
         sharding = Sharding(model.cfg, model.shares)
         self._check_memory(model, sharding)
         stream = self._stream(backend, n_threads) if self._details else None
@@ -256,7 +256,7 @@ class _Bench:
 
     def _open_peer(self, loaded: _Loaded) -> None:
         """Rank 0: load the model there too, for the threads and cores of all ranks; a shape as a temporary file."""
-        everyone = self._world.gather((loaded.n_threads, os.sched_getaffinity(0)))
+        everyone = self._world.gather((loaded.n_threads, self._cores))
         if self._world.rank != 0:
             return
         path = loaded.model.paths[0] if loaded.model.paths else ""

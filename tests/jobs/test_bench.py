@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sqlite3
+from importlib.util import find_spec
 
 import pytest
 
@@ -16,9 +17,11 @@ from tiny import write_llama
 TINY = ["bench", "--shape", "tiny", "-p", "24", "-n", "4", "-r", "2", "-t", "1"]
 
 
-@pytest.mark.parametrize("n_ranks", [0, 2, 3])
-def test_shape_on_ranks(n_ranks):
-    ended = run([*TINY, "-pg", "8,2", "-d", "0,40", "-o", "json", "--progress"], n_ranks)
+@pytest.mark.parametrize(("n_ranks", "backend"), [(0, "reference"), (2, "reference"), (3, "reference"), (2, "cpu")])
+def test_shape_on_ranks(n_ranks, backend):
+    if backend == "cpu" and find_spec("mpillama._cpu") is None:
+        pytest.skip("the cpu backend is not built")
+    ended = run([*TINY, "--backend", backend, "-pg", "8,2", "-d", "0,40", "-o", "json", "--progress"], n_ranks)
     assert ended.code == 0, ended.err
     rows = json.loads(ended.out)
     names = ["pp24", "tg4", "pp8+tg2"]
@@ -29,7 +32,7 @@ def test_shape_on_ranks(n_ranks):
         assert row["samples_ts"] == pytest.approx([1e9 * n_tokens / ns for ns in row["samples_ns"]])
         assert row["avg_ns"] == pytest.approx(sum(row["samples_ns"]) / 2, abs=1)
         assert row["avg_ts"] == pytest.approx(sum(row["samples_ts"]) / 2)
-        assert (row["n_ranks"], row["n_threads"], row["backends"] != "") == (size, 1, True)
+        assert (row["n_ranks"], row["n_threads"], row["backends"]) == (size, 1, backend)
         assert row["weight_gbps"] == pytest.approx(row["weight_bytes"] * n_tokens * 2 / sum(row["samples_ns"]))
         assert row["stream_share"] == pytest.approx(row["weight_gbps"] / row["stream_gbps"])
         assert (row["comm_us"] > 0) == (size > 1)
