@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-from mpillama.backends.base import Batch
+from mpillama.backends.base import Backend, Batch
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.base import World
 from mpillama.comm.threads import run_threads
@@ -149,14 +149,19 @@ def write_llama(path: Path, rng: np.random.Generator, type: GGMLType = GGMLType.
 
 
 def open_runner(
-    world: World, path: Path, weights: Sequence[float], n_ctx: int = 128, kv_type: str = "f32"
+    world: World,
+    path: Path,
+    weights: Sequence[float],
+    n_ctx: int = 128,
+    kv_type: str = "f32",
+    make: Callable[[], Backend] = ReferenceBackend,
 ) -> tuple[Runner, int]:
     """Load a rank's share of a model; returns the runner and the bytes that were read."""
     header = read_header(path)
     cfg = read_config(header, n_ctx)
     tensors = model_tensors(header, cfg)
     sharding = Sharding(cfg, weights)
-    backend = ReferenceBackend()
+    backend = make()
     loaded, n_read = load_weights(header.paths, tensors, sharding, world.rank, backend)
     n_head_kv = sharding.cuts["k"].width(world.rank) // cfg.n_embd_head_k
     return Runner(cfg, loaded, Ops(backend, world.group()), n_head_kv, n_ctx, kv_type, kv_type), n_read
@@ -173,14 +178,29 @@ def logits_of(runner: Runner, tokens: Sequence[int], chunk: int = 1000) -> np.nd
 
 
 def run_on(
-    path: Path, tokens: Sequence[int], weights: Sequence[float], chunk: int = 1000, kv_type: str = "f32"
+    path: Path,
+    tokens: Sequence[int],
+    weights: Sequence[float],
+    chunk: int = 1000,
+    kv_type: str = "f32",
+    make: Callable[[], Backend] = ReferenceBackend,
 ) -> list[np.ndarray]:
     """Return every rank's logits, on as many threads as there are weights."""
 
     def main(world: World) -> np.ndarray:
-        return logits_of(open_runner(world, path, weights, kv_type=kv_type)[0], tokens, chunk)
+        return logits_of(open_runner(world, path, weights, kv_type=kv_type, make=make)[0], tokens, chunk)
 
     return run_threads(len(weights), main)
+
+
+def rounded_to_int8(x: np.ndarray) -> np.ndarray:
+    """Return activations as int8 kernels see them: 32 numbers share a factor; float64."""
+    n = x.shape[-1]
+    groups = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % 32)]).reshape(*x.shape[:-1], -1, 32)
+    top = np.abs(groups).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+    q = np.rint(groups * inverse).astype(np.float64) * (top / np.float32(127))
+    return q.reshape(*x.shape[:-1], -1)[..., :n]
 
 
 def nmse(x: np.ndarray, reference: np.ndarray) -> float:

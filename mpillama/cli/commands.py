@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import cast
 
 from mpillama.cli import values
+from mpillama.cli.bench_options import BENCH, check_bench
 from mpillama.cli.options import (
     CONTEXT,
     LOGGING,
@@ -151,6 +152,19 @@ COMMANDS = (
         check_model,
         positional="model",
         parallel=False,
+    ),
+    Command(
+        "bench",
+        "measure tokens per second, and where the time goes",
+        (
+            "mpillama bench -m model.gguf -p 512 -n 128",
+            "mpirun -n 4 mpillama bench --shape llama-8b:Q4_K_M -n 64 -d 0,4096 -v",
+            "mpirun -n 2 mpillama bench -m a.gguf,b.gguf -t 1,2 -ts 1/1,2/1 -o json",
+            "mpillama bench --shape llama-1b:Q4_0 --compare llama.cpp",
+        ),
+        BENCH,
+        "mpillama.cli.bench:run",
+        check_bench,
     ),
 )
 DEFAULT_COMMAND = "generate"

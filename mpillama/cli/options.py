@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from mpillama.backends import NAMES as BACKENDS
 from mpillama.cli import values
 
 if TYPE_CHECKING:
@@ -164,6 +165,17 @@ TENSOR_SPLIT = _grouped(
     ),
 )
 
+BACKEND = _grouped(
+    "parallelism",
+    Option(
+        ("--backend",),
+        "what computes: cpu (native kernels), reference (NumPy), auto = cpu where it was built",
+        values.choice(*BACKENDS),
+        "auto",
+        "{" + ",".join(BACKENDS) + "}",
+    ),
+)
+
 PARALLEL = (
     *_grouped(
         "parallelism",
@@ -183,6 +195,7 @@ PARALLEL = (
             env="LLAMA_ARG_THREADS",
         ),
     ),
+    *BACKEND,
     *TENSOR_SPLIT,
 )
 

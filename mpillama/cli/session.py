@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from mpillama.backends import make_backend
+from mpillama.backends.base import Backend
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import check_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
@@ -103,14 +105,13 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         return model
 
     model = from_root(world, describe)
-    threads = limit_threads(world, args.threads)
+    backend, threads = open_backend(args, world)
     sharding = Sharding(model.cfg, model.weights)
     infos = list(model.tensors.values())
     shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
     kv_types = (args.cache_type_k, args.cache_type_v)
     kv = [kv_bytes(model.cfg, sharding, rank, model.n_ctx, *kv_types) for rank in range(world.size)]
     check_memory(world, shares, kv, model.n_ctx)
-    backend = ReferenceBackend()
     with JointProgress(world, shares, enabled=log.interactive) as bar:
         weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update)
         n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
@@ -147,18 +148,43 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
-def limit_threads(world: World, wanted: int) -> int:
-    """Set and return the rank's number of CPU threads; by default its share of the cores that it may run on.
+def open_backend(args: Namespace, world: World) -> tuple[Backend, int]:
+    """Return this rank's backend and its number of threads.
 
-    Ranks that a launcher has bound to different cores each use all of their own.
+    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use.
+
+    Raises:
+        UsageError: the backend or the level is not there.
     """
-    if wanted <= 0:
-        cores = frozenset(os.sched_getaffinity(0))
-        everyone = world.bcast(world.gather((world.hosts[world.rank], cores)))
-        sharers = sum(1 for host, others in everyone if host == world.hosts[world.rank] and others & cores)
-        wanted = max(1, len(cores) // max(1, sharers))
-    threadpool_limits(wanted)
-    return wanted
+    threads, cores = place_threads(world, args.threads)
+    threadpool_limits(threads)
+    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", "")), threads
+
+
+def limit_threads(world: World, wanted: int) -> int:
+    """Set and return the rank's number of CPU threads for NumPy; see `place_threads`."""
+    threads, _ = place_threads(world, wanted)
+    threadpool_limits(threads)
+    return threads
+
+
+def place_threads(world: World, wanted: int) -> tuple[int, tuple[int, ...]]:
+    """Return the rank's number of CPU threads, and the cores that they should be pinned to.
+
+    By default a rank has its share of the cores that it may run on; ranks that a launcher has bound to different cores
+    each use all of their own. Threads are pinned only within cores that someone has set aside for this job: a job that
+    may run anywhere may have to share the machine, and must be able to evade.
+    """
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    everyone = world.bcast(world.gather((world.hosts[world.rank], cores)))
+    here = [(rank, others) for rank, (host, others) in enumerate(everyone) if host == world.hosts[world.rank]]
+    sharers = [(rank, others) for rank, others in here if set(others) & set(cores)]
+    threads = wanted if wanted > 0 else max(1, len(cores) // len(sharers))
+    alike = all(others == cores for _, others in sharers)
+    if len(cores) == os.cpu_count() or not alike or threads * len(sharers) > len(cores):
+        return threads, ()
+    first = [rank for rank, _ in sharers].index(world.rank) * threads
+    return threads, cores[first : first + threads]
 
 
 def peak_memory() -> int:

@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "cache_type_v": "f16",
     "split_mode": "tensor",  # llama.cpp: layer
     "threads": -1,
+    "backend": "auto",
     "tensor_split": None,
     "rope_scaling": None,
     "rope_freq_base": 0.0,
@@ -222,7 +223,7 @@ def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> Non
                 assert getattr(parse([command.name, name, *others], {})[1], option.dest) is value
         return
     results: list[Namespace] = []
-    for sample in ("0.5", "3", "1", "none", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"):
+    for sample in ("0.5", "3", "1", "none", "reference", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"):
         try:
             results = [
                 parse([command.name, *words, *others], {})[1]

@@ -1,0 +1,88 @@
+"""The CPU backend: products with packed weights in C++; what is small stays with the NumPy reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillama import _cpu
+from mpillama.backends.base import Handle, RawWeight
+from mpillama.backends.reference import Matrix, ReferenceBackend
+from mpillama.errors import UsageError
+from mpillama.gguf.types import GGMLType
+
+PACKED = frozenset(GGMLType(number) for number in _cpu.packed_types())
+"""The types with kernels of their own; weights of others are dequantized at each use."""
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A stack of matrices in panels of 16 rows, and how many of its columns lie before the rank's own."""
+
+    packed: _cpu.PackedWeight
+    pad: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.packed.nbytes
+
+
+class CpuBackend(ReferenceBackend):
+    """Kernels on a pool of threads.
+
+    Products of quantized weights with few tokens round the activations to 8 bits (a factor for each 32 of them,
+    relative error about 5e-3); with many tokens on AMX, weights and activations are rounded to bfloat16 (about
+    2.4e-3). Products of F32 weights, and of F16 and BF16 weights without AMX, are float32 throughout.
+
+    Args:
+        n_threads: the calling thread included.
+        cores: thread i is pinned to ``cores[i % len(cores)]``; empty: nothing is pinned.
+        level: instruction sets to use, one of `_cpu.levels()`; empty: the best that there is.
+
+    Raises:
+        UsageError: the machine does not have this level.
+    """
+
+    name = "cpu"
+
+    def __init__(self, n_threads: int = 1, cores: Sequence[int] = (), level: str = "") -> None:
+        super().__init__()
+        try:
+            self.pool = _cpu.Pool(n_threads, list(cores), level)
+        except ValueError as error:
+            raise UsageError(f"{error}") from None
+
+    def weight(self, raw: RawWeight) -> Handle:
+        """Pack the slice; its bytes are not kept."""
+        if raw.type not in PACKED:
+            return super().weight(raw)
+        packed = _cpu.pack(self.pool, int(raw.type), np.ascontiguousarray(raw.raw), raw.n_in)
+        return PackedMatrix(packed, raw.pad[0])
+
+    def embedding(self, tokens: np.ndarray, w: PackedMatrix | Matrix, first: int) -> np.ndarray:
+        """Return rows of the embedding, zeros for those that are elsewhere."""
+        if isinstance(w, Matrix):
+            return super().embedding(tokens, w, first)
+        out = np.empty((len(tokens), w.packed.n_in), np.float32)
+        _cpu.embedding(self.pool, w.packed, tokens.astype(np.int64) - first, out)
+        return out
+
+    def linear(self, x: np.ndarray, w: PackedMatrix | Matrix) -> np.ndarray:
+        """Return x W^T."""
+        if isinstance(w, Matrix):
+            return super().linear(x, w)
+        out = np.empty((x.shape[0], w.packed.n_rows), np.float32)
+        _cpu.linear(self.pool, w.packed, np.ascontiguousarray(x), w.pad, out)
+        return out
+
+    def expert_linear(self, x: np.ndarray, w: PackedMatrix | Matrix, experts: np.ndarray) -> np.ndarray:
+        """Multiply each token by the matrices of its experts."""
+        if isinstance(w, Matrix):
+            return super().expert_linear(x, w, experts)
+        out = np.empty((*experts.shape, w.packed.n_rows), np.float32)
+        index = np.ascontiguousarray(experts, np.int64)
+        _cpu.expert_linear(self.pool, w.packed, np.ascontiguousarray(x), w.pad, index, out)
+        return out

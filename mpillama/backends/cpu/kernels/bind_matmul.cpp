@@ -1,0 +1,102 @@
+// Python's view of `packed.h` and `matmul.h`.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "matmul.h"
+#include "stream.h"
+
+namespace nb = nanobind;
+using namespace mpillama;
+
+namespace {
+
+using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using ConstFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
+using Raw = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+void check(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+Input input_of(const ConstFloats& x, const PackedWeight& w, size_t pad) {
+  check(x.ndim() >= 1, "x has no axes");
+  size_t rows = 1;
+  for (size_t i = 0; i + 1 < x.ndim(); i++) rows *= x.shape(i);
+  const size_t width = x.shape(x.ndim() - 1);
+  check(width + pad <= w.n_in, "x is wider than the matrix");
+  return {x.data(), rows, width, pad};
+}
+
+std::unique_ptr<PackedWeight> pack(Pool& pool, int type, const Raw& raw, size_t n_in) {
+  check(is_packed(type), "this type cannot be packed");
+  const Format f = format_of(type);
+  check(n_in % size_t(f.block) == 0 && raw.shape(2) == file_row_bytes(f, n_in), "raw is not rows of whole blocks");
+  const nb::gil_scoped_release released;
+  return std::make_unique<PackedWeight>(pool, type, raw.data(), raw.shape(0), raw.shape(1), n_in);
+}
+
+void bind_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t pad, const Floats& out) {
+  const Input input = input_of(x, w, pad);
+  check(w.n_mats > 0, "there is no matrix");
+  check(out.size() == input.n_rows * w.n_rows, "out has the wrong size");
+  const nb::gil_scoped_release released;
+  linear(pool, w, input, out.data());
+}
+
+void bind_expert_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t pad, const Indices& experts,
+                        const Floats& out) {
+  const Input input = input_of(x, w, pad);
+  check(experts.ndim() == 2, "experts has not two axes");
+  const size_t n_tokens = experts.shape(0), n_used = experts.shape(1);
+  check(input.n_rows == n_tokens || input.n_rows == n_tokens * n_used, "x has the wrong number of rows");
+  check(out.size() == n_tokens * n_used * w.n_rows, "out has the wrong size");
+  const nb::gil_scoped_release released;
+  expert_linear(pool, w, input, n_tokens, n_used, experts.data(), out.data());
+}
+
+void bind_embedding(Pool& pool, const PackedWeight& w, const Indices& index, const Floats& out) {
+  check(w.n_mats > 0, "there is no matrix");
+  check(out.size() == index.size() * w.n_in, "out has the wrong size");
+  const nb::gil_scoped_release released;
+  embedding(pool, w, index.data(), index.size(), out.data());
+}
+
+}  // namespace
+
+void bind_matmul(nb::module_& m);
+void bind_matmul(nb::module_& m) {
+  nb::class_<PackedWeight>(m, "PackedWeight", "A stack of matrices, laid out for the kernels.")
+      .def_ro("n_mats", &PackedWeight::n_mats)
+      .def_ro("n_rows", &PackedWeight::n_rows)
+      .def_ro("n_in", &PackedWeight::n_in)
+      .def_prop_ro("nbytes", &PackedWeight::bytes);
+  m.def(
+      "packed_types",
+      [] {
+        std::vector<int> types;
+        for (int type = 0; type < 64; type++)
+          if (is_packed(type)) types.push_back(type);
+        return types;
+      },
+      "Numbers of the tensor types that `pack` takes.");
+  m.def("pack", pack, nb::arg("pool"), nb::arg("type"), nb::arg("raw"), nb::arg("n_in"),
+        "Pack raw blocks, uint8 (n_mats, n_rows, row bytes), whose rows have n_in weights; raw is not kept.");
+  m.def("linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out"),
+        "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
+  m.def("expert_linear", bind_expert_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),
+        nb::arg("experts"), nb::arg("out"),
+        "out (T, K, n_rows) = x (T, width) or (T, K, width) times matrices experts (T, K), int64.");
+  m.def("embedding", bind_embedding, nb::arg("pool"), nb::arg("w"), nb::arg("index"), nb::arg("out"),
+        "out (T, n_in) = rows index (T,), int64, of the first matrix; zeros where there is no such row.");
+  m.def("stream_gbps", stream_gbps, nb::arg("pool"), nb::arg("n_bytes"), nb::arg("seconds"),
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Measure how fast all threads together read n_bytes of memory, sequentially, in 1e9 bytes/s (the median of the "
+        "rounds that fit into the time).");
+}

@@ -1,0 +1,133 @@
+#include "blocks.h"
+
+#include <cstring>
+
+namespace mpillama {
+namespace {
+
+uint16_t half_at(const uint8_t* p) {
+  uint16_t bits;
+  std::memcpy(&bits, p, 2);
+  return bits;
+}
+
+// n bytes: their low halves are the first n codes, their high halves the next n.
+void nibbles(const uint8_t* p, int n, uint8_t* code) {
+  for (int i = 0; i < n; i++) {
+    code[i] = p[i] & 15;
+    code[n + i] = p[i] >> 4;
+  }
+}
+
+// 32 bits: bit i goes to code i, at position `at`.
+void fifth_bits(const uint8_t* p, uint8_t* code) {
+  for (int i = 0; i < 32; i++) code[i] |= uint8_t((p[i / 8] >> (i % 8) & 1) << 4);
+}
+
+// 64 bytes: of each 32, bits 2i and 2i+1 are the i-th run of 32 codes.
+void two_bits(const uint8_t* p, int i, uint8_t* code) {
+  const int run = i / 32, at = i % 32;
+  code[i] = p[run / 4 * 32 + at] >> (2 * (run % 4)) & 3;
+}
+
+// 6-bit factors of Q4_K and Q5_K: four of each kind in the low bits of 8 bytes; the others have their low halves in the
+// next 4 bytes and their upper bits in the top of the first 8.
+void six_bit_factors(const uint8_t* p, Block& out) {
+  for (int i = 0; i < 4; i++) {
+    out.sc[i] = p[i] & 63;
+    out.mn[i] = p[4 + i] & 63;
+    out.sc[4 + i] = uint8_t((p[8 + i] & 15) | p[i] >> 6 << 4);
+    out.mn[4 + i] = uint8_t(p[8 + i] >> 4 | p[4 + i] >> 6 << 4);
+  }
+}
+
+}  // namespace
+
+void read_block(int type, const uint8_t* p, Block& out) {
+  uint8_t* code = out.code;
+  switch (type) {
+    case Q4_0:
+    case IQ4_NL:
+      out.d = half_at(p);
+      nibbles(p + 2, 16, code);
+      break;
+    case Q4_1:
+      out.d = half_at(p);
+      out.dmin = half_at(p + 2) ^ 0x8000;  // the file adds its minimum, M is subtracted
+      nibbles(p + 4, 16, code);
+      break;
+    case Q5_0:
+      out.d = half_at(p);
+      nibbles(p + 6, 16, code);
+      fifth_bits(p + 2, code);
+      break;
+    case Q5_1:
+      out.d = half_at(p);
+      out.dmin = half_at(p + 2) ^ 0x8000;
+      nibbles(p + 8, 16, code);
+      fifth_bits(p + 4, code);
+      break;
+    case Q8_0:
+      out.d = half_at(p);
+      for (int i = 0; i < 32; i++) code[i] = p[2 + i] ^ 0x80;
+      break;
+    case MXFP4:
+      out.sc[0] = p[0];
+      nibbles(p + 1, 16, code);
+      break;
+    case Q2_K:
+      for (int i = 0; i < 16; i++) {
+        out.sc[i] = p[i] & 15;
+        out.mn[i] = p[i] >> 4;
+      }
+      for (int i = 0; i < 256; i++) two_bits(p + 16, i, code);
+      out.d = half_at(p + 80);
+      out.dmin = half_at(p + 82);
+      break;
+    case Q3_K:
+      for (int i = 0; i < 256; i++) {
+        two_bits(p + 32, i, code);
+        // A clear bit of the mask means minus 4: with the offset of 4 a set one is worth 4.
+        code[i] |= uint8_t((p[i % 32] >> (i / 32) & 1) << 2);
+      }
+      for (int i = 0; i < 16; i++) {
+        const int low = p[96 + i % 8] >> (i < 8 ? 0 : 4) & 15, high = p[104 + i % 4] >> (2 * (i / 4)) & 3;
+        out.sc[i] = uint8_t((low | high << 4) - 32);
+      }
+      out.d = half_at(p + 108);
+      break;
+    case Q4_K:
+      out.d = half_at(p);
+      out.dmin = half_at(p + 2);
+      six_bit_factors(p + 4, out);
+      for (int i = 0; i < 4; i++) nibbles(p + 16 + 32 * i, 32, code + 64 * i);
+      break;
+    case Q5_K:
+      out.d = half_at(p);
+      out.dmin = half_at(p + 2);
+      six_bit_factors(p + 4, out);
+      for (int i = 0; i < 4; i++) nibbles(p + 48 + 32 * i, 32, code + 64 * i);
+      for (int i = 0; i < 256; i++) code[i] |= uint8_t((p[16 + i % 32] >> (i / 32) & 1) << 4);
+      break;
+    case Q6_K:
+      for (int i = 0; i < 2; i++) nibbles(p + 64 * i, 64, code + 128 * i);
+      for (int i = 0; i < 256; i++) {
+        const int run = i / 32;
+        code[i] |= uint8_t((p[128 + run / 4 * 32 + i % 32] >> (2 * (run % 4)) & 3) << 4);
+      }
+      std::memcpy(out.sc, p + 192, 16);
+      out.d = half_at(p + 208);
+      break;
+    case IQ4_XS:
+      out.d = half_at(p);
+      for (int i = 0; i < 8; i++) {
+        const int low = p[4 + i / 2] >> (4 * (i % 2)) & 15, high = half_at(p + 2) >> (2 * i) & 3;
+        out.sc[i] = uint8_t((low | high << 4) - 32);
+      }
+      for (int i = 0; i < 8; i++) nibbles(p + 8 + 16 * i, 16, code + 32 * i);
+      break;
+    default: break;
+  }
+}
+
+}  // namespace mpillama

@@ -1,0 +1,95 @@
+// Codes and factors of a group of 32 columns as vectors, for whichever `Vec` was included before.
+//
+// `part` counts the vectors that make up 16 rows: always 0 for vectors of 16 lanes, 0 or 1 for those of 8.
+#pragma once
+#include "formats.h"
+
+namespace mpillama {
+namespace {
+
+// w[j]: columns 4j..4j+3 of each row, as unsigned codes.
+template <int type>
+inline void unpack(const uint8_t* group, int part, Vec::Bytes w[8]) {
+  constexpr Format f = format_of(type);
+  const uint8_t* q = group + 4 * Vec::lanes * part;
+  if constexpr (f.bits == 8) {
+    for (int j = 0; j < 8; j++) w[j] = Vec::load(q + 64 * j);
+  } else if constexpr (f.bits >= 4) {
+    for (int j = 0; j < 4; j++) {
+      const Vec::Bytes z = Vec::load(q + 64 * j);
+      w[j] = Vec::right<0, 15>(z);
+      w[j + 4] = Vec::right<4, 15>(z);
+    }
+  } else {
+    for (int h = 0; h < 2; h++) {
+      const Vec::Bytes z = Vec::load(q + 64 * h);
+      w[4 * h] = Vec::right<0, 3>(z);
+      w[4 * h + 1] = Vec::right<2, 3>(z);
+      w[4 * h + 2] = Vec::right<4, 3>(z);
+      w[4 * h + 3] = Vec::right<6, 3>(z);
+    }
+  }
+  if constexpr (f.bits == 6) {
+    for (int h = 0; h < 2; h++) {
+      const Vec::Bytes z = Vec::load(q + 256 + 64 * h);
+      w[4 * h] = Vec::merge<4, 0x30>(w[4 * h], z);
+      w[4 * h + 1] = Vec::merge<2, 0x30>(w[4 * h + 1], z);
+      w[4 * h + 2] = Vec::merge<0, 0x30>(w[4 * h + 2], z);
+      w[4 * h + 3] = Vec::merge<-2, 0x30>(w[4 * h + 3], z);
+    }
+  } else if constexpr (f.bits == 5 || f.bits == 3) {
+    // Bit j of a byte becomes the highest bit of its code.
+    constexpr int top = f.bits - 1, mask = 1 << top;
+    const Vec::Bytes z = Vec::load(q + 64 * top);
+    w[0] = Vec::merge<top, mask>(w[0], z);
+    w[1] = Vec::merge<top - 1, mask>(w[1], z);
+    w[2] = Vec::merge<top - 2, mask>(w[2], z);
+    w[3] = Vec::merge<top - 3, mask>(w[3], z);
+    w[4] = Vec::merge<top - 4, mask>(w[4], z);
+    w[5] = Vec::merge<top - 5, mask>(w[5], z);
+    w[6] = Vec::merge<top - 6, mask>(w[6], z);
+    w[7] = Vec::merge<top - 7, mask>(w[7], z);
+  }
+  if constexpr (f.table != Table::none) {
+    constexpr Entries table = entries(f.table);
+    for (int j = 0; j < 8; j++) w[j] = Vec::lookup(table.values, w[j]);
+  }
+}
+
+// S of the columns 0..15 and 16..31, and M likewise; those that a type does not have are left alone.
+struct FactorVecs {
+  Vec::Float s0, s1, m0, m1;
+};
+
+template <int type>
+inline FactorVecs factors(const uint8_t* unit, int group, int part) {
+  constexpr Format f = format_of(type);
+  const uint8_t *halves = unit + 2 * Vec::lanes * part, *bytes = unit + Vec::lanes * part;
+  FactorVecs r;
+  if constexpr (f.factors == Factors::half || f.factors == Factors::half_min) {
+    r.s0 = Vec::load_half(halves + 32 * group);
+    if constexpr (f.factors == Factors::half_min) r.m0 = Vec::load_half(halves + 64 + 32 * group);
+  } else if constexpr (f.factors == Factors::super_min) {
+    r.s0 = Vec::mul(Vec::load_half(halves), Vec::load_u8(bytes + 64 + 16 * group));
+    r.m0 = Vec::mul(Vec::load_half(halves + 32), Vec::load_u8(bytes + 192 + 16 * group));
+  } else if constexpr (f.factors == Factors::super_16) {
+    const Vec::Float d = Vec::load_half(halves);
+    r.s0 = Vec::mul(d, Vec::load_i8(bytes + 32 + 32 * group));
+    r.s1 = Vec::mul(d, Vec::load_i8(bytes + 48 + 32 * group));
+  } else if constexpr (f.factors == Factors::super_32) {
+    r.s0 = Vec::mul(Vec::load_half(halves), Vec::load_i8(bytes + 32 + 16 * group));
+  } else if constexpr (f.factors == Factors::nibbles) {
+    const Vec::Float d = Vec::load_half(halves), dmin = Vec::load_half(halves + 32);
+    const uint8_t* both = bytes + 64 + 32 * group;
+    r.s0 = Vec::mul(d, Vec::load_nibble<0>(both));
+    r.s1 = Vec::mul(d, Vec::load_nibble<0>(both + 16));
+    r.m0 = Vec::mul(dmin, Vec::load_nibble<4>(both));
+    r.m1 = Vec::mul(dmin, Vec::load_nibble<4>(both + 16));
+  } else if constexpr (f.factors == Factors::exponent) {
+    r.s0 = Vec::load_exponent(bytes + 16 * group);
+  }
+  return r;
+}
+
+}  // namespace
+}  // namespace mpillama

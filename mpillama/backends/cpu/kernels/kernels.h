@@ -1,0 +1,56 @@
+// The kernels of one level, as a table of functions. Each multiplies one panel (16 rows of a matrix) by a block of tokens.
+//
+// A block holds 1, 2, 4, 8 or 16 tokens, group of 32 columns by group, so that a kernel finds all of them at fixed
+// distances from one pointer. For n tokens, a group is
+//   quantized types:      int8 q[n][32], float d[n], int32 sum[n], float dsum[n], int32 sums[n][2], float dsums[n][2]
+//   floating-point types: float x[n][32]
+// where x = d q; sum is minus the sum of q, and dsum d times the sum of q; sums and dsums are the same for each 16 columns.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "formats.h"
+
+namespace mpillama {
+
+constexpr int max_tokens = 16;
+
+constexpr size_t int_group_bytes(size_t n) { return n * (32 + 3 * 4 + 2 * 8); }
+constexpr size_t float_group_bytes(size_t n) { return n * 128; }
+
+// y[i][0 .. n_rows) = the product for token i; n_rows <= 16.
+using PanelFn = void (*)(const uint8_t* panel, size_t n_units, const uint8_t* block, float* const* y, int n_rows);
+
+// Writes token `i` of a block of `n`: n_groups groups of 32 values of x.
+using PrepareFn = void (*)(const float* x, size_t n_groups, int n, int i, uint8_t* block);
+
+struct Kernels {
+  PrepareFn quantize, copy;
+  PanelFn panel[64][5];  // by type and log2 of the number of tokens; null where there is none
+};
+
+extern const Kernels scalar_kernels;
+#if MPILLAMA_X86
+extern const Kernels avx2_kernels, avx512_kernels;
+#endif
+
+#if MPILLAMA_AMX
+// Tokens as tiles of 16 x 32 in bf16: [n / 16][n_groups]; n_tokens need not be a multiple of 16, the rest becomes zero.
+struct AmxKernels {
+  // x: n_groups groups of 32 values of one token; row: of the token in the tile.
+  void (*tile_row)(const float* x, size_t n_groups, int row, uint16_t* tiles);
+
+  // Groups [first, last) of a panel as bf16 tiles of 16 x 16 pairs, by type.
+  void (*expand[64])(const uint8_t* panel, size_t first, size_t last, uint16_t* tiles);
+
+  // c (32 x 32, rows `stride` floats apart) = or += two rows of tiles times two panels, over n_groups tiles each; between
+  // the two rows of token tiles lie a_step tiles.
+  void (*multiply)(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16_t* b1, size_t n_groups, float* c,
+                   size_t stride, bool add);
+  void (*begin)();  // sets this thread's tiles up
+  void (*end)();
+};
+extern const AmxKernels amx_kernels;
+#endif
+
+}  // namespace mpillama

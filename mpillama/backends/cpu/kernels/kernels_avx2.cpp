@@ -1,0 +1,9 @@
+#include "vec_avx2.h"
+// After the vectors.
+#include "kernels_impl.h"
+
+namespace mpillama {
+
+const Kernels avx2_kernels = make_kernels();
+
+}  // namespace mpillama

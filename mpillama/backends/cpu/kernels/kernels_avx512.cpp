@@ -1,0 +1,9 @@
+#include "vec_avx512.h"
+// After the vectors.
+#include "kernels_impl.h"
+
+namespace mpillama {
+
+const Kernels avx512_kernels = make_kernels();
+
+}  // namespace mpillama

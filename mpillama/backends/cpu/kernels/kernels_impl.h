@@ -1,0 +1,172 @@
+// The kernels of `kernels.h` over whichever `Vec` was included before. Everything has internal linkage: what is compiled
+// for one instruction set must never be taken for that of another.
+#pragma once
+#include <cstring>
+
+#include "codec.h"
+#include "kernels.h"
+
+namespace mpillama {
+namespace {
+
+constexpr int parts = 16 / Vec::lanes;
+
+// How far ahead of the codes memory is asked for: measured best for rows of 2048 and 8192 weights.
+constexpr size_t ahead = 2048;
+
+inline float load_float(const uint8_t* p) {
+  float value;
+  std::memcpy(&value, p, 4);
+  return value;
+}
+
+inline int32_t load_int(const uint8_t* p) {
+  int32_t value;
+  std::memcpy(&value, p, 4);
+  return value;
+}
+
+template <int type, int n>
+void quantized_panel(const uint8_t* unit, size_t n_units, const uint8_t* x, float* const* y, int n_rows) {
+  constexpr Format f = format_of(type);
+  constexpr bool wide = f.bits == 8 || f.table != Table::none;
+  constexpr int offset = wide && Vec::signed_codes ? f.offset - 128 : f.offset;
+  constexpr size_t d_at = 32 * n, sum_at = 36 * n, dsum_at = 40 * n, sums_at = 44 * n, dsums_at = 52 * n;
+  Vec::Float acc[parts][n];
+  for (int part = 0; part < parts; part++)
+    for (int i = 0; i < n; i++) acc[part][i] = Vec::all(0.0f);
+  for (size_t u = 0; u < n_units; u++, unit += unit_bytes(f)) {
+    for (size_t i = 0; i < size_t(f.factor_bytes); i += 64) Vec::prefetch(unit + ahead + i);
+    for (int g = 0; g < f.unit / 32; g++, x += int_group_bytes(n)) {
+      const uint8_t* group = unit + f.factor_bytes + size_t(g) * group_bytes(f);
+      for (size_t i = 0; i < group_bytes(f); i += 64) Vec::prefetch(group + ahead + i);
+      for (int part = 0; part < parts; part++) {
+        Vec::Bytes w[8];
+        unpack<type>(group, part, w);
+        const FactorVecs fv = factors<type>(unit, g, part);
+#pragma GCC unroll 16
+        for (int i = 0; i < n; i++) {
+          const size_t at = size_t(i);
+          const int8_t* q = reinterpret_cast<const int8_t*>(x) + 32 * at;
+          const Vec::Float d = Vec::all(load_float(x + d_at + 4 * at));
+          Vec::Float& a = acc[part][i];
+          if constexpr (has_halves(f)) {
+            Vec::Int first = Vec::times<offset>(load_int(x + sums_at + 8 * at));
+            Vec::Int second = Vec::times<offset>(load_int(x + sums_at + 8 * at + 4));
+            for (int j = 0; j < 4; j++) {
+              first = Vec::dot<wide>(first, w[j], q + 4 * j);
+              second = Vec::dot<wide>(second, w[j + 4], q + 16 + 4 * j);
+            }
+            const Vec::Float v = Vec::mul(Vec::to_float(first), fv.s0);
+            a = Vec::fma(Vec::fma(Vec::to_float(second), fv.s1, v), d, a);
+            if constexpr (has_min(f)) {
+              a = Vec::fnma(fv.m0, Vec::all(load_float(x + dsums_at + 8 * at)), a);
+              a = Vec::fnma(fv.m1, Vec::all(load_float(x + dsums_at + 8 * at + 4)), a);
+            }
+          } else {
+            Vec::Int all = Vec::times<offset>(load_int(x + sum_at + 4 * at));
+            for (int j = 0; j < 8; j++) all = Vec::dot<wide>(all, w[j], q + 4 * j);
+            a = Vec::fma(Vec::mul(Vec::to_float(all), fv.s0), d, a);
+            if constexpr (has_min(f)) a = Vec::fnma(fv.m0, Vec::all(load_float(x + dsum_at + 4 * at)), a);
+          }
+        }
+      }
+    }
+  }
+  for (int part = 0; part < parts; part++) {
+    const int rest = n_rows - part * Vec::lanes;
+    for (int i = 0; i < n && rest > 0; i++) Vec::store(y[i] + part * Vec::lanes, acc[part][i], rest < Vec::lanes ? rest : Vec::lanes);
+  }
+}
+
+// Column k of a group of 32.
+template <int type>
+inline Vec::Float column(const uint8_t* group, int k, int part) {
+  if constexpr (type == F32) return Vec::load_float(group + 64 * k + 4 * Vec::lanes * part);
+  if constexpr (type == F16) return Vec::load_half(group + 32 * k + 2 * Vec::lanes * part);
+  const uint8_t* pair = group + 64 * (k / 2) + 4 * Vec::lanes * part;
+  return k % 2 ? Vec::load_bf16<1>(pair) : Vec::load_bf16<0>(pair);
+}
+
+template <int type, int n>
+void float_panel(const uint8_t* group, size_t n_groups, const uint8_t* x, float* const* y, int n_rows) {
+  constexpr Format f = format_of(type);
+  // A sum of its own for every fourth column: one alone would wait for the latency of each addition.
+  constexpr int chains = n == 1 ? 4 : n == 2 ? 2 : 1;
+  Vec::Float acc[parts][n][chains];
+  for (int part = 0; part < parts; part++)
+    for (int i = 0; i < n; i++)
+      for (int c = 0; c < chains; c++) acc[part][i][c] = Vec::all(0.0f);
+  for (size_t g = 0; g < n_groups; g++, group += group_bytes(f), x += float_group_bytes(n)) {
+    for (size_t i = 0; i < group_bytes(f); i += 64) Vec::prefetch(group + ahead + i);
+#pragma GCC unroll 4
+    for (int k = 0; k < 32; k++)
+      for (int part = 0; part < parts; part++) {
+        const Vec::Float w = column<type>(group, k, part);
+#pragma GCC unroll 16
+        for (int i = 0; i < n; i++) {
+          Vec::Float& a = acc[part][i][k % chains];
+          a = Vec::fma(w, Vec::all(load_float(x + 128 * i + 4 * k)), a);
+        }
+      }
+  }
+  for (int part = 0; part < parts; part++) {
+    const int rest = n_rows - part * Vec::lanes;
+    for (int i = 0; i < n && rest > 0; i++) {
+      Vec::Float sum = acc[part][i][0];
+      for (int c = 1; c < chains; c++) sum = Vec::add(sum, acc[part][i][c]);
+      Vec::store(y[i] + part * Vec::lanes, sum, rest < Vec::lanes ? rest : Vec::lanes);
+    }
+  }
+}
+
+template <int type, int log>
+constexpr void set_panel(Kernels& kernels) {
+  constexpr int n = 1 << log;
+  if constexpr ((Vec::block_sizes & n) == 0) {
+    kernels.panel[type][log] = nullptr;
+  } else if constexpr (is_float(format_of(type))) {
+    kernels.panel[type][log] = float_panel<type, n>;
+  } else {
+    kernels.panel[type][log] = quantized_panel<type, n>;
+  }
+}
+
+void quantize_token(const float* x, size_t n_groups, int n, int i, uint8_t* block) {
+  const size_t count = size_t(n), at = size_t(i);
+  for (size_t g = 0; g < n_groups; g++, block += int_group_bytes(count)) {
+    int32_t sums[2];
+    const float d = Vec::quantize(x + 32 * g, reinterpret_cast<int8_t*>(block) + 32 * at, sums);
+    const int32_t negative[3] = {-(sums[0] + sums[1]), -sums[0], -sums[1]};
+    const float dsums[3] = {d * float(sums[0] + sums[1]), d * float(sums[0]), d * float(sums[1])};
+    std::memcpy(block + 32 * count + 4 * at, &d, 4);
+    std::memcpy(block + 36 * count + 4 * at, negative, 4);
+    std::memcpy(block + 40 * count + 4 * at, dsums, 4);
+    std::memcpy(block + 44 * count + 8 * at, negative + 1, 8);
+    std::memcpy(block + 52 * count + 8 * at, dsums + 1, 8);
+  }
+}
+
+void copy_token(const float* x, size_t n_groups, int n, int i, uint8_t* block) {
+  for (size_t g = 0; g < n_groups; g++)
+    std::memcpy(block + g * float_group_bytes(size_t(n)) + 128 * size_t(i), x + 32 * g, 128);
+}
+
+template <int type>
+constexpr void set_type(Kernels& k) {
+  set_panel<type, 0>(k), set_panel<type, 1>(k), set_panel<type, 2>(k), set_panel<type, 3>(k), set_panel<type, 4>(k);
+}
+
+constexpr Kernels make_kernels() {
+  Kernels k{};
+  k.quantize = quantize_token;
+  k.copy = copy_token;
+  set_type<F32>(k), set_type<F16>(k), set_type<BF16>(k);
+  set_type<Q4_0>(k), set_type<Q4_1>(k), set_type<Q5_0>(k), set_type<Q5_1>(k), set_type<Q8_0>(k);
+  set_type<Q2_K>(k), set_type<Q3_K>(k), set_type<Q4_K>(k), set_type<Q5_K>(k), set_type<Q6_K>(k);
+  set_type<IQ4_NL>(k), set_type<IQ4_XS>(k), set_type<MXFP4>(k);
+  return k;
+}
+
+}  // namespace
+}  // namespace mpillama

@@ -1,0 +1,92 @@
+#include "level.h"
+
+#include <cstdint>
+#include <stdexcept>
+
+#if MPILLAMA_X86
+#include <cpuid.h>
+#endif
+#if MPILLAMA_AMX && !MPILLAMA_EMULATE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace mpillama {
+namespace {
+
+#if MPILLAMA_X86
+struct Registers {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+};
+
+Registers cpuid(uint32_t leaf, uint32_t subleaf) {
+  Registers r;
+  __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d);
+  return r;
+}
+
+bool bit(uint32_t word, int i) { return word >> i & 1; }
+
+// Which register states the operating system saves (XCR0).
+uint64_t enabled_state() {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t(high) << 32 | low;
+}
+
+bool amx_usable([[maybe_unused]] const Registers& seven, [[maybe_unused]] uint64_t state) {
+#if MPILLAMA_EMULATE_AMX
+  return true;
+#elif MPILLAMA_AMX
+  if (!bit(seven.d, 22) || !bit(seven.d, 24) || (state & 0x60000) != 0x60000 || !bit(cpuid(7, 1).a, 5)) return false;
+  // Tile data (state 18) is given to processes that ask: Documentation/arch/x86/xstate.rst of Linux.
+  constexpr long arch_req_xcomp_perm = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, arch_req_xcomp_perm, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
+
+std::vector<Level> available_levels() {
+  std::vector<Level> levels{Level::scalar};
+#if MPILLAMA_X86
+  const Registers one = cpuid(1, 0), seven = cpuid(7, 0);
+  if (!bit(one.c, 27)) return levels;  // no XGETBV
+  const uint64_t state = enabled_state();
+  const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
+  if (!ymm || !bit(one.c, 12) || !bit(one.c, 29) || !bit(seven.b, 5)) return levels;
+  levels.push_back(Level::avx2);
+  const bool avx512 = bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31) && bit(seven.c, 11);
+  if (!zmm || !avx512) return levels;
+  levels.push_back(Level::avx512);
+  if (amx_usable(seven, state)) levels.push_back(Level::amx);
+#endif
+  return levels;
+}
+
+const char* level_name(Level level) {
+  switch (level) {
+    case Level::scalar: return "scalar";
+    case Level::avx2: return "avx2";
+    case Level::avx512: return "avx512";
+    case Level::amx: return "amx";
+  }
+  return "";
+}
+
+Level choose_level(const std::string& name) {
+  const std::vector<Level> levels = available_levels();
+  if (name.empty()) return levels.back();
+  std::string have;
+  for (Level level : levels) {
+    if (name == level_name(level)) return level;
+    have += have.empty() ? "" : ", ";
+    have += level_name(level);
+  }
+  throw std::invalid_argument("CPU level " + name + " is not available; this machine has " + have);
+}
+
+}  // namespace mpillama

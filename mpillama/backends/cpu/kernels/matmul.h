@@ -1,0 +1,28 @@
+// Products of activations with packed weights.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "packed.h"
+#include "pool.h"
+
+namespace mpillama {
+
+// x: rows of `width` floats, which meet the columns [pad, pad + width) of the matrix; other columns meet zeros.
+struct Input {
+  const float* data;
+  size_t n_rows, width, pad;
+};
+
+// y (n_rows of x, n_rows of w) = x W^T with matrix 0.
+void linear(Pool& pool, const PackedWeight& w, const Input& x, float* y);
+
+// y (n_tokens, n_used, n_rows of w): row (t, k) is matrix experts[t][k] times row t of x, or row t * n_used + k where x has
+// that many rows.
+void expert_linear(Pool& pool, const PackedWeight& w, const Input& x, size_t n_tokens, size_t n_used,
+                   const int64_t* experts, float* y);
+
+// Rows of matrix 0; zeros for an index outside of it.
+void embedding(Pool& pool, const PackedWeight& w, const int64_t* index, size_t n, float* y);
+
+}  // namespace mpillama

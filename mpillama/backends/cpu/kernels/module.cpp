@@ -1,0 +1,44 @@
+// mpillama._cpu: the kernels of the CPU backend.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "pool.h"
+
+namespace nb = nanobind;
+using mpillama::Pool;
+
+void bind_matmul(nb::module_& m);
+#if MPILLAMA_BIND_ATTENTION
+void bind_attention(nb::module_& m);
+#endif
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "Native kernels of the CPU backend.";
+  m.def(
+      "levels",
+      [] {
+        std::vector<std::string> names;
+        for (mpillama::Level level : mpillama::available_levels()) names.push_back(mpillama::level_name(level));
+        return names;
+      },
+      "Names of the instruction set levels that can be used here, in ascending order.");
+  nb::class_<Pool>(m, "Pool", "Threads for kernels; the calling thread is one of them.")
+      .def("__init__",
+           [](Pool* self, int n_threads, const std::vector<int>& cores, const std::string& level) {
+             new (self) Pool(n_threads, cores, mpillama::choose_level(level));
+           },
+           nb::arg("n_threads"), nb::arg("cores") = std::vector<int>(), nb::arg("level") = "",
+           "Start threads.\n\nArgs:\n    n_threads: the caller included.\n    cores: thread i is pinned to "
+           "cores[i % len(cores)]; empty: nothing is pinned.\n    level: one of levels(); empty: the highest.\n\n"
+           "Raises:\n    ValueError: the level is not available, or the number of threads absurd.")
+      .def_prop_ro("n_threads", &Pool::size)
+      .def_prop_ro("level", [](const Pool& pool) { return std::string(level_name(pool.level())); });
+  bind_matmul(m);
+#if MPILLAMA_BIND_ATTENTION
+  bind_attention(m);
+#endif
+}

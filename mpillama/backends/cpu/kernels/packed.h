@@ -1,0 +1,50 @@
+// A stack of matrices in packed form.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "formats.h"
+#include "pool.h"
+
+namespace mpillama {
+
+// Memory for weights: aligned to 64 bytes, in huge pages where it is large enough for some.
+class Pages {
+ public:
+  explicit Pages(size_t bytes);
+  ~Pages();
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+  uint8_t* data() const { return data_; }
+
+ private:
+  void* mapping_ = nullptr;
+  size_t mapped_ = 0;
+  uint8_t* data_ = nullptr;
+};
+
+class PackedWeight {
+ public:
+  // raw: n_mats x n_rows rows of whole blocks, as the file has them.
+  PackedWeight(Pool& pool, int type, const uint8_t* raw, size_t n_mats, size_t n_rows, size_t n_in);
+
+  const int type;
+  const Format format;
+  const size_t n_mats, n_rows, n_in;
+  const size_t n_panels;     // of one matrix
+  const size_t n_units;      // of one panel
+  const size_t panel_bytes;
+
+  const uint8_t* panel(size_t mat, size_t p) const { return pages_.data() + (mat * n_panels + p) * panel_bytes; }
+  size_t bytes() const { return n_mats * n_panels * panel_bytes; }
+
+  // Writes row `row` of matrix 0 as n_in floats.
+  void read_row(size_t row, float* out) const;
+
+ private:
+  void pack_panel(const uint8_t* rows, size_t n, uint8_t* out) const;
+
+  Pages pages_;
+};
+
+}  // namespace mpillama

@@ -1,0 +1,117 @@
+// Threads that wait for short pieces of work. The caller is thread 0.
+//
+// Not to be included by files compiled for one instruction set: the linker keeps one copy of each inline function, and
+// that must not be one which needs AVX512.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "level.h"
+
+namespace mpillama {
+
+// Grow-only memory for temporaries, aligned to a cache line.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  // At least `bytes`, which stay valid until the next call; what was there before is lost.
+  void* get(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(64, size_);
+      if (!data_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+class Pool {
+ public:
+  // Thread i is pinned to cores[i % size]; an empty list pins nothing. The calling thread is pinned as thread 0.
+  Pool(int n_threads, std::vector<int> cores, Level level);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return n_threads_; }
+  Level level() const { return level_; }
+
+  // Temporaries of whole calls; used only by the one call that runs (see `lock`).
+  Scratch& scratch(int i) { return scratch_[i]; }
+
+  // Held by a call from start to end, so that callers on several Python threads take turns.
+  std::unique_lock<std::mutex> lock() { return std::unique_lock<std::mutex>(calls_); }
+
+  // Calls f(thread) once on every thread and waits for all. f must not throw.
+  template <class F>
+  void run(F&& f) {
+    if (n_threads_ == 1) {
+      f(0);
+      return;
+    }
+    using Function = std::remove_reference_t<F>;
+    work_ = [](void* context, int thread) { (*static_cast<Function*>(context))(thread); };
+    context_ = const_cast<void*>(static_cast<const void*>(&f));
+    start();
+    f(0);
+    wait();
+  }
+
+  // Calls f(begin, end) for ranges of at most `grain` that cover [0, n), on whichever thread is free.
+  template <class F>
+  void parallel_for(size_t n, size_t grain, F&& f) {
+    grain = std::max<size_t>(1, grain);
+    if (n_threads_ == 1 || n <= grain) {
+      for (size_t i = 0; i < n; i += grain) f(i, std::min(n, i + grain));
+      return;
+    }
+    std::atomic<size_t> next{0};
+    run([&](int) {
+      for (size_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < n;) f(i, std::min(n, i + grain));
+    });
+  }
+
+ private:
+  void start();
+  void wait();
+  void loop(int thread);
+
+  const int n_threads_;
+  const Level level_;
+  std::vector<int> cores_;
+  std::mutex calls_;
+  Scratch scratch_[4];
+
+  void (*work_)(void*, int) = nullptr;
+  void* context_ = nullptr;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<int> done_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  bool stop_ = false;
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace mpillama

@@ -1,0 +1,97 @@
+// Vectors for `kernels_impl.h` in plain C++, for compilers to make the best of.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+namespace mpillama {
+namespace {
+
+struct Vec {
+  static constexpr int lanes = 16;
+  static constexpr bool signed_codes = false;  // whether codes of 8 bits are taken as signed numbers
+  static constexpr int block_sizes = 1 | 4;  // for how many tokens there are kernels
+
+  struct Bytes { uint8_t v[64]; };
+  struct Int { int32_t v[16]; };
+  struct Float { float v[16]; };
+
+  static Bytes load(const uint8_t* p) { Bytes r; std::memcpy(r.v, p, 64); return r; }
+  template <int shift, int mask> static Bytes right(Bytes a) {
+    for (uint8_t& b : a.v) b = uint8_t(b >> shift & mask);
+    return a;
+  }
+  // a | (b << shift & mask), or >> for a negative shift
+  template <int shift, int mask> static Bytes merge(Bytes a, const Bytes& b) {
+    for (int i = 0; i < 64; i++)
+      a.v[i] = uint8_t(a.v[i] | ((shift >= 0 ? b.v[i] << (shift >= 0 ? shift : 0) : b.v[i] >> (shift < 0 ? -shift : 0)) & mask));
+    return a;
+  }
+  static Bytes lookup(const uint8_t* table, Bytes a) {
+    for (uint8_t& b : a.v) b = table[b];
+    return a;
+  }
+  template <int factor> static Int times(int32_t value) { Int r; for (int32_t& i : r.v) i = factor * value; return r; }
+  template <bool> static Int dot(Int a, const Bytes& w, const int8_t* x) {
+    for (int i = 0; i < 16; i++)
+      a.v[i] += w.v[4 * i] * x[0] + w.v[4 * i + 1] * x[1] + w.v[4 * i + 2] * x[2] + w.v[4 * i + 3] * x[3];
+    return a;
+  }
+
+  static Float all(float value) { Float r; for (float& f : r.v) f = value; return r; }
+  static Float to_float(const Int& a) { Float r; for (int i = 0; i < 16; i++) r.v[i] = float(a.v[i]); return r; }
+  static Float load_float(const uint8_t* p) { Float r; std::memcpy(r.v, p, 64); return r; }
+  static Float load_half(const uint8_t* p) {
+    uint16_t h[16];
+    std::memcpy(h, p, 32);
+    Float r;
+    for (int i = 0; i < 16; i++) r.v[i] = half_to_float(h[i]);
+    return r;
+  }
+  // The first or second of each pair of bf16.
+  template <int which> static Float load_bf16(const uint8_t* p) {
+    uint32_t pairs[16];
+    std::memcpy(pairs, p, 64);
+    Float r;
+    for (int i = 0; i < 16; i++) r.v[i] = float_of(which ? pairs[i] & 0xffff0000 : pairs[i] << 16);
+    return r;
+  }
+  static Float load_u8(const uint8_t* p) { Float r; for (int i = 0; i < 16; i++) r.v[i] = float(p[i]); return r; }
+  static Float load_i8(const uint8_t* p) { Float r; for (int i = 0; i < 16; i++) r.v[i] = float(int8_t(p[i])); return r; }
+  template <int shift> static Float load_nibble(const uint8_t* p) {
+    Float r;
+    for (int i = 0; i < 16; i++) r.v[i] = float(p[i] >> shift & 15);
+    return r;
+  }
+  // 2^(e - 128) of bytes e; 0 for the two smallest
+  static Float load_exponent(const uint8_t* p) {
+    Float r;
+    for (int i = 0; i < 16; i++) r.v[i] = float_of(uint32_t(p[i] ? p[i] - 1 : 0) << 23);
+    return r;
+  }
+  static Float mul(Float a, const Float& b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
+  static Float fma(const Float& a, const Float& b, Float c) { for (int i = 0; i < 16; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
+  static Float fnma(const Float& a, const Float& b, Float c) { for (int i = 0; i < 16; i++) c.v[i] -= a.v[i] * b.v[i]; return c; }
+  static Float add(Float a, const Float& b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
+  static void store(float* p, const Float& a, int n) { std::memcpy(p, a.v, size_t(n) * 4); }
+  static void prefetch(const uint8_t*) {}
+
+  // 32 values of x as int8 with one factor; the sums of the first and the last 16.
+  static float quantize(const float* x, int8_t* q, int32_t* sums) {
+    float top = 0;
+    for (int i = 0; i < 32; i++) top = std::fmax(top, std::fabs(x[i]));
+    const float inverse = top > 0 ? 127.0f / top : 0.0f;
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < 32; i++) {
+      const int value = int(std::nearbyint(x[i] * inverse));
+      q[i] = int8_t(value);
+      sums[i / 16] += value;
+    }
+    return top / 127.0f;
+  }
+};
+
+}  // namespace
+}  // namespace mpillama

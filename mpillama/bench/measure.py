@@ -1,0 +1,198 @@
+"""Running a workload and accounting for its time: by step and rank, in collectives and outside of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from mpillama.backends.base import Batch
+from mpillama.bench.model import StepBytes
+from mpillama.bench.plan import Test
+from mpillama.comm.metered import MeteredGroup
+from mpillama.engine.sequence import Sequence as TokenSequence
+from mpillama.runner import Runner
+
+Run = Callable[[Batch], Any]
+
+
+@dataclass
+class RankSteps:
+    """What one rank did in a number of steps; times in nanoseconds, an item for each step."""
+
+    total_ns: list[int] = field(default_factory=list)
+    comm_ns: list[int] = field(default_factory=list)
+    n_tokens: list[int] = field(default_factory=list)
+    n_logits: list[int] = field(default_factory=list)
+    comm_calls: int = 0
+    comm_bytes: int = 0
+
+
+class MeteredRunner(Runner):
+    """A runner that keeps account of its steps; its ops must use the metered group that it is given."""
+
+    def __init__(self, *args: Any, group: MeteredGroup) -> None:
+        super().__init__(*args)
+        self._group = group
+        self._steps = RankSteps()
+
+    def run(self, batch: Batch) -> np.ndarray:
+        """Return the logits of the wanted tokens."""
+        self._group.take()
+        began = time.perf_counter_ns()
+        logits = super().run(batch)
+        passed = time.perf_counter_ns() - began
+        traffic, steps = self._group.take(), self._steps
+        steps.total_ns.append(passed)
+        steps.comm_ns.append(traffic.ns)
+        steps.n_tokens.append(len(batch.tokens))
+        steps.n_logits.append(len(batch.logit_rows))
+        steps.comm_calls += traffic.calls
+        steps.comm_bytes += traffic.nbytes
+        return logits
+
+    def take(self) -> RankSteps:
+        """Return the steps since the last call."""
+        steps, self._steps = self._steps, RankSteps()
+        return steps
+
+
+class Workload:
+    """Feeds random tokens to a model, as a benchmark does: without a tokenizer and without sampling.
+
+    Args:
+        run: takes a batch and runs it on all ranks.
+        n_kv_blocks: of the KV cache.
+        n_vocab: of the model.
+        stopped: whether to give up, asked before each step.
+        seed: of the tokens.
+    """
+
+    def __init__(self, run: Run, n_kv_blocks: int, n_vocab: int, stopped: Callable[[], bool], seed: int = 0) -> None:
+        self._run, self._n_vocab, self._stopped = run, n_vocab, stopped
+        self._table = np.arange(n_kv_blocks, dtype=np.int32)
+        self._rng = np.random.default_rng(seed)
+
+    def _tokens(self, n: int) -> list[int]:
+        return [int(token) for token in self._rng.integers(0, self._n_vocab, n)]
+
+    def _sequence(self, n_past: int) -> TokenSequence:
+        """Return a sequence whose first ``n_past`` tokens are in the KV cache."""
+        sequence = TokenSequence([0] * n_past, self._table)
+        sequence.n_past = n_past
+        return sequence
+
+    def prompt(self, n_past: int, n_tokens: int, n_batch: int, n_ubatch: int) -> None:
+        """Evaluate tokens after ``n_past`` others: ``n_batch`` at a time with logits of the last, in ubatches."""
+        sequence = self._sequence(n_past)
+        for start in range(0, n_tokens, n_batch):
+            sequence.tokens += self._tokens(min(n_batch, n_tokens - start))
+            while sequence.pending and not self._stopped():
+                self._run(sequence.next_batch(n_ubatch))
+
+    def generate(self, n_past: int, n_tokens: int) -> None:
+        """Evaluate tokens one by one after ``n_past`` others, each with logits."""
+        sequence = self._sequence(n_past)
+        for token in self._tokens(n_tokens):
+            if self._stopped():
+                return
+            sequence.tokens.append(token)
+            self._run(sequence.next_batch(1))
+
+    def test(self, test: Test, n_batch: int, n_ubatch: int) -> None:
+        """Run what is timed of a test."""
+        self.prompt(test.n_depth, test.n_prompt, n_batch, n_ubatch)
+        self.generate(test.n_depth + test.n_prompt, test.n_gen)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a test came to. Spreads are those of a sample (n - 1), 0 for a single one.
+
+    Attributes:
+        samples_ns: of each repetition.
+        comm_us: microseconds that a rank spends in collectives per token, waiting for others included; mean of ranks.
+        comm_min_us: the same, of the rank that spends least in each step: the transfers with hardly any waiting.
+        comm_bytes: bytes of the collectives' results per token, on one rank.
+        comm_calls: collectives per token.
+        skew_us: per step, the longest less the shortest time that a rank spends outside of collectives.
+        overhead_us: per token, what passes between two steps on rank 0: planning, and sending the plan.
+        weight_bytes: bytes of weights per token, of all ranks.
+        weight_gbps: 1e9 bytes of weights per second, of all ranks.
+    """
+
+    samples_ns: tuple[int, ...]
+    samples_ts: tuple[float, ...]
+    comm_us: float
+    comm_min_us: float
+    comm_bytes: float
+    comm_calls: float
+    skew_us: float
+    overhead_us: float
+    weight_bytes: float
+    weight_gbps: float
+
+    @property
+    def avg_ns(self) -> int:
+        """Mean time of a repetition."""
+        return round(fmean(self.samples_ns))
+
+    @property
+    def stddev_ns(self) -> int:
+        """Spread of the time of a repetition."""
+        return round(spread(self.samples_ns))
+
+    @property
+    def avg_ts(self) -> float:
+        """Mean of the repetitions' tokens per second."""
+        return fmean(self.samples_ts)
+
+    @property
+    def stddev_ts(self) -> float:
+        """Spread of the repetitions' tokens per second."""
+        return spread(self.samples_ts)
+
+
+def spread(samples: Sequence[float]) -> float:
+    """Return the standard deviation of a sample."""
+    return stdev(samples) if len(samples) > 1 else 0.0
+
+
+def figures(
+    n_tokens: int, samples_ns: Sequence[int], repetitions: Sequence[Sequence[RankSteps]], reads: StepBytes
+) -> Figures:
+    """Put repetitions together.
+
+    Args:
+        n_tokens: timed in each repetition.
+        samples_ns: time of each repetition, as rank 0 saw it.
+        repetitions: for each of them, the steps of each rank.
+        reads: what steps read.
+    """
+    n_all = n_tokens * len(samples_ns)
+    by_rank = list(zip(*repetitions, strict=True))
+    total = np.array([[ns for steps in rank for ns in steps.total_ns] for rank in by_rank], np.float64)
+    comm = np.array([[ns for steps in rank for ns in steps.comm_ns] for rank in by_rank], np.float64)
+    compute = total - comm
+    first = by_rank[0]
+    n_bytes = sum(
+        reads.of(tokens, logits)
+        for steps in first
+        for tokens, logits in zip(steps.n_tokens, steps.n_logits, strict=True)
+    )
+    return Figures(
+        samples_ns=tuple(samples_ns),
+        samples_ts=tuple(1e9 * n_tokens / ns for ns in samples_ns),
+        comm_us=float(comm.sum(axis=1).mean()) / n_all / 1e3,
+        comm_min_us=float(comm.min(axis=0).sum()) / n_all / 1e3,
+        comm_bytes=sum(steps.comm_bytes for steps in first) / n_all,
+        comm_calls=sum(steps.comm_calls for steps in first) / n_all,
+        skew_us=float((compute.max(axis=0) - compute.min(axis=0)).mean()) / 1e3,
+        overhead_us=(sum(samples_ns) - float(total[0].sum())) / n_all / 1e3,
+        weight_bytes=n_bytes / n_all,
+        weight_gbps=n_bytes / sum(samples_ns),
+    )

@@ -1,0 +1,213 @@
+"""Products with packed weights against the same products in float64, for every type, level and odd shape."""
+
+import numpy as np
+import pytest
+
+from mpillama.backends.base import RawWeight
+from mpillama.backends.quants import SUPPORTED, dequantize
+from mpillama.gguf.types import GGMLType, row_bytes
+from tiny import random_blocks
+from tiny import rounded_to_int8 as rounded
+
+_cpu = pytest.importorskip("mpillama._cpu", reason="the cpu backend is not built")
+from mpillama.backends.cpu.backend import PACKED, CpuBackend  # noqa: E402
+
+LEVELS = _cpu.levels()
+TYPES = sorted(PACKED)
+FLOATS = {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
+# From so many tokens of a matrix on, AMX computes in bf16.
+TILE_TOKENS = 20
+
+
+def error(y, reference):
+    size = np.linalg.norm(reference)
+    return np.linalg.norm(y - reference) / size if size else np.abs(y).max(initial=0.0)
+
+
+def some_width(rng, type):
+    return int(rng.integers(1, 200)) if type in FLOATS else int(rng.integers(1, 7)) * type.block_size
+
+
+def make_weight(rng, backend, type, n_mats, n_rows, n_in, pad=(0, 0)):
+    """Return a random weight and its float64 matrices (n_mats, n_rows, n_in)."""
+    raw = random_blocks(rng, type, (n_mats, n_rows, n_in))
+    return backend.weight(RawWeight("w", type, raw, n_in, pad)), dequantize(raw, type).astype(np.float64)
+
+
+def expect(y, x, w, type, level, n_tokens):
+    """Compare a product with what the level should make of it."""
+    exact = x.astype(np.float64) @ w.T
+    if type == GGMLType.F32 or (type in FLOATS and (level != "amx" or n_tokens < TILE_TOKENS)):
+        assert error(y, exact) < 1e-6
+    elif level == "amx" and n_tokens >= TILE_TOKENS:
+        assert error(y, exact) < 4e-3
+    else:
+        assert error(y, rounded(x) @ w.T) < 2e-6
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
+def test_linear(type, level, rng):
+    for n_threads in (1, 2, 3):
+        backend = CpuBackend(n_threads, (), level)
+        for n_tokens in (1, 2, *rng.integers(3, 41, 3).tolist()):
+            n_rows, n_in = int(rng.integers(1, 90)), some_width(rng, type)
+            w, floats = make_weight(rng, backend, type, 1, n_rows, n_in)
+            x = rng.standard_normal((n_tokens, n_in)).astype(np.float32)
+            y = backend.linear(x, w)
+            assert y.shape == (n_tokens, n_rows)
+            assert y.dtype == np.float32
+            expect(y, x, floats[0], type, level, n_tokens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
+def test_large_products_are_as_exact_as_the_format(type, level, rng):
+    backend = CpuBackend(2, (), level)
+    w, floats = make_weight(rng, backend, type, 1, 200, 2048)
+    x = rng.standard_normal((37, 2048)).astype(np.float32)
+    for n_tokens in (17, 37):
+        found = error(backend.linear(x[:n_tokens], w), x[:n_tokens].astype(np.float64) @ floats[0].T)
+        if type == GGMLType.F32 or (type in FLOATS and (level != "amx" or n_tokens < TILE_TOKENS)):
+            assert found < 1e-6
+        else:
+            # Both roundings are real ones, of a known size: nothing computes more exactly than it should, either.
+            assert 1e-3 < found < (3e-3 if level == "amx" and n_tokens >= TILE_TOKENS else 9e-3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
+def test_pads_meet_zeros(type, level, rng):
+    """A rank's range of columns may begin and end anywhere within its blocks."""
+    backend = CpuBackend(2, (), level)
+    for n_tokens in (1, 7, 33):
+        n_in = some_width(rng, type) + 3 * type.block_size
+        pad = tuple(rng.integers(0, n_in // 2, 2).tolist())
+        w, floats = make_weight(rng, backend, type, 1, 45, n_in, pad)
+        x = rng.standard_normal((n_tokens, n_in - sum(pad))).astype(np.float32)
+        expect(backend.linear(x, w), np.pad(x, ((0, 0), pad)), floats[0], type, level, n_tokens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
+def test_experts(type, level, rng):
+    backend = CpuBackend(2, (), level)
+    n_mats, n_rows = 9, 37
+    for n_tokens, n_used, n_distinct in ((1, 4, 9), (5, 2, 9), (40, 3, 3), (33, 1, 1)):
+        n_in = some_width(rng, type)
+        w, floats = make_weight(rng, backend, type, n_mats, n_rows, n_in)
+        experts = np.array([rng.permutation(n_distinct)[:n_used] for _ in range(n_tokens)])
+        shared = rng.standard_normal((n_tokens, n_in)).astype(np.float32)
+        own = rng.standard_normal((n_tokens, n_used, n_in)).astype(np.float32)
+        for x in (shared, own):
+            y = backend.expert_linear(x, w, experts)
+            assert y.shape == (n_tokens, n_used, n_rows)
+            for expert in np.unique(experts):
+                token, slot = np.nonzero(experts == expert)
+                inputs = x[token] if x.ndim == 2 else x[token, slot]
+                expect(y[token, slot], inputs, floats[expert], type, level, len(token))
+
+
+@pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
+def test_embedding_is_the_file_s_row(type, rng):
+    backend = CpuBackend(2)
+    n_in = some_width(rng, type)
+    w, floats = make_weight(rng, backend, type, 1, 70, n_in)
+    tokens = rng.integers(0, 200, 50).astype(np.int32)
+    y = backend.embedding(tokens, w, 100)
+    here = (tokens >= 100) & (tokens < 170)
+    assert here.any()
+    np.testing.assert_allclose(y[here], floats[0, tokens[here] - 100], rtol=1e-6, atol=0)
+    assert not y[~here].any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_threads_do_not_change_a_bit(level, rng):
+    types = (GGMLType.Q4_0, GGMLType.Q6_K, GGMLType.F16)
+    raws = {type: random_blocks(rng, type, (1, 333, 512)) for type in types}
+    x = rng.standard_normal((39, 512)).astype(np.float32)
+    results = []
+    for n_threads in (1, 2, 3):
+        backend = CpuBackend(n_threads, (), level)
+        weights = [backend.weight(RawWeight("w", type, raw, 512)) for type, raw in raws.items()]
+        results.append([backend.linear(x[:n], w) for w in weights for n in (1, 5, 39)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "amx"])
+def test_company_does_not_change_a_token(level, rng):
+    """A token's quantized products are the same alone and among others."""
+    backend = CpuBackend(2, (), level)
+    for type in (GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.Q2_K):
+        w, _ = make_weight(rng, backend, type, 1, 50, 768)
+        x = rng.standard_normal((31, 768)).astype(np.float32)
+        together = backend.linear(x, w)
+        for i in range(31):
+            np.testing.assert_array_equal(backend.linear(x[i : i + 1], w)[0], together[i])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_to_do(level, rng):
+    backend = CpuBackend(2, (), level)
+    w, _ = make_weight(rng, backend, GGMLType.Q4_K, 3, 40, 256)
+    assert backend.linear(np.zeros((0, 256), np.float32), w).shape == (0, 40)
+    empty = np.zeros((0, 2), np.int64)
+    assert backend.expert_linear(np.zeros((0, 256), np.float32), w, empty).shape == (0, 2, 40)
+    assert backend.embedding(np.zeros(0, np.int32), w, 0).shape == (0, 256)
+    for type in (GGMLType.F32, GGMLType.Q4_0, GGMLType.Q6_K):
+        x = rng.standard_normal((25, 256)).astype(np.float32)
+        no_rows = backend.weight(RawWeight("w", type, np.zeros((1, 0, row_bytes(type, 256)), np.uint8), 256))
+        assert backend.linear(x, no_rows).shape == (25, 0)
+        no_columns = backend.weight(RawWeight("w", type, np.zeros((2, 21, 0), np.uint8), 0))
+        for n_tokens in (1, 25):
+            y = backend.linear(np.zeros((n_tokens, 0), np.float32), no_columns)
+            np.testing.assert_array_equal(y, np.zeros((n_tokens, 21), np.float32))
+    zeros = np.zeros((2, 256), np.float32)
+    assert not backend.linear(zeros, w).any()
+
+
+@pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
+def test_memory_is_that_of_the_file(type, rng):
+    raw = random_blocks(rng, type, (2, 64, 2048))
+    w = CpuBackend(1).weight(RawWeight("w", type, raw, 2048))
+    # Q3_K: its 6-bit factors become bytes.
+    assert 0.999 * raw.nbytes <= w.nbytes <= (1.056 if type == GGMLType.Q3_K else 1.03) * raw.nbytes
+
+
+def test_other_types_work_too(rng):
+    backend = CpuBackend(2)
+    for type in sorted(SUPPORTED - PACKED):
+        assert backend.supports(type)
+        w, floats = make_weight(rng, backend, type, 3, 10, 2 * type.block_size)
+        x = rng.standard_normal((4, 2 * type.block_size)).astype(np.float32)
+        assert error(backend.linear(x, w), x @ floats[0].T) < 1e-5
+        y = backend.expert_linear(x, w, np.array([[2], [1], [0], [2]]))
+        assert error(y[3, 0], x[3] @ floats[2].T) < 1e-5
+
+
+def test_arrays_that_are_not_contiguous(rng):
+    backend = CpuBackend(2)
+    w, floats = make_weight(rng, backend, GGMLType.Q8_0, 1, 20, 64)
+    x = np.asfortranarray(rng.standard_normal((6, 64)).astype(np.float32))
+    for part in (x, x[::2], np.repeat(x, 2, axis=1)[:, ::2]):
+        assert error(backend.linear(part, w), rounded(part) @ floats[0].T) < 2e-6
+
+
+def test_wrong_shapes_are_refused(rng):
+    backend = CpuBackend(1)
+    w = backend.weight(RawWeight("w", GGMLType.Q8_0, random_blocks(rng, GGMLType.Q8_0, (2, 20, 64)), 64))
+    x = np.zeros((2, 64), np.float32)
+    with pytest.raises(ValueError, match="wider"):
+        backend.linear(np.zeros((2, 65), np.float32), w)
+    with pytest.raises(ValueError, match="no such expert"):
+        backend.expert_linear(x, w, np.array([[0], [2]]))
+    with pytest.raises(ValueError, match="number of rows"):
+        backend.expert_linear(x, w, np.zeros((3, 1), np.int64))
+    with pytest.raises(ValueError, match="out has"):
+        _cpu.linear(backend.pool, w.packed, x, 0, np.zeros((2, 21), np.float32))
+    with pytest.raises(ValueError, match="whole blocks"):
+        _cpu.pack(backend.pool, int(GGMLType.Q8_0), np.zeros((1, 4, 33), np.uint8), 32)
+    with pytest.raises(ValueError, match="cannot be packed"):
+        _cpu.pack(backend.pool, int(GGMLType.I32), np.zeros((1, 4, 32), np.uint8), 8)
