@@ -58,6 +58,8 @@ def curves(rows: Sequence[Row]) -> tuple[str, dict[str, list[tuple[float, float,
     Returns:
         The label of the x axis, and by label of the curve its points (x, tokens per second, their spread) in order.
     """
+    # Equal shares are written differently for each number of ranks, but are one setting.
+    rows = [{**row, "tensor_split": _unequal(str(row.get("tensor_split", "")))} for row in rows]
     key, label = next(((k, text) for k, text in _AXES if len({row[k] for row in rows}) > 1), _AXES[0])
     # A name is part of a curve's label if it tells curves apart; the test's name without its depth always is.
     telling = [
@@ -74,6 +76,10 @@ def curves(rows: Sequence[Row]) -> tuple[str, dict[str, list[tuple[float, float,
             theirs = (row["peer_avg_ts"], row.get("peer_stddev_ts") or 0.0)
             found.setdefault(", ".join([*words, str(row["peer"])]), []).append((row[key], *theirs))
     return label, {name: sorted(points) for name, points in found.items()}
+
+
+def _unequal(tensor_split: str) -> str:
+    return "equal" if len(set(tensor_split.split("/"))) == 1 else tensor_split
 
 
 def _words(name: str, value: Any) -> str:

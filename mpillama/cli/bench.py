@@ -133,14 +133,16 @@ class _Bench:
                 printer.row(result)
         for printer in printers:
             printer.footer()
-        if args.plot and self._world.rank == 0:
-            plot([*earlier, *results], args.plot)
+        if args.plot:
+            from_root(self._world, lambda: plot([*earlier, *results], args.plot))
 
     def _prepare(self) -> list[Row]:
         """Rank 0: find out what is missing before anything is measured; returns the results of earlier runs."""
         args = self._args
         if args.plot:
             import_matplotlib()
+            if not args.plot.parent.is_dir():
+                raise UsageError(f"--plot {args.plot}: the folder {args.plot.parent} does not exist")
         if args.compare:
             import_peer()
             if len(set(self._world.hosts)) > 1:
@@ -181,7 +183,7 @@ class _Bench:
         weights = self._weights(model, sharding, backend)
         self._loaded = _Loaded(spec, model, sharding, backend, weights, step_bytes(model, sharding), n_threads, stream)
         if self._args.compare:
-            self._open_peer(self._loaded)
+            self._peer = self._open_peer(self._loaded)
         return self._loaded
 
     def _describe(self, spec: Load, n_ctx: int, backend: Backend) -> BenchModel:
@@ -254,11 +256,15 @@ class _Bench:
 
     # -- the program that is compared with ---------------------------------------------------------------------------
 
-    def _open_peer(self, loaded: _Loaded) -> None:
-        """Rank 0: load the model there too, for the threads and cores of all ranks; a shape as a temporary file."""
+    def _open_peer(self, loaded: _Loaded) -> Peer | None:
+        """Let rank 0 load the model there too, for the threads and cores of all ranks."""
         everyone = self._world.gather((loaded.n_threads, self._cores))
-        if self._world.rank != 0:
-            return
+        found: list[Peer] = []
+        from_root(self._world, lambda: found.append(self._make_peer(loaded, everyone)))
+        return found[0] if found else None
+
+    def _make_peer(self, loaded: _Loaded, everyone: Sequence[tuple[int, set[int]]]) -> Peer:
+        """Return the model in the other program; a shape goes there as a temporary file."""
         path = loaded.model.paths[0] if loaded.model.paths else ""
         if not path:
             folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mpillama-bench-"))
@@ -266,13 +272,13 @@ class _Bench:
             self._say(f"writing {path}")
             write_random_gguf(Path(path), shape_header(loaded.spec.model))
         n_threads = sum(n for n, _ in everyone)
-        self._peer = Peer(path, n_threads, frozenset().union(*(cores for _, cores in everyone)))
+        peer = Peer(path, n_threads, frozenset().union(*(cores for _, cores in everyone)))
+        self._stack.callback(peer.close)
+        return peer
 
     def _close_peer(self) -> None:
-        if self._peer is not None:
-            self._peer.close()
-            self._peer = None
-        # Temporary files of shapes.
+        """Free the other program's model, and remove the file of a shape."""
+        self._peer = None
         self._stack.close()
 
     # -- measuring ---------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_files_splits_and_cache_types(tmp_path, rng):
         (["-m", "/no/such/model.gguf"], "no such file"),
         (["--shape", "llama-70b:F32", "-d", "131072", "-ctk", "f32"], "are free"),
         (["--shape", "tiny", "-p", "0", "-n", "0"], "nothing to run"),
-        (["--shape", "tiny", "--plot", "x.png", "--plot-add", "/no/such"], ""),
+        (["--shape", "tiny", "--plot", "/no/such/x.png"], ""),
     ],
 )
 def test_mistakes_are_told_once(words, message, n_ranks):

@@ -152,12 +152,28 @@ def row(test: str, avg_ts: float, n_ranks: int = 1, n_depth: int = 0, **more: An
 
 
 def test_curves_over_ranks_come_first():
-    label, found = curves([row("tg8", 20, 4), row("tg8", 10, 1), row("pp8", 99, 1), row("tg8 @ d64", 5, 1, 64)])
+    label, found = curves(
+        [
+            row("tg8", 20, 4, tensor_split="1/1/1/1"),
+            row("tg8", 10, 1, tensor_split="1"),
+            row("pp8", 99, 1),
+            row("tg8 @ d64", 5, 1, 64),
+        ]
+    )
     assert label == "ranks"
     assert found == {
         "tg8, depth 0": [(1, 10, 0.5), (4, 20, 0.5)],
         "pp8, depth 0": [(1, 99, 0.5)],
         "tg8, depth 64": [(1, 5, 0.5)],
+    }
+
+
+def test_an_unequal_split_is_a_curve_of_its_own():
+    rows = [row("tg8", 10, 1, tensor_split="1"), *(row("tg8", 9, 2, tensor_split=split) for split in ("1/1", "3/1"))]
+    _, found = curves(rows)
+    assert {name: [x for x, _, _ in points] for name, points in found.items()} == {
+        "tg8, tensor_split equal": [1, 2],
+        "tg8, tensor_split 3/1": [2],
     }
 
 
