@@ -138,7 +138,7 @@ def _layout_line(world: World, backend: str, threads: int, model: Model, shares:
     per_rank = format_bytes(high) if low == high else f"{format_bytes(low)} to {format_bytes(high)}"
     each = " each" if world.size > 1 else ""
     return (
-        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {backend} backend on CPU with "
+        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {backend} backend with "
         f"{_count(threads, 'thread')}{each}, tensor split {split} %, weights {per_rank} per rank, "
         f"KV {format_bytes(max(kv))} for {model.n_ctx} tokens"
     )

@@ -214,6 +214,7 @@ def test_a_bad_variable_is_named(variable: str, text: str, said: str) -> None:
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=lambda x: getattr(x, "dest", None) or x.name)
 def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> None:
     others = {"logits": ["--tokens", "1", "--out", "x.npy"]}.get(command.name, [])
+    others += ["--plot", "x.png"] if option.dest == "plot_add" else []
     if option.dest in ("hf_file", "tokens", "tokens_file", "out"):
         others = {"hf_file": ["-hf", "a/b"], "out": ["--tokens", "1"]}.get(option.dest, ["--out", "x.npy"])
         others += ["--tokens", "1", "--out", "x.npy"] if (command.name, option.dest) == ("logits", "hf_file") else []
@@ -223,7 +224,11 @@ def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> Non
                 assert getattr(parse([command.name, name, *others], {})[1], option.dest) is value
         return
     results: list[Namespace] = []
-    for sample in ("0.5", "3", "1", "none", "reference", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"):
+    samples = (
+        *("0.5", "3", "1", "none", "reference", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"),
+        "llama.cpp",
+    )
+    for sample in samples:
         try:
             results = [
                 parse([command.name, *words, *others], {})[1]
@@ -244,7 +249,10 @@ def test_names_are_unique_and_shaped_like_llama_cpps() -> None:
         assert len(names) == len(set(names))
         assert not set(names) & set(HELP + VERSION)
         assert all(name.startswith("-") and name == name.lower() for name in names)
-    supported = {name for _, option in OPTIONS for name in (*option.names, *option.negatives)}
+    # llama-bench gives some of these flags a meaning of its own.
+    supported = {
+        name for command, option in OPTIONS if command.name != "bench" for name in (*option.names, *option.negatives)
+    }
     assert not supported & set(foreign_flags())
 
 
