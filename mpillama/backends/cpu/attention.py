@@ -1,0 +1,77 @@
+"""The KV cache of the CPU backend, and attention over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpillama import _cpu
+from mpillama.backends.base import AttentionParams, Batch
+from mpillama.errors import UsageError
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+"""Of keys and values, independently of each other."""
+_BLOCK = {"q8_0": 32, "q4_0": 32}
+
+
+class AttentionOps:
+    """The ops of `Backend` that need a KV cache, on a pool of threads.
+
+    Scores, weights and sums are float32; only what the cache keeps is rounded. The result does not depend on the number
+    of threads.
+    """
+
+    pool: _cpu.Pool
+
+    def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> Any:
+        """Reserve the KV cache of one block of the model, for n_blocks * KV_BLOCK tokens.
+
+        Args:
+            n_blocks: of KV_BLOCK tokens.
+            n_head_kv: KV heads of this rank.
+            n_k: elements of a key.
+            n_v: elements of a value.
+            type_k: one of `CACHE_TYPES`.
+            type_v: likewise.
+
+        Raises:
+            UsageError: there is no such type, or it keeps blocks of 32 and the heads are not made of such.
+        """
+        for kind, name, size in (("keys", type_k, n_k), ("values", type_v, n_v)):
+            if name not in CACHE_TYPES:
+                raise UsageError(f"{kind} cannot be cached as {name}; choose one of {', '.join(CACHE_TYPES)}")
+            if size % _BLOCK.get(name, 1):
+                others = ", ".join(other for other in CACHE_TYPES if size % _BLOCK.get(other, 1) == 0)
+                raise UsageError(f"{kind} of {size} elements cannot be cached as {name}; choose one of {others}")
+        return _cpu.KVCache(n_blocks, n_head_kv, n_k, n_v, type_k, type_v)
+
+    def attention(
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        cache: Any,
+        batch: Batch,
+        params: AttentionParams,
+        sinks: np.ndarray | None,
+    ) -> np.ndarray:
+        """Store k and v of the step's tokens, then attend; see `Backend.attention`."""
+        out = np.empty((q.shape[0], q.shape[1], v.shape[2]), np.float32)
+        _cpu.attention(
+            self.pool,
+            cache,
+            q,
+            k,
+            v,
+            batch.positions,
+            batch.seq_lens,
+            batch.block_tables,
+            params.kv_heads,
+            params.scale,
+            params.softcap,
+            params.window,
+            sinks,
+            out,
+        )
+        return out

@@ -1,0 +1,115 @@
+"""The small ops of the CPU backend: norms, rotations, activations, routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillama import _cpu
+from mpillama.backends.reference import ReferenceBackend
+from mpillama.backends.rope import rope_table
+from mpillama.config import Rope
+
+_ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+# NumPy is as fast for arrays of fewer elements.
+_MANY = 16384
+
+
+@dataclass(frozen=True)
+class CpuRopeTable:
+    """Rotations of a step's tokens: float32 (T, n_rot), the factors of each element and, with its sign, its partner."""
+
+    cos: np.ndarray
+    sin: np.ndarray
+    neox: bool
+
+
+class ElementwiseOps(ReferenceBackend):
+    """The ops of `Backend` that look at each element, row or head by itself, on a pool of threads."""
+
+    pool: _cpu.Pool
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return a + b."""
+        if a.size < b.size:
+            a, b = b, a
+        if a.size < _MANY or not _repeats(a, b):
+            return a + b
+        out = np.empty(a.shape, np.float32)
+        _cpu.add(self.pool, a, b, out)
+        return out
+
+    def mul(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
+        """Return a * b."""
+        if a.size < _MANY or not (isinstance(b, float) or _repeats(a, b)):
+            return super().mul(a, b)
+        out = np.empty(a.shape, np.float32)
+        if isinstance(b, float):
+            _cpu.scale(self.pool, a, b, out)
+        else:
+            _cpu.mul(self.pool, a, b, out)
+        return out
+
+    def sum_experts(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Return the weighted sum over the chosen experts."""
+        out = np.empty((x.shape[0], x.shape[2]), np.float32)
+        _cpu.sum_experts(self.pool, x, weights, out)
+        return out
+
+    def rms_norm(self, x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
+        """Return the RMS norm."""
+        if w.size != x.shape[-1]:
+            return super().rms_norm(x, w, eps)
+        out = np.empty(x.shape, np.float32)
+        _cpu.rms_norm(self.pool, x, w, eps, out)
+        return out
+
+    def gated(self, activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """Return act(gate) * up."""
+        out = np.empty(gate.shape, np.float32)
+        _cpu.gated(self.pool, _ACTIVATIONS.index(activation), gate, up, out)
+        return out
+
+    def sigmoid(self, x: np.ndarray) -> np.ndarray:
+        """Return 1 / (1 + exp(-x))."""
+        out = np.empty(x.shape, np.float32)
+        _cpu.sigmoid(self.pool, x, out)
+        return out
+
+    def softcap(self, x: np.ndarray, cap: float) -> np.ndarray:
+        """Return cap * tanh(x / cap)."""
+        out = np.empty(x.shape, np.float32)
+        _cpu.softcap(self.pool, x, cap, out)
+        return out
+
+    def route(self, logits: np.ndarray, n_used: int, gating: str, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the ``n_used`` likeliest experts of each token; among equals the first."""
+        experts = np.empty((logits.shape[0], n_used), np.int64)
+        weights = np.empty(experts.shape, np.float32)
+        _cpu.route(self.pool, logits, gating == "softmax", normalize, experts, weights)
+        return experts, weights
+
+    def rope_table(self, positions: np.ndarray, rope: Rope, factors: np.ndarray | None) -> CpuRopeTable:  # type: ignore[override]
+        """Return cosines and sines of the step's tokens."""
+        table = rope_table(positions, rope, factors)
+        cos, sin = table.cos[:, 0], table.sin[:, 0]
+        axis = 1 if table.neox else 2
+        shape = (len(positions), -1)
+        return CpuRopeTable(
+            np.stack((cos, cos), axis).reshape(shape), np.stack((-sin, sin), axis).reshape(shape), table.neox
+        )
+
+    def rope(self, x: np.ndarray, table: CpuRopeTable) -> np.ndarray:  # type: ignore[override]
+        """Rotate heads."""
+        out = np.empty(x.shape, np.float32)
+        _cpu.rope(self.pool, x, table.cos, table.sin, table.neox, out)
+        return out
+
+
+def _repeats(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether b, repeated along the first axes, fits a without a change of its shape."""
+    shape = b.shape
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return len(b.shape) <= len(a.shape) and shape == a.shape[len(a.shape) - len(shape) :]

@@ -1,0 +1,153 @@
+// Python's view of `attention_cache.h` and `elementwise_ops.h`.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attention_cache.h"
+#include "elementwise_ops.h"
+
+namespace nb = nanobind;
+using namespace mpillama;
+
+namespace {
+
+using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using ConstFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<int64_t, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+using Released = nb::gil_scoped_release;
+
+void check(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+void bind_attend(Pool& pool, const KVCache& cache, const ConstFloats& q, const ConstFloats& k, const ConstFloats& v,
+                 const Ints& positions, const Ints& seq_lens, const Ints& tables, const std::vector<int32_t>& kv_heads,
+                 double scale, double softcap, int64_t window, const std::optional<ConstFloats>& sinks, const Floats& out) {
+  check(q.ndim() == 3 && k.ndim() == 3 && v.ndim() == 3 && tables.ndim() == 2, "wrong number of axes");
+  const size_t n_tokens = q.shape(0), n_head = q.shape(1);
+  const Tiles &tk = cache.k(), &tv = cache.v();
+  check(q.shape(2) == tk.n_dim, "q has heads of another size than the cache");
+  check(k.shape(0) == n_tokens && k.shape(1) == tk.n_heads && k.shape(2) == tk.n_dim, "k does not fit the cache");
+  check(v.shape(0) == n_tokens && v.shape(1) == tv.n_heads && v.shape(2) == tv.n_dim, "v does not fit the cache");
+  check(positions.size() == n_tokens && seq_lens.size() == tables.shape(0), "the batch does not fit together");
+  check(kv_heads.size() == n_head && (!sinks || sinks->size() == n_head), "the heads do not fit together");
+  check(out.size() == n_tokens * n_head * tv.n_dim && window >= 0, "out has the wrong size");
+  const AttentionCall call{q.data(), k.data(), v.data(), sinks ? sinks->data() : nullptr, out.data(), n_tokens, n_head,
+                           positions.data(), seq_lens.data(), tables.data(), tables.shape(0), tables.shape(1),
+                           kv_heads.data(), float(scale), float(softcap), window};
+  const Released released;
+  attention(pool, cache, call);
+}
+
+void bind_gated(Pool& pool, int activation, const ConstFloats& gate, const ConstFloats& up, const Floats& out) {
+  check(activation >= 0 && activation <= int(Activation::swiglu_oai), "there is no such activation");
+  check(gate.size() == up.size() && gate.size() == out.size(), "sizes differ");
+  const Released released;
+  gated(pool, Activation(activation), gate.data(), up.data(), out.data(), out.size());
+}
+
+void bind_sigmoid(Pool& pool, const ConstFloats& x, const Floats& out) {
+  check(x.size() == out.size(), "sizes differ");
+  const Released released;
+  sigmoid(pool, x.data(), out.data(), x.size());
+}
+
+void bind_softcap(Pool& pool, const ConstFloats& x, double cap, const Floats& out) {
+  check(x.size() == out.size(), "sizes differ");
+  const Released released;
+  softcap(pool, x.data(), float(cap), out.data(), x.size());
+}
+
+template <Binary op> void bind_binary(Pool& pool, const ConstFloats& a, const ConstFloats& b, const Floats& out) {
+  check(a.size() == out.size() && (a.size() == 0 || (b.size() && a.size() % b.size() == 0)), "sizes do not fit together");
+  const Released released;
+  binary(pool, op, a.data(), b.data(), out.data(), a.size(), b.size());
+}
+
+void bind_scale(Pool& pool, const ConstFloats& a, double factor, const Floats& out) {
+  check(a.size() == out.size(), "sizes differ");
+  const Released released;
+  scale(pool, a.data(), float(factor), out.data(), a.size());
+}
+
+void bind_rms_norm(Pool& pool, const ConstFloats& x, const ConstFloats& w, double eps, const Floats& out) {
+  const size_t n = w.size();
+  check(n && x.size() % n == 0 && x.size() == out.size(), "sizes do not fit together");
+  const Released released;
+  rms_norm(pool, x.data(), w.data(), float(eps), out.data(), x.size() / n, n);
+}
+
+void bind_rope(Pool& pool, const ConstFloats& x, const ConstFloats& cos, const ConstFloats& sin, bool neox,
+               const Floats& out) {
+  check(x.ndim() == 3 && cos.ndim() == 2 && sin.ndim() == 2, "wrong number of axes");
+  const Rotation r{x.data(),   cos.data(), sin.data(),   out.data(), x.shape(0),
+                   x.shape(1), x.shape(2), cos.shape(1), neox};
+  check(cos.shape(0) == r.n_tokens && sin.shape(0) == r.n_tokens && sin.shape(1) == r.n_rot, "the table does not fit x");
+  check(r.n_rot <= r.n && r.n_rot % 2 == 0 && out.size() == x.size(), "sizes do not fit together");
+  const Released released;
+  rope(pool, r);
+}
+
+void bind_sum_experts(Pool& pool, const ConstFloats& x, const ConstFloats& weights, const Floats& out) {
+  check(x.ndim() == 3 && weights.ndim() == 2 && out.ndim() == 2, "wrong number of axes");
+  check(weights.shape(0) == x.shape(0) && weights.shape(1) == x.shape(1), "the weights do not fit x");
+  check(out.shape(0) == x.shape(0) && out.shape(1) == x.shape(2), "out has the wrong size");
+  const Released released;
+  sum_experts(pool, x.data(), weights.data(), out.data(), x.shape(0), x.shape(1), x.shape(2));
+}
+
+void bind_route(Pool& pool, const ConstFloats& logits, bool softmax_of_all, bool normalize, const Indices& experts,
+                const Floats& weights) {
+  check(logits.ndim() == 2 && experts.ndim() == 2 && weights.ndim() == 2, "wrong number of axes");
+  const Routing r{logits.data(),   experts.data(),   weights.data(), logits.shape(0),
+                  logits.shape(1), experts.shape(1), softmax_of_all, normalize};
+  check(experts.shape(0) == r.n_tokens && weights.shape(0) == r.n_tokens, "sizes do not fit together");
+  check(weights.shape(1) == r.n_used && r.n_used >= 1 && r.n_used <= r.n_expert, "too many experts are wanted");
+  const Released released;
+  route(pool, r);
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m);
+void bind_attention(nb::module_& m) {
+  // Results are written to `out`, which must be just so; a copy made for the call would be lost.
+  const nb::arg pool("pool"), x("x");
+  const auto out = nb::arg("out").noconvert();
+  nb::class_<KVCache>(m, "KVCache", "Keys and values of one block of the model, in blocks of 32 tokens.")
+      .def("__init__",
+           [](KVCache* self, size_t n_blocks, size_t n_head_kv, size_t n_k, size_t n_v, const std::string& type_k,
+              const std::string& type_v) {
+             new (self) KVCache(n_blocks, n_head_kv, n_k, n_v, cache_type(type_k), cache_type(type_v));
+           },
+           nb::arg("n_blocks"), nb::arg("n_head_kv"), nb::arg("n_k"), nb::arg("n_v"), nb::arg("type_k"), nb::arg("type_v"),
+           "Reserve memory for types f32, f16, bf16, and, for heads of multiples of 32, q8_0 and q4_0.\n\n"
+           "Raises:\n    ValueError: there is no such type, or the heads do not fit it.")
+      .def_ro("n_blocks", &KVCache::n_blocks)
+      .def_prop_ro("nbytes", &KVCache::bytes);
+  m.def("attention", bind_attend, pool, nb::arg("cache"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("positions"),
+        nb::arg("seq_lens"), nb::arg("tables"), nb::arg("kv_heads"), nb::arg("scale"), nb::arg("softcap"),
+        nb::arg("window"), nb::arg("sinks").none(), out,
+        "Store k and v of the step's tokens, then attend; see Backend.attention.");
+  m.def("gated", bind_gated, pool, nb::arg("activation"), nb::arg("gate"), nb::arg("up"), out,
+        "out = act(gate) * up; activation 0: silu, 1: gelu, 2: swiglu_oai.");
+  m.def("sigmoid", bind_sigmoid, pool, x, out, "out = 1 / (1 + exp(-x)).");
+  m.def("softcap", bind_softcap, pool, x, nb::arg("cap"), out, "out = cap * tanh(x / cap).");
+  m.def("add", bind_binary<Binary::add>, pool, nb::arg("a"), nb::arg("b"), out, "out = a + b, b repeated along the first axes.");
+  m.def("mul", bind_binary<Binary::mul>, pool, nb::arg("a"), nb::arg("b"), out, "out = a * b, b repeated along the first axes.");
+  m.def("scale", bind_scale, pool, nb::arg("a"), nb::arg("factor"), out, "out = factor * a.");
+  m.def("rms_norm", bind_rms_norm, pool, x, nb::arg("w"), nb::arg("eps"), out, "Each run of w.size elements over its rms, times w.");
+  m.def("rope", bind_rope, pool, x, nb::arg("cos"), nb::arg("sin"), nb::arg("neox"), out,
+        "Rotate heads x (T, H, D) by cos and signed sin (T, n_rot).");
+  m.def("sum_experts", bind_sum_experts, pool, x, nb::arg("weights"), out, "out (T, N) = sum over K of weights (T, K) * x (T, K, N).");
+  m.def("route", bind_route, pool, nb::arg("logits"), nb::arg("softmax_of_all"), nb::arg("normalize"),
+        nb::arg("experts").noconvert(), nb::arg("weights").noconvert(), "Choose experts: logits (T, E) to experts and weights (T, K).");
+}
