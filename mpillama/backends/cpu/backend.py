@@ -1,4 +1,4 @@
-"""The CPU backend: products with packed weights in C++; what is small stays with the NumPy reference."""
+"""The CPU backend: products with packed weights in C++, and the other ops with those of its neighbours here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 
 from mpillama import _cpu
 from mpillama.backends.base import Handle, RawWeight
-from mpillama.backends.reference import Matrix, ReferenceBackend
+from mpillama.backends.cpu.attention import AttentionOps
+from mpillama.backends.cpu.elementwise import ElementwiseOps
+from mpillama.backends.reference import Matrix
 from mpillama.errors import UsageError
 from mpillama.gguf.types import GGMLType
 
@@ -30,7 +32,7 @@ class PackedMatrix:
         return self.packed.nbytes
 
 
-class CpuBackend(ReferenceBackend):
+class CpuBackend(AttentionOps, ElementwiseOps):
     """Kernels on a pool of threads.
 
     Products of quantized weights with few tokens round the activations to 8 bits (a factor for each 32 of them,
@@ -86,3 +88,7 @@ class CpuBackend(ReferenceBackend):
         index = np.ascontiguousarray(experts, np.int64)
         _cpu.expert_linear(self.pool, w.packed, np.ascontiguousarray(x), w.pad, index, out)
         return out
+
+    def stream_gbps(self, n_threads: int) -> float:
+        """Return how fast all threads together read memory, in 1e9 bytes/s; ``n_threads`` is what the pool has."""
+        return _cpu.stream_gbps(self.pool, max(256 << 20, n_threads * (64 << 20)), 0.4)

@@ -88,12 +88,12 @@ void bind_matmul(nb::module_& m) {
       "Numbers of the tensor types that `pack` takes.");
   m.def("pack", pack, nb::arg("pool"), nb::arg("type"), nb::arg("raw"), nb::arg("n_in"),
         "Pack raw blocks, uint8 (n_mats, n_rows, row bytes), whose rows have n_in weights; raw is not kept.");
-  m.def("linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out"),
+  m.def("linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
         "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
   m.def("expert_linear", bind_expert_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),
-        nb::arg("experts"), nb::arg("out"),
+        nb::arg("experts"), nb::arg("out").noconvert(),
         "out (T, K, n_rows) = x (T, width) or (T, K, width) times matrices experts (T, K), int64.");
-  m.def("embedding", bind_embedding, nb::arg("pool"), nb::arg("w"), nb::arg("index"), nb::arg("out"),
+  m.def("embedding", bind_embedding, nb::arg("pool"), nb::arg("w"), nb::arg("index"), nb::arg("out").noconvert(),
         "out (T, n_in) = rows index (T,), int64, of the first matrix; zeros where there is no such row.");
   m.def("stream_gbps", stream_gbps, nb::arg("pool"), nb::arg("n_bytes"), nb::arg("seconds"),
         nb::call_guard<nb::gil_scoped_release>(),
