@@ -6,9 +6,10 @@ from pathlib import Path
 
 import gguf
 import torch
+from tokenizers import Tokenizer
+
 from model import Config, Llama
 from tokenizer import END_OF_TEXT, from_tokens, tokens_and_merges
-from tokenizers import Tokenizer
 
 ARCH = "llama"
 

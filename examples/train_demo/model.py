@@ -84,7 +84,10 @@ class Llama(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:
+            if weight is self.token_embd.weight:
+                # Larger: what tells one name from another must not drown in what all names have in common.
+                nn.init.normal_(weight, std=0.08)
+            elif weight.ndim == 2:
                 # The two projections that write to the residual stream start smaller, as in GPT-2.
                 into_residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
                 nn.init.normal_(weight, std=0.04 / (2 * config.n_block) ** 0.5 if into_residual else 0.04)

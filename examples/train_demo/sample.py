@@ -9,9 +9,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+
 from model import Llama
 from tokenizer import END_OF_TEXT
-from tokenizers import Tokenizer
 
 
 def filtered(logits: torch.Tensor, temp: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:

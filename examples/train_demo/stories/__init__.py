@@ -12,7 +12,7 @@ from pathlib import Path
 from .cast import cast
 from .grammar import Section, expand, load, outline, tidy
 
-__all__ = ["plots", "story"]
+__all__ = ["plots", "sketch", "story"]
 
 PLOTS = Path(__file__).with_name("plots")
 SHARED = "shared.txt"
@@ -46,3 +46,10 @@ def story(seed: int) -> str:
     if rng.random() < THE_END:
         paragraphs[-1] += " {THE_END}"
     return "\n\n".join(tidy(expand(paragraph, words, sentences(), rng)) for paragraph in paragraphs)
+
+
+def sketch(seed: int) -> str:
+    """A few sentences about one or two characters, without a plot."""
+    rng = random.Random(seed)
+    words = cast(rng.random() < ANIMALS, rng)
+    return tidy(expand(rng.choice(sentences()["SKETCH"]), words, sentences(), rng))
