@@ -1,10 +1,12 @@
-"""The reference backend against formulas written out slowly, in float64, one number at a time."""
+"""Every backend against formulas written out slowly, in float64, one number at a time."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 
+from mpillama.backends import make_backend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
 from mpillama.backends.quants import dequantize
 from mpillama.backends.reference import ReferenceBackend
@@ -12,6 +14,26 @@ from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
 from mpillama.gguf.types import GGMLType
 from tiny import random_blocks
+
+
+def backends():
+    """Return the reference and the cpu backend at every level that this machine has, with 1 and 3 threads."""
+    found = [pytest.param(ReferenceBackend, id="reference")]
+    try:
+        from mpillama import _cpu
+    except ImportError:
+        return found
+    for level in _cpu.levels():
+        for threads in (1, 3):
+            make = functools.partial(make_backend, "cpu", threads, (), level)
+            found.append(pytest.param(make, id=f"cpu-{level}-{threads}"))
+    return found
+
+
+@pytest.fixture(params=backends())
+def backend(request):
+    """One backend of this machine."""
+    return request.param()
 
 
 def batch_of(lengths, pasts, n_blocks, rng):
@@ -46,11 +68,12 @@ def slow_attention(q, keys, values, position, params, sinks):
 @pytest.mark.parametrize("window", [0, 1, 5, 40])
 @pytest.mark.parametrize(("softcap", "with_sinks"), [(0.0, False), (20.0, False), (0.0, True)])
 @pytest.mark.parametrize("kv_heads", [(0, 0, 1, 1), (0, 1), (0, 1, 1, 1, 2), ()])
-def test_attention(window, softcap, with_sinks, kv_heads, rng):
-    backend, n_head, n_kv, n_k, n_v = ReferenceBackend(), len(kv_heads), max(kv_heads, default=-1) + 1, 8, 6
+@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+def test_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng):
+    n_head, n_kv, n_k, n_v = len(kv_heads), max(kv_heads, default=-1) + 1, *rng.choice([6, 8, 16, 40], 2)
     params = AttentionParams(0.4, softcap, window, kv_heads)
     sinks = rng.standard_normal(n_head).astype("f4") if with_sinks else None
-    cache = backend.new_cache(12, n_kv, n_k, n_v, "f32", "f32")
+    cache = backend.new_cache(12, n_kv, n_k, n_v, kv_type, kv_type)
     history = [(np.zeros((0, n_kv, n_k)), np.zeros((0, n_kv, n_v))) for _ in range(2)]
     pasts, table_rng = [0, 0], np.random.default_rng(3)
     tables = batch_of([100, 90], [0, 0], 12, table_rng).block_tables
@@ -65,7 +88,8 @@ def test_attention(window, softcap, with_sinks, kv_heads, rng):
         for row, length in enumerate(lengths):
             part = slice(start, start + length)
             old_k, old_v = history[row]
-            history[row] = np.concatenate([old_k, k[part]]), np.concatenate([old_v, v[part]])
+            kept = np.float16 if kv_type == "f16" else np.float32
+            history[row] = np.concatenate([old_k, k[part].astype(kept)]), np.concatenate([old_v, v[part].astype(kept)])
             for t in range(start, start + length):
                 expected = slow_attention(q[t], *history[row], int(positions[t]), params, sinks)
                 np.testing.assert_allclose(out[t], expected, rtol=2e-5, atol=2e-6)
@@ -74,8 +98,8 @@ def test_attention(window, softcap, with_sinks, kv_heads, rng):
 
 
 @pytest.mark.parametrize("neox", [False, True])
-def test_rope_turns_pairs_by_position_times_frequency(neox, rng):
-    backend, rope = ReferenceBackend(), Rope(n_rot=12, neox=neox, freq_base=1000.0, freq_scale=0.5, attn_factor=1.25)
+def test_rope_turns_pairs_by_position_times_frequency(neox, backend, rng):
+    rope = Rope(n_rot=12, neox=neox, freq_base=1000.0, freq_scale=0.5, attn_factor=1.25)
     positions = np.array([0, 1, 7, 5000], np.int32)
     x = rng.standard_normal((4, 3, 16)).astype("f4")
     out = backend.rope(x, backend.rope_table(positions, rope, None))
@@ -143,8 +167,7 @@ def test_linear_embedding_and_experts(type, expand, rng, monkeypatch):
     np.testing.assert_allclose(own, out, rtol=1e-5, atol=1e-6)
 
 
-def test_norms_and_activations(rng):
-    backend = ReferenceBackend()
+def test_norms_and_activations(backend, rng):
     x, w = rng.standard_normal((3, 40)).astype("f4") * 4, rng.standard_normal(40).astype("f4")
     expected = x / np.sqrt((x.astype(float) ** 2).mean(axis=1, keepdims=True) + 1e-3) * w
     np.testing.assert_allclose(backend.rms_norm(x, w, 1e-3), expected, rtol=1e-5)
@@ -166,10 +189,10 @@ def test_norms_and_activations(rng):
 
 @pytest.mark.parametrize("gating", ["softmax", "softmax_weight"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_routing(gating, normalize, rng):
+def test_routing(gating, normalize, backend, rng):
     logits = rng.standard_normal((9, 6)).astype("f4") * 3
     logits[0] = 1.0
-    experts, weights = ReferenceBackend().route(logits, 3, gating, normalize)
+    experts, weights = backend.route(logits, 3, gating, normalize)
     assert experts[0].tolist() == [0, 1, 2]
     for t in range(9):
         order = sorted(range(6), key=lambda e: (-logits[t, e], e))[:3]
