@@ -33,7 +33,7 @@ NB_MODULE(_cpu, m) {
            },
            nb::arg("n_threads"), nb::arg("cores") = std::vector<int>(), nb::arg("level") = "",
            "Start threads.\n\nArgs:\n    n_threads: the caller included.\n    cores: thread i is pinned to "
-           "cores[i % len(cores)]; empty: nothing is pinned.\n    level: one of levels(); empty: the highest.\n\n"
+           "cores[i % len(cores)]; empty: nothing is pinned.\n    level: one of levels(); empty: the highest below amx.\n\n"
            "Raises:\n    ValueError: the level is not available, or the number of threads absurd.")
       .def_prop_ro("n_threads", &Pool::size)
       .def_prop_ro("level", [](const Pool& pool) { return std::string(level_name(pool.level())); });
