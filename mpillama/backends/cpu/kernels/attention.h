@@ -89,7 +89,7 @@ struct AttentionKernels {
   void (*store_values)(const Tiles&, uint8_t* tile, size_t first, const float* x, size_t n, size_t stride);
   // Computes an item's partial result; memory is aligned to 64 bytes.
   void (*attend)(const AttentionStep&, const AttentionItem&, float* memory);
-  // Writes rows [first, last) of the tokens of items[0], from the partial results of items[0 .. n_parts).
+  // Writes rows [first, last) of the tokens of items[0], from the partial results of items[0 .. n_parts), which are used up.
   void (*combine)(const AttentionStep&, const AttentionItem* items, size_t first, size_t last);
 };
 

@@ -126,26 +126,31 @@ void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
 
 void combine(const AttentionStep& s, const AttentionItem* items, size_t first, size_t last) {
   const AttentionItem& item = items[0];
-  const size_t n_v = s.v.n_dim, stride = sums_stride(n_v), n_rows = item.n_tokens * item.n_heads;
+  const size_t n_v = s.v.n_dim, stride = sums_stride(n_v), n_padded = round_up(item.n_tokens * item.n_heads, 16);
   for (size_t r = first; r < last; r++) {
     const size_t head = size_t(item.heads[r % item.n_heads]);
-    const float sink = s.sinks ? s.sinks[head] : -infinity;
-    float top = sink;
+    float top = s.sinks ? s.sinks[head] : -infinity;
     for (size_t p = 0; p < item.n_parts; p++) top = items[p].partial[r] > top ? items[p].partial[r] : top;
-    float total = s.sinks ? __builtin_expf(sink - top) : 0;
+    float total = s.sinks ? __builtin_expf(s.sinks[head] - top) : 0;
     for (size_t p = 0; p < item.n_parts; p++) {
-      const float* m = items[p].partial;
-      total += m[round_up(n_rows, 16) + r] * __builtin_expf(m[r] - top);
+      float* m = items[p].partial;
+      m[r] = __builtin_expf(m[r] - top);
+      total += m[n_padded + r] * m[r];
     }
     float* out = s.out + ((item.token + r / item.n_heads) * s.n_head + head) * n_v;
+    const F inverse = Simd::all(1.0f / total);
     for (size_t i = 0; i < n_v; i += Simd::width) {
       F sum = Simd::zero();
       for (size_t p = 0; p < item.n_parts; p++) {
         const float* m = items[p].partial;
-        const F factor = Simd::all(__builtin_expf(m[r] - top) / total);
-        sum = Simd::fma(factor, Simd::load(m + 2 * round_up(n_rows, 16) + r * stride + i), sum);
+        sum = Simd::fma(Simd::all(m[r]), Simd::load(m + 2 * n_padded + r * stride + i), sum);
       }
-      Simd::store(out + i, sum, n_v - i < size_t(Simd::width) ? n_v - i : size_t(Simd::width));
+      sum = Simd::mul(sum, inverse);
+      if (n_v - i < size_t(Simd::width)) {
+        Simd::store(out + i, sum, n_v - i);
+      } else {
+        Simd::store(out + i, sum);
+      }
     }
   }
 }
