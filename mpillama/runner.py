@@ -6,10 +6,14 @@ import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Batch
 from mpillama.config import Config
+from mpillama.errors import UsageError
 from mpillama.models import forward
 from mpillama.models.weights import Weights
 from mpillama.ops import Ops
 from mpillama.sharding import Sharding
+
+KV_BYTES = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q4_0": 18}
+"""Bytes of 32 cached elements, by type."""
 
 
 class Runner:
@@ -21,8 +25,11 @@ class Runner:
         ops: of this rank's backend and group.
         n_head_kv: KV heads that this rank holds.
         n_ctx: tokens that the KV cache holds.
-        type_k: f32, f16 or bf16; ``type_v`` likewise.
-        type_v: see ``type_k``.
+        type_k: of cached keys, one of `KV_BYTES`; which ones there are depends on the backend and the size of heads.
+        type_v: of cached values, likewise.
+
+    Raises:
+        UsageError: the backend cannot cache these heads in these types.
     """
 
     def __init__(
@@ -30,6 +37,9 @@ class Runner:
     ) -> None:
         self.cfg, self._weights, self._ops = cfg, weights, ops
         self.n_blocks = -(-n_ctx // KV_BLOCK)
+        quantized = sorted({type_k, type_v} & {"q8_0", "q4_0"})
+        if quantized and ops.backend.name == "reference":
+            raise UsageError(f"the reference backend has no KV cache of type {quantized[0]}; use f32, f16 or bf16")
         new_cache = ops.backend.new_cache
         self._caches = [
             new_cache(self.n_blocks, n_head_kv, cfg.n_embd_head_k, cfg.n_embd_head_v, type_k, type_v)
@@ -45,9 +55,8 @@ class Runner:
 def kv_bytes(cfg: Config, sharding: Sharding, rank: int, n_ctx: int, type_k: str, type_v: str) -> int:
     """Return the bytes of a rank's KV cache."""
     n_tokens = -(-n_ctx // KV_BLOCK) * KV_BLOCK
-    size = {"f32": 4, "f16": 2, "bf16": 2}
-    per_token = sharding.cuts["k"].width(rank) * size[type_k] + sharding.cuts["v"].width(rank) * size[type_v]
-    return cfg.n_layer * n_tokens * per_token
+    per_32 = sharding.cuts["k"].width(rank) * KV_BYTES[type_k] + sharding.cuts["v"].width(rank) * KV_BYTES[type_v]
+    return cfg.n_layer * n_tokens * per_32 // 32
 
 
 def pack(batch: Batch) -> np.ndarray:

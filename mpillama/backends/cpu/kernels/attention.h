@@ -7,7 +7,7 @@
 //   q4_0:           as q8_0, a byte for elements i and i + 16 of 32: [n_dim / 2][kv_block]
 // Values lie with the elements last:
 //   f32, f16, bf16: [kv_block][n_dim]
-//   q8_0, q4_0:     int8 [kv_block][n_dim], or bytes [kv_block][n_dim / 2], then f16 factors [kv_block][n_dim / 32]
+//   q8_0, q4_0:     int8 [kv_block][n_dim], or bytes [kv_block][n_dim / 2], then f16 factors [n_dim / 32][kv_block]
 // Kernels read up to a vector past a tile, and throw away what they found there.
 #pragma once
 #include <cstddef>
@@ -17,8 +17,12 @@ namespace mpillama {
 
 struct Half { uint16_t bits; };
 struct Bf16 { uint16_t bits; };
+// One of the two codes of 4 bits in a byte, which mean -8 .. 7.
+struct LowNibble { uint8_t bits; };
+struct HighNibble { uint8_t bits; };
 
 constexpr size_t kv_block = 32;
+constexpr size_t attention_span = 4 * kv_block;  // tokens whose scores exist at one time
 constexpr size_t tile_slack = 64;  // bytes that can be read past the last tile
 
 enum class CacheType { f32, f16, bf16, q8_0, q4_0 };
@@ -76,7 +80,7 @@ constexpr size_t partial_floats(size_t n_rows, size_t n_v) { return 2 * round_up
 
 // Floats of working memory for items of at most n_rows rows.
 constexpr size_t attention_floats(size_t n_rows, size_t n_k, size_t n_v) {
-  return round_up(n_rows * n_k, 16) + n_rows * (kv_block + 16) + n_k * kv_block + kv_block * sums_stride(n_v);
+  return round_up(n_rows * n_k, 16) + n_rows * (attention_span + 16) + n_k * kv_block + kv_block * sums_stride(n_v);
 }
 
 struct AttentionKernels {
@@ -85,7 +89,7 @@ struct AttentionKernels {
   void (*store_values)(const Tiles&, uint8_t* tile, size_t first, const float* x, size_t n, size_t stride);
   // Computes an item's partial result; memory is aligned to 64 bytes.
   void (*attend)(const AttentionStep&, const AttentionItem&, float* memory);
-  // Writes rows [first, last) of the tokens of items[0], from the partial results of items[0 .. n_parts).
+  // Writes rows [first, last) of the tokens of items[0], from the partial results of items[0 .. n_parts), which are used up.
   void (*combine)(const AttentionStep&, const AttentionItem* items, size_t first, size_t last);
 };
 

@@ -2,7 +2,7 @@
 // by block, with the largest score so far (arXiv:2205.14135, algorithm 1).
 #pragma once
 #include "attention.h"
-#include "attention_tiles.h"
+#include "attention_multiply.h"
 #include "elementwise_math.h"
 
 namespace mpillama {
@@ -10,80 +10,33 @@ namespace {
 
 constexpr float infinity = __builtin_inff();
 
-// c[n_rows][n_vectors * width] = or += a[n_rows][depth] times b[depth][...]; the rows are lda, ldb and ldc elements apart.
-// What lies `ahead` bytes after the elements of b that are read is fetched into the cache.
-template <int n_rows, int n_vectors, bool add, class T>
-void multiply_block(const float* a, size_t lda, const T* b, size_t ldb, float* c, size_t ldc, size_t depth, ptrdiff_t ahead) {
-  constexpr int width = Simd::width;
-  F sum[n_rows][n_vectors];
-  for (int r = 0; r < n_rows; r++)
-    for (int v = 0; v < n_vectors; v++) sum[r][v] = add ? Simd::load(c + size_t(r) * ldc + v * width) : Simd::zero();
-  for (size_t k = 0; k < depth; k++) {
-    F value[n_vectors];
-    for (int v = 0; v < n_vectors; v++) {
-      value[v] = Simd::load(b + k * ldb + v * width);
-      if (ahead && v * width * sizeof(T) % 64 == 0)
-        Simd::prefetch(reinterpret_cast<const char*>(b + k * ldb + v * width) + ahead);
-    }
-    for (int r = 0; r < n_rows; r++) {
-      const F factor = Simd::all(a[size_t(r) * lda + k]);
-      for (int v = 0; v < n_vectors; v++) sum[r][v] = Simd::fma(factor, value[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < n_rows; r++)
-    for (int v = 0; v < n_vectors; v++) Simd::store(c + size_t(r) * ldc + v * width, sum[r][v]);
-}
+// Blocks whose scores are made before they are weighed: fewer new largest scores, and longer vectors.
+constexpr size_t span_blocks = attention_span / kv_block;
 
-// Calls multiply_block for at most as many rows as n_rows.
-template <int n_rows, int n_vectors, bool add, class T, class... Rest>
-void multiply_rows(size_t n, Rest... rest) {
-  if constexpr (n_rows > 1) {
-    if (n < size_t(n_rows)) return multiply_rows<n_rows - 1, n_vectors, add, T>(n, rest...);
-  }
-  multiply_block<n_rows, n_vectors, add, T>(rest...);
-}
-
-// The same for any number of rows, and n_columns rounded up to whole vectors.
-template <bool add, class T>
-void multiply(const float* a, size_t lda, const T* b, size_t ldb, float* c, size_t ldc, size_t n_rows, size_t n_columns,
-              size_t depth, ptrdiff_t ahead) {
-  constexpr size_t width = Simd::width;
-  for (size_t r = 0; r < n_rows; r += Simd::max_rows, ahead = 0) {
-    const size_t n = n_rows - r < size_t(Simd::max_rows) ? n_rows - r : size_t(Simd::max_rows);
-    const float* rows = a + r * lda;
-    float* out = c + r * ldc;
-    size_t i = 0;
-    for (; i + width < n_columns; i += 2 * width)
-      multiply_rows<Simd::max_rows, 2, add, T>(n, rows, lda, b + i, ldb, out + i, ldc, depth, ahead);
-    if (i < n_columns) multiply_rows<Simd::max_rows, 1, add, T>(n, rows, lda, b + i, ldb, out + i, ldc, depth, ahead);
-  }
-}
-
-// Which tokens of a block a row sees: [first, last), empty if last <= first.
+// Which tokens a row sees of those that follow `start`: [first, last), nothing if last <= first.
 struct Seen {
   int64_t first, last;
 };
 
-inline Seen seen_by(const AttentionStep& s, int64_t position, size_t block) {
-  const int64_t start = int64_t(block * kv_block), first = s.window ? position - s.window + 1 - start : 0;
-  const int64_t last = position + 1 - start;
-  return {first > 0 ? first : 0, last < int64_t(kv_block) ? last : int64_t(kv_block)};
+inline Seen seen_by(const AttentionStep& s, int64_t position, int64_t start, int64_t n) {
+  const int64_t first = s.window ? position - s.window + 1 - start : 0, last = position + 1 - start;
+  return {first > 0 ? first : 0, last < n ? last : n};
 }
 
-// Scores of a row become weights; m, the sum of weights l (a vector) and the sums o follow a new largest score.
-inline void weigh(float* scores, float softcap, Seen seen, float& m, float* l, float* o, size_t n_sums) {
+// n scores of a row become weights; m, the sum of weights l (a vector) and the sums o follow a new largest score.
+inline void weigh(float* scores, size_t n, float softcap, Seen seen, float& m, float* l, float* o, size_t n_sums) {
   constexpr size_t width = Simd::width;
   if (seen.last <= seen.first) {
-    for (size_t i = 0; i < kv_block; i += width) Simd::store(scores + i, Simd::zero());
+    std::memset(scores, 0, n * sizeof(float));
     return;
   }
   if (softcap != 0)
-    for (size_t i = 0; i < kv_block; i += width)
+    for (size_t i = 0; i < n; i += width)
       Simd::store(scores + i, Simd::mul(Simd::all(softcap), tanh(Simd::load(scores + i))));
   for (int64_t i = 0; i < seen.first; i++) scores[i] = -infinity;
-  for (int64_t i = seen.last; i < int64_t(kv_block); i++) scores[i] = -infinity;
+  for (int64_t i = seen.last; i < int64_t(n); i++) scores[i] = -infinity;
   F top = Simd::load(scores);
-  for (size_t i = width; i < kv_block; i += width) top = Simd::max(Simd::load(scores + i), top);
+  for (size_t i = width; i < n; i += width) top = Simd::max(Simd::load(scores + i), top);
   const float most = Simd::max_of(top);
   if (most > m) {
     const F factor = Simd::all(__builtin_expf(m - most));
@@ -92,7 +45,7 @@ inline void weigh(float* scores, float softcap, Seen seen, float& m, float* l, f
     for (size_t i = 0; i < n_sums; i += width) Simd::store(o + i, Simd::mul(factor, Simd::load(o + i)));
   }
   F total = Simd::load(l);
-  for (size_t i = 0; i < kv_block; i += width) {
+  for (size_t i = 0; i < n; i += width) {
     const F weight = exp(Simd::sub(Simd::load(scores + i), Simd::all(m)));
     Simd::store(scores + i, weight);
     total = Simd::add(total, weight);
@@ -103,8 +56,8 @@ inline void weigh(float* scores, float softcap, Seen seen, float& m, float* l, f
 void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
   const size_t n_k = s.k.n_dim, n_v = s.v.n_dim, stride = sums_stride(n_v), n_rows = item.n_tokens * item.n_heads;
   float* q = memory;                                // [n_rows][n_k]
-  float* scores = q + round_up(n_rows * n_k, 16);   // [n_rows][kv_block]
-  float* l = scores + n_rows * kv_block;            // [n_rows][16]
+  float* scores = q + round_up(n_rows * n_k, 16);   // [n_rows][attention_span]
+  float* l = scores + n_rows * attention_span;      // [n_rows][16]
   float* keys = l + n_rows * 16;                    // [n_k][kv_block]
   float* values = keys + n_k * kv_block;            // [kv_block][stride]
   float* m = item.partial;
@@ -120,50 +73,51 @@ void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
   std::memset(l, 0, n_rows * 16 * sizeof(float));
   std::memset(o, 0, n_rows * stride * sizeof(float));
 
+  const auto tile_of = [&](const Tiles& t, size_t block) { return t.tile(size_t(item.table[block]), item.kv_head); };
+  // From the tile of a block to that of the next.
+  const auto ahead_of = [&](const Tiles& t, size_t block) -> ptrdiff_t {
+    return block + 1 < item.last_block ? tile_of(t, block + 1) - tile_of(t, block) : 0;
+  };
   // Where several passes over a tile are needed, it is converted once.
   const bool wide = n_rows > size_t(Simd::max_rows);
-  for (size_t block = item.first_block; block < item.last_block; block++) {
-    const uint8_t* k_tile = s.k.tile(size_t(item.table[block]), item.kv_head);
-    const uint8_t* v_tile = s.v.tile(size_t(item.table[block]), item.kv_head);
-    const size_t next = size_t(item.table[block + 1 < item.last_block ? block + 1 : block]);
-    const ptrdiff_t k_ahead = s.k.tile(next, item.kv_head) - k_tile, v_ahead = s.v.tile(next, item.kv_head) - v_tile;
-
-    const auto score = [&](const auto* b, ptrdiff_t ahead) {
-      multiply<false>(q, n_k, b, kv_block, scores, kv_block, n_rows, kv_block, n_k, ahead);
-    };
-    if (s.k.type == CacheType::f32) {
-      score(reinterpret_cast<const float*>(k_tile), k_ahead);
-    } else if (s.k.type == CacheType::f16 && !wide) {
-      score(reinterpret_cast<const Half*>(k_tile), k_ahead);
-    } else if (s.k.type == CacheType::bf16 && !wide) {
-      score(reinterpret_cast<const Bf16*>(k_tile), k_ahead);
-    } else {
-      expand_keys(s.k, k_tile, keys, k_ahead);
-      score(keys, 0);
+  const Tiles k_floats{CacheType::f32, n_k, 0, nullptr}, v_floats{CacheType::f32, stride, 0, nullptr};
+  for (size_t begin = item.first_block; begin < item.last_block; begin += span_blocks) {
+    const size_t end = begin + span_blocks < item.last_block ? begin + span_blocks : item.last_block;
+    for (size_t block = begin; block < end; block++) {
+      const uint8_t* tile = tile_of(s.k, block);
+      float* out = scores + (block - begin) * kv_block;
+      if (wide && s.k.type != CacheType::f32) {
+        expand_keys(s.k, tile, keys, ahead_of(s.k, block));
+        score_tile(k_floats, reinterpret_cast<const uint8_t*>(keys), q, out, attention_span, n_rows, nullptr, 0);
+      } else {
+        score_tile(s.k, tile, q, out, attention_span, n_rows, keys, ahead_of(s.k, block));
+      }
     }
 
-    size_t first = kv_block, last = 0;
+    const int64_t start = int64_t(begin * kv_block), n = int64_t((end - begin) * kv_block);
+    int64_t first = n, last = 0;
     for (size_t r = 0; r < n_rows; r++) {
-      const Seen seen = seen_by(s, item.position + int64_t(r / item.n_heads), block);
-      weigh(scores + r * kv_block, s.softcap, seen, m[r], l + r * 16, o + r * stride, n_v);
+      const Seen seen = seen_by(s, item.position + int64_t(r / item.n_heads), start, n);
+      weigh(scores + r * attention_span, size_t(n), s.softcap, seen, m[r], l + r * 16, o + r * stride, n_v);
       if (seen.last <= seen.first) continue;
-      first = size_t(seen.first) < first ? size_t(seen.first) : first;
-      last = size_t(seen.last) > last ? size_t(seen.last) : last;
+      first = seen.first < first ? seen.first : first;
+      last = seen.last > last ? seen.last : last;
     }
-    if (last <= first) continue;
 
-    const auto mix = [&](const auto* b, size_t ldb, ptrdiff_t ahead) {
-      multiply<true>(scores + first, kv_block, b + first * ldb, ldb, o, stride, n_rows, n_v, last - first, ahead);
-    };
-    if (s.v.type == CacheType::f32) {
-      mix(reinterpret_cast<const float*>(v_tile), n_v, v_ahead);
-    } else if (s.v.type == CacheType::f16 && !wide) {
-      mix(reinterpret_cast<const Half*>(v_tile), n_v, v_ahead);
-    } else if (s.v.type == CacheType::bf16 && !wide) {
-      mix(reinterpret_cast<const Bf16*>(v_tile), n_v, v_ahead);
-    } else {
-      expand_values(s.v, v_tile, first, last, values, stride, v_ahead);
-      mix(values, stride, 0);
+    for (size_t block = begin; block < end; block++) {
+      // Nobody sees the other tokens, which may never have been written.
+      const int64_t offset = int64_t((block - begin) * kv_block);
+      const size_t from = first > offset ? size_t(first - offset) : 0;
+      const size_t to = last < offset ? 0 : last - offset < int64_t(kv_block) ? size_t(last - offset) : kv_block;
+      if (to <= from) continue;
+      const uint8_t* tile = tile_of(s.v, block);
+      const float* weights = scores + offset;
+      if (wide && s.v.type != CacheType::f32) {
+        expand_values(s.v, tile, from, to, values, stride, ahead_of(s.v, block));
+        mix_tile(v_floats, reinterpret_cast<const uint8_t*>(values), from, to, weights, attention_span, o, stride, n_rows, nullptr, 0);
+      } else {
+        mix_tile(s.v, tile, from, to, weights, attention_span, o, stride, n_rows, values, ahead_of(s.v, block));
+      }
     }
   }
   float* total = m + round_up(n_rows, 16);
@@ -172,26 +126,31 @@ void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
 
 void combine(const AttentionStep& s, const AttentionItem* items, size_t first, size_t last) {
   const AttentionItem& item = items[0];
-  const size_t n_v = s.v.n_dim, stride = sums_stride(n_v), n_rows = item.n_tokens * item.n_heads;
+  const size_t n_v = s.v.n_dim, stride = sums_stride(n_v), n_padded = round_up(item.n_tokens * item.n_heads, 16);
   for (size_t r = first; r < last; r++) {
     const size_t head = size_t(item.heads[r % item.n_heads]);
-    const float sink = s.sinks ? s.sinks[head] : -infinity;
-    float top = sink;
+    float top = s.sinks ? s.sinks[head] : -infinity;
     for (size_t p = 0; p < item.n_parts; p++) top = items[p].partial[r] > top ? items[p].partial[r] : top;
-    float total = s.sinks ? __builtin_expf(sink - top) : 0;
+    float total = s.sinks ? __builtin_expf(s.sinks[head] - top) : 0;
     for (size_t p = 0; p < item.n_parts; p++) {
-      const float* m = items[p].partial;
-      total += m[round_up(n_rows, 16) + r] * __builtin_expf(m[r] - top);
+      float* m = items[p].partial;
+      m[r] = __builtin_expf(m[r] - top);
+      total += m[n_padded + r] * m[r];
     }
     float* out = s.out + ((item.token + r / item.n_heads) * s.n_head + head) * n_v;
+    const F inverse = Simd::all(1.0f / total);
     for (size_t i = 0; i < n_v; i += Simd::width) {
       F sum = Simd::zero();
       for (size_t p = 0; p < item.n_parts; p++) {
         const float* m = items[p].partial;
-        const F factor = Simd::all(__builtin_expf(m[r] - top) / total);
-        sum = Simd::fma(factor, Simd::load(m + 2 * round_up(n_rows, 16) + r * stride + i), sum);
+        sum = Simd::fma(Simd::all(m[r]), Simd::load(m + 2 * n_padded + r * stride + i), sum);
       }
-      Simd::store(out + i, sum, n_v - i < size_t(Simd::width) ? n_v - i : size_t(Simd::width));
+      sum = Simd::mul(sum, inverse);
+      if (n_v - i < size_t(Simd::width)) {
+        Simd::store(out + i, sum, n_v - i);
+      } else {
+        Simd::store(out + i, sum);
+      }
     }
   }
 }

@@ -95,7 +95,7 @@ inline void store_value(const Tiles& t, uint8_t* tile, size_t token, const float
     Half halves[32];
     Bf16 upper[32];
     const auto put_factor = [&](size_t codes_bytes, Half factor) {
-      std::memcpy(tile + codes_bytes + (token * n + at) / 32 * sizeof factor, &factor, sizeof factor);
+      std::memcpy(tile + codes_bytes + (at / 32 * kv_block + token) * sizeof factor, &factor, sizeof factor);
     };
     switch (t.type) {
       case CacheType::f32: break;
@@ -180,7 +180,7 @@ inline void expand_values(const Tiles& t, const uint8_t* tile, size_t first, siz
   const Half* factors = reinterpret_cast<const Half*>(tile + row_bytes * kv_block);
   for (size_t token = first; token < last; token++, out += stride)
     for (size_t b = 0; b < n / 32; b++) {
-      const F factor = Simd::all(Simd::to_float(factors[token * (n / 32) + b]));
+      const F factor = Simd::all(Simd::to_float(factors[b * kv_block + token]));
       const uint8_t* codes = tile + token * row_bytes + b * block_bytes;
       Simd::prefetch(codes + ahead);
       for (size_t i = 0; i < block_bytes; i += Simd::width) {

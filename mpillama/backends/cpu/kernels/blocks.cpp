@@ -24,10 +24,21 @@ void fifth_bits(const uint8_t* p, uint8_t* code) {
   for (int i = 0; i < 32; i++) code[i] |= uint8_t((p[i / 8] >> (i % 8) & 1) << 4);
 }
 
-// 64 bytes: of each 32, bits 2i and 2i+1 are the i-th run of 32 codes.
-void two_bits(const uint8_t* p, int i, uint8_t* code) {
-  const int run = i / 32, at = i % 32;
-  code[i] = p[run / 4 * 32 + at] >> (2 * (run % 4)) & 3;
+// 64 bytes: of each 32, bits 2i and 2i+1 are the i-th run of 32 codes, to be put at position `at`.
+template <int at>
+void two_bits(const uint8_t* p, uint8_t* code) {
+  for (int run = 0; run < 8; run++)
+    for (int i = 0; i < 32; i++) {
+      const int pair = p[run / 4 * 32 + i] >> (2 * (run % 4)) & 3;
+      code[32 * run + i] = uint8_t(at ? code[32 * run + i] | pair << at : pair);
+    }
+}
+
+// 32 bytes: bit i of each is for the i-th run of 32 codes, to be put at position `at`.
+template <int at>
+void one_bit(const uint8_t* p, uint8_t* code) {
+  for (int run = 0; run < 8; run++)
+    for (int i = 0; i < 32; i++) code[32 * run + i] |= uint8_t((p[i] >> run & 1) << at);
 }
 
 // 6-bit factors of Q4_K and Q5_K: four of each kind in the low bits of 8 bytes; the others have their low halves in the
@@ -80,16 +91,14 @@ void read_block(int type, const uint8_t* p, Block& out) {
         out.sc[i] = p[i] & 15;
         out.mn[i] = p[i] >> 4;
       }
-      for (int i = 0; i < 256; i++) two_bits(p + 16, i, code);
+      two_bits<0>(p + 16, code);
       out.d = half_at(p + 80);
       out.dmin = half_at(p + 82);
       break;
     case Q3_K:
-      for (int i = 0; i < 256; i++) {
-        two_bits(p + 32, i, code);
-        // A clear bit of the mask means minus 4: with the offset of 4 a set one is worth 4.
-        code[i] |= uint8_t((p[i % 32] >> (i / 32) & 1) << 2);
-      }
+      two_bits<0>(p + 32, code);
+      // A clear bit of the mask means minus 4: with the offset of 4 a set one is worth 4.
+      one_bit<2>(p, code);
       for (int i = 0; i < 16; i++) {
         const int low = p[96 + i % 8] >> (i < 8 ? 0 : 4) & 15, high = p[104 + i % 4] >> (2 * (i / 4)) & 3;
         out.sc[i] = uint8_t((low | high << 4) - 32);
@@ -107,14 +116,11 @@ void read_block(int type, const uint8_t* p, Block& out) {
       out.dmin = half_at(p + 2);
       six_bit_factors(p + 4, out);
       for (int i = 0; i < 4; i++) nibbles(p + 48 + 32 * i, 32, code + 64 * i);
-      for (int i = 0; i < 256; i++) code[i] |= uint8_t((p[16 + i % 32] >> (i / 32) & 1) << 4);
+      one_bit<4>(p + 16, code);
       break;
     case Q6_K:
       for (int i = 0; i < 2; i++) nibbles(p + 64 * i, 64, code + 128 * i);
-      for (int i = 0; i < 256; i++) {
-        const int run = i / 32;
-        code[i] |= uint8_t((p[128 + run / 4 * 32 + i % 32] >> (2 * (run % 4)) & 3) << 4);
-      }
+      two_bits<4>(p + 128, code);
       std::memcpy(out.sc, p + 192, 16);
       out.d = half_at(p + 208);
       break;

@@ -23,9 +23,10 @@ inline F exp(F x) {
   return Simd::if_less(x, Simd::all(-87.3365f), Simd::zero(), Simd::times_power_of_2(e, Simd::max(Simd::all(-126), n)));
 }
 
+// 0 where e^x is: x times it does not grow again.
 inline F sigmoid(F x) {
-  const F one = Simd::all(1);
-  return Simd::div(one, Simd::add(one, exp(Simd::sub(Simd::zero(), x))));
+  const F one = Simd::all(1), y = Simd::div(one, Simd::add(one, exp(Simd::sub(Simd::zero(), x))));
+  return Simd::if_less(x, Simd::all(-87.3365f), Simd::zero(), y);
 }
 
 // Relative error below 3e-7.

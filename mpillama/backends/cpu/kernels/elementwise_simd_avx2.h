@@ -30,6 +30,8 @@ struct Simd {
   static F load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
+  static F load(const LowNibble* p) { return load_nibbles<0>(&p->bits); }
+  static F load(const HighNibble* p) { return load_nibbles<4>(&p->bits); }
   // Codes of 4 bits less 8, from the lower or the upper half of each byte.
   template <int shift> static F load_nibbles(const uint8_t* p) {
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

@@ -28,6 +28,8 @@ struct Simd {
   static F load(const Half* p) { return make([&](int i) { return half_to_float(p[i].bits); }); }
   static F load(const Bf16* p) { return make([&](int i) { return bf16_to_float(p[i].bits); }); }
   static F load(const int8_t* p) { return make([&](int i) { return float(p[i]); }); }
+  static F load(const LowNibble* p) { return load_nibbles<0>(&p->bits); }
+  static F load(const HighNibble* p) { return load_nibbles<4>(&p->bits); }
   // Codes of 4 bits less 8, from the lower or the upper half of each byte.
   template <int shift> static F load_nibbles(const uint8_t* p) {
     return make([&](int i) { return float((p[i] >> shift & 15) - 8); });

@@ -52,23 +52,30 @@ void write_factors(const Format& f, const Block& block, size_t column, int r, ui
   }
 }
 
-// 32 codes of row r into the planes of a group, which are zero so far.
+// 32 codes of row r into the planes of a group, which are zero so far; four bytes at a time, each for itself.
 void write_codes(int bits, const uint8_t* code, int r, uint8_t* group) {
-  for (int k = 0; k < 32; k++) {
-    const int j = k / 4, at = 4 * r + k % 4;
-    const unsigned c = code[k];
-    switch (bits) {
-      case 8: group[64 * j + at] = uint8_t(c); break;
-      case 6: group[256 + 64 * (j / 4) + at] |= uint8_t(c >> 4 << (2 * (j % 4))); [[fallthrough]];
-      case 4: group[64 * (j % 4) + at] |= uint8_t((c & 15) << (4 * (j / 4))); break;
-      case 5:
-        group[64 * (j % 4) + at] |= uint8_t((c & 15) << (4 * (j / 4)));
-        group[256 + at] |= uint8_t(c >> 4 << j);
-        break;
-      case 3: group[128 + at] |= uint8_t(c >> 2 << j); [[fallthrough]];
-      case 2: group[64 * (j / 4) + at] |= uint8_t((c & 3) << (2 * (j % 4))); break;
-      default: break;
+  for (int j = 0; j < 8; j++) {
+    uint32_t four;
+    std::memcpy(&four, code + 4 * j, 4);
+    const auto merge = [&](int plane, uint32_t value) {
+      uint32_t word;
+      std::memcpy(&word, group + plane + 4 * r, 4);
+      word |= value;
+      std::memcpy(group + plane + 4 * r, &word, 4);
+    };
+    const uint32_t ones = 0x01010101;
+    if (bits == 8) {
+      merge(64 * j, four);
+      continue;
     }
+    if (bits >= 4) {
+      merge(64 * (j % 4), (four & 15 * ones) << (4 * (j / 4)));
+    } else {
+      merge(64 * (j / 4), (four & 3 * ones) << (2 * (j % 4)));
+    }
+    if (bits == 6) merge(256 + 64 * (j / 4), (four >> 4 & 3 * ones) << (2 * (j % 4)));
+    if (bits == 5) merge(256, (four >> 4 & ones) << j);
+    if (bits == 3) merge(128, (four >> 2 & ones) << j);
   }
 }
 

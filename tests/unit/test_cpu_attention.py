@@ -1,0 +1,317 @@
+"""Attention of the cpu backend against NumPy's, on what the cache has kept of keys and values."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import gguf
+import numpy as np
+import pytest
+
+from mpillama.backends.attention import KVCache, attend
+from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
+from mpillama.errors import UsageError
+from mpillama.runner import KV_BYTES
+
+_cpu = pytest.importorskip("mpillama._cpu", reason="the cpu backend is not built")
+from mpillama.backends.cpu.attention import CACHE_TYPES  # noqa: E402
+from mpillama.backends.cpu.backend import CpuBackend  # noqa: E402
+
+LEVELS = _cpu.levels()
+_QUANTS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
+
+
+def kept(x: np.ndarray, type: str) -> np.ndarray:
+    """Return float32 ``x`` as it comes out of a cache."""
+    if type == "f16":
+        return x.astype(np.float16).astype(np.float32)
+    if type == "bf16":
+        bits = x.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view(np.float32)
+    if type in _QUANTS:
+        return gguf.quants.dequantize(gguf.quants.quantize(x, _QUANTS[type]), _QUANTS[type])
+    return x
+
+
+class Pair:
+    """A backend and the reference, fed with the same steps of several sequences."""
+
+    def __init__(self, rng, backend, sizes, types=("f32", "f32"), n_blocks=24, n_seqs=1, kv_heads=None, **params):
+        self.rng, self.backend, self.types = rng, backend, types
+        self.n_head, self.n_head_kv, self.n_k, self.n_v = sizes
+        if kv_heads is None:
+            kv_heads = tuple(h * self.n_head_kv // self.n_head for h in range(self.n_head))
+        self.sinks = rng.standard_normal(self.n_head).astype(np.float32) if params.pop("sinks", False) else None
+        settings = {"scale": self.n_k**-0.5, "softcap": 0.0, "window": 0} | params
+        self.params = AttentionParams(kv_heads=kv_heads, **settings)
+        self.tables = rng.permutation(n_blocks).astype(np.int32).reshape(n_seqs, -1)
+        self.cache = backend.new_cache(n_blocks, self.n_head_kv, self.n_k, self.n_v, *types)
+        self.reference = KVCache(n_blocks, self.n_head_kv, self.n_k, self.n_v, "f32", "f32")
+        self.n_past = [0] * n_seqs
+
+    def random(self, *shape):
+        return self.rng.standard_normal(shape, dtype=np.float32)
+
+    def batch(self, seq_lens):
+        """Return the batch of the next tokens; the tables have -1 where no token was yet."""
+        seqs = [s for s, n in enumerate(seq_lens) if n]
+        lens = [seq_lens[s] for s in seqs]
+        ends = [self.n_past[s] + n for s, n in zip(seqs, lens, strict=True)]
+        starts = [self.n_past[s] for s in seqs]
+        positions = np.concatenate([np.arange(a, b, dtype=np.int32) for a, b in zip(starts, ends, strict=True)])
+        tables = self.tables[seqs].copy()
+        for table, end in zip(tables, ends, strict=True):
+            table[-(-end // KV_BLOCK) :] = -1
+        for s, end in zip(seqs, ends, strict=True):
+            self.n_past[s] = end
+        n_tokens = len(positions)
+        return Batch(np.zeros(n_tokens, np.int32), positions, np.array(lens, np.int32), tables, np.zeros(0, np.int32))
+
+    def inputs(self, n_tokens):
+        q = self.random(n_tokens, self.n_head, self.n_k) * np.float32(2)
+        k, v = self.random(n_tokens, self.n_head_kv, self.n_k), self.random(n_tokens, self.n_head_kv, self.n_v)
+        # What was quantized before is far from where rounding changes sides; see test_rounding.
+        return q, kept(k, self.types[0]), kept(v, self.types[1])
+
+    def step(self, *seq_lens):
+        """Run a step on both, compare, and return the result."""
+        batch = self.batch(seq_lens)
+        q, k, v = self.inputs(len(batch.positions))
+        result = self.backend.attention(q, k, v, self.cache, batch, self.params, self.sinks)
+        expected = attend(q, k, v, self.reference, batch, self.params, self.sinks)
+        assert result.dtype == np.float32
+        # Scores of about 10 are rounded in their 24th bit, and so is what they weigh.
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+        return result
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("type_k", "type_v"), list(itertools.product(CACHE_TYPES, CACHE_TYPES)))
+def test_types(rng, level, type_k, type_v):
+    pair = Pair(rng, CpuBackend(2, (), level), (4, 2, 64, 96), (type_k, type_v), n_seqs=2)
+    for lens in ((70, 5), (1, 1), (0, 1), (30, 130), (1, 1)):
+        pair.step(*lens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", CACHE_TYPES)
+def test_rounding(rng, level, type):
+    """A token that sees itself only gets the value that the cache has kept."""
+    backend = CpuBackend(1, (), level)
+    pair = Pair(rng, backend, (1, 1, 32, 96), ("f32", type), window=1)
+    batch = pair.batch([700])
+    q, k, _ = pair.inputs(700)
+    v = pair.random(700, 1, 96) * (10.0 ** rng.uniform(-9, 3, (700, 1, 1))).astype(np.float32)
+    v[0] = 0
+    result = backend.attention(q, k, v, pair.cache, batch, pair.params, None)
+    wrong = result != kept(v, type)
+    if type in _QUANTS:
+        # Products are fused with sums on some levels, and then a value in the middle goes to its other neighbour.
+        assert wrong.mean() < 1e-3
+        steps = np.abs(v).reshape(700, 1, 3, 32).max(axis=-1).repeat(32, axis=-1) / (127 if type == "q8_0" else 8)
+        assert (np.abs(result - v) <= 1.01 * steps + 1e-7)[wrong].all()
+    else:
+        assert not wrong.any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize(
+    "size", [(6, 6), (1, 1), (10, 3), (16, 16), (24, 40), (80, 80), (128, 64), (192, 128), (256, 256)]
+)
+def test_sizes_of_heads(rng, level, type, size):
+    pair = Pair(rng, CpuBackend(1, (), level), (6, 2, *size), (type, type))
+    for n_tokens in (33, 1, 1, 7, 40, 1):
+        pair.step(n_tokens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", CACHE_TYPES)
+def test_windows_softcap_and_sinks(rng, level, type):
+    backend = CpuBackend(2, (), level)
+    for window, softcap, sinks in (
+        (5, 0.0, False),
+        (1, 0.0, True),
+        (100, 3.0, False),
+        (0, 20.0, True),
+        (32, 0.5, True),
+    ):
+        options = {"window": window, "softcap": softcap, "sinks": sinks, "n_seqs": 2, "n_blocks": 28}
+        pair = Pair(rng, backend, (4, 2, 64, 32), (type, type), **options)
+        for lens in ((1, 40), (150, 1), (1, 1), (1, 300), (1, 1)):
+            pair.step(*lens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_any_map_of_heads(rng, level):
+    backend = CpuBackend(2, (), level)
+    maps = [
+        (0, 0, 0, 1),
+        (0, 2, 2),
+        (1, 1, 0, 2, 0),
+        (2,),
+        tuple(range(3)) * 10,
+        (0,) * 70,
+        tuple(rng.integers(0, 3, 9).tolist()),
+    ]
+    for heads in maps:
+        pair = Pair(rng, backend, (len(heads), 3, 32, 32), ("f16", "q8_0"), kv_heads=heads)
+        for n_tokens in (50, 1, 90, 2):
+            pair.step(n_tokens)
+
+
+def test_a_rank_without_query_heads_keeps_its_keys(rng):
+    backend = CpuBackend(2)
+    pair = Pair(rng, backend, (4, 2, 32, 32), ("f16", "f16"))
+    batch = pair.batch([40])
+    q, k, v = pair.inputs(40)
+    nobody = AttentionParams(1.0, 0.0, 0, ())
+    assert backend.attention(q[:, :0], k, v, pair.cache, batch, nobody, None).shape == (40, 0, 32)
+    attend(q, k, v, pair.reference, batch, pair.params, None)
+    pair.step(1)
+    none = backend.new_cache(24, 0, 32, 32, "f16", "f16")
+    assert backend.attention(q[:, :0], k[:, :0], v[:, :0], none, batch, nobody, None).shape == (40, 0, 32)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_random_steps_of_many_sequences(rng, level):
+    n_seqs, longest = 9, 8 * KV_BLOCK
+    types = tuple(rng.choice(CACHE_TYPES, 2).tolist())
+    options = {
+        "n_seqs": n_seqs,
+        "n_blocks": n_seqs * 8,
+        "window": int(rng.choice([0, 50])),
+        "sinks": bool(rng.integers(2)),
+    }
+    pair = Pair(rng, CpuBackend(3, (), level), (6, 3, 64, 64), types, **options)
+    for _ in range(12):
+        lens = [
+            min(int(n), longest - past)
+            for n, past in zip(rng.choice([0, 1, 1, 1, 20, 65], n_seqs), pair.n_past, strict=True)
+        ]
+        if any(lens):
+            pair.step(*lens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", ["f16", "q4_0"])
+def test_the_number_of_threads_changes_nothing(rng, level, type):
+    seed = int(rng.integers(1 << 30))
+    results = []
+    for n_threads in (1, 2, 3, 1):
+        pair = Pair(
+            np.random.default_rng(seed), CpuBackend(n_threads, (), level), (8, 2, 64, 64), (type, type), n_blocks=20
+        )
+        results.append([pair.step(n) for n in (500, 1, 1, 30)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_deep_context(rng, type):
+    pair = Pair(rng, CpuBackend(2), (8, 2, 64, 64), (type, type), n_blocks=257)
+    batch = pair.batch([8000])
+    q, k, v = pair.inputs(8000)
+    only_last = AttentionParams(1.0, 0.0, 1, pair.params.kv_heads)  # fills the caches at little cost
+    pair.backend.attention(q, k, v, pair.cache, batch, only_last, None)
+    pair.reference.store(
+        (pair.tables[0, batch.positions // KV_BLOCK] * KV_BLOCK + batch.positions % KV_BLOCK).astype(np.int64),
+        k,
+        v,
+    )
+    for n_tokens in (1, 1, 100, 1):
+        pair.step(n_tokens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", CACHE_TYPES)
+def test_what_others_left_in_a_block_is_not_seen(rng, level, type):
+    backend = CpuBackend(1, (), level)
+    pair = Pair(rng, backend, (4, 2, 32, 32), (type, type), n_blocks=4)
+    huge = np.full((128, 2, 32), np.inf, np.float32)
+    backend.attention(pair.random(128, 4, 32), huge, huge, pair.cache, pair.batch([128]), pair.params, None)
+    pair.n_past = [0]
+    for n_tokens in (5, 1, 1, 40, 1):
+        assert np.isfinite(pair.step(n_tokens)).all()
+
+
+def test_scores_far_apart(rng):
+    """The largest score decides alone, wherever it is; scores far from 0 neither overflow nor vanish."""
+    backend = CpuBackend(2)
+    pair = Pair(rng, backend, (2, 1, 32, 32), n_blocks=16, scale=1.0)
+    batch = pair.batch([512])
+    q, k, v = pair.inputs(512)
+    k *= np.float32(60)
+    result = backend.attention(q, k, v, pair.cache, batch, pair.params, None)
+    np.testing.assert_allclose(result, attend(q, k, v, pair.reference, batch, pair.params, None), rtol=1e-4, atol=1e-4)
+    for where in (0, 200, 511):
+        q = np.zeros((1, 2, 32), np.float32)
+        q[..., :] = k[where, 0] / np.float32(32)
+        expected = v[where, 0]
+        again = Batch(
+            np.zeros(1, np.int32), np.array([511], np.int32), np.array([1], np.int32), pair.tables, batch.logit_rows
+        )
+        result = backend.attention(q, k[511:], v[511:], pair.cache, again, pair.params, None)
+        np.testing.assert_allclose(result[0], np.stack([expected, expected]), rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_of_a_cache():
+    backend = CpuBackend(1)
+    for type in CACHE_TYPES:
+        bytes_of_32 = 2 * 3 * KV_BYTES[type] + 3 * 3 * KV_BYTES["f16"]
+        assert backend.new_cache(7, 3, 64, 96, type, "f16").nbytes == 7 * KV_BLOCK * bytes_of_32
+
+
+def test_types_that_do_not_fit():
+    backend = CpuBackend(1)
+    said = "values of 80 elements cannot be cached as q8_0; choose one of f32, f16, bf16"
+    with pytest.raises(UsageError, match=re.escape(said) + "$"):
+        backend.new_cache(1, 1, 64, 80, "q4_0", "q8_0")
+    with pytest.raises(UsageError, match="keys cannot be cached as q5_1; choose one of f32, f16, bf16, q8_0, q4_0"):
+        backend.new_cache(1, 1, 64, 64, "q5_1", "f16")
+
+
+@pytest.mark.parametrize("fault", ["block", "no block", "gap", "too many", "too few", "kv head", "negative", "shape"])
+def test_indices_out_of_range(rng, fault):
+    backend = CpuBackend(1)
+    pair = Pair(rng, backend, (4, 2, 32, 32), n_blocks=4)
+    batch, params = pair.batch([70]), pair.params
+    q, k, v = pair.inputs(70)
+    if fault == "block":
+        batch.block_tables[0, 1] = 4
+    elif fault == "no block":
+        batch.block_tables[0, 2] = -1
+    elif fault == "gap":
+        batch.positions[40:] += 1
+    elif fault == "too many":
+        batch.seq_lens[0] = 71
+    elif fault == "too few":
+        batch.seq_lens[0] = 69
+    elif fault == "kv head":
+        params = AttentionParams(1.0, 0.0, 0, (0, 0, 1, 2))
+    elif fault == "negative":
+        batch.positions[:] -= 1
+    else:
+        k = k[:, :1]
+    with pytest.raises(ValueError, match=r"\w+ .*"):
+        backend.attention(q, k, v, pair.cache, batch, params, None)
+
+
+def test_many_steps_need_no_more_memory(rng):
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    backend = CpuBackend(2)
+    pair = Pair(rng, backend, (8, 2, 64, 64), ("f16", "q8_0"), n_blocks=32)
+    pair.step(1000)
+    batch = pair.batch([1])
+    q, k, v = pair.inputs(1)
+    for _ in range(200):
+        backend.attention(q, k, v, pair.cache, batch, pair.params, None)
+    before = resident()
+    for _ in range(3000):
+        backend.attention(q, k, v, pair.cache, batch, pair.params, None)
+    assert resident() - before < 1 << 20
