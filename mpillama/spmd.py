@@ -27,8 +27,9 @@ _LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE", "mpirun"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "srun"),
 )
-# A rank that fails like rank 0 does lets rank 0 speak first.
+# A rank that fails like rank 0 does lets rank 0 speak first; before MPI has joined them, rank 0 may start much later.
 _GRACE = 0.3
+_GRACE_AT_START = 2.0
 # Launchers forward a signal that the terminal has already delivered; a second one within this time is the same one.
 _SAME_SIGNAL = 1.0
 
@@ -135,6 +136,8 @@ def run(main: Callable[[World, Interrupts], int]) -> int:
         code = error.exit_code
         if place.rank == 0 or (world is not None and not error.told):
             _say(place, world, error.line, alone=error.told or world is None)
+        if world is None and place.rank:
+            let_rank_0_speak()
         if world is not None and not error.told:
             _abort(world, code)
     except Stopped as stopped:
@@ -163,6 +166,11 @@ def mute(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
+
+
+def let_rank_0_speak() -> None:
+    """Wait, on a rank that fails as rank 0 does: launchers end all ranks as soon as the first has failed."""
+    time.sleep(_GRACE_AT_START)
 
 
 def _say(place: Launch, world: World | None, text: str, alone: bool) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 from mpillama.cli.parser import HelpRequested, find_command, parse
 from mpillama.errors import UserError
-from mpillama.spmd import launch, mute, run
+from mpillama.spmd import launch, let_rank_0_speak, mute, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +42,8 @@ def _alone(body: Callable[[], int], speaks: bool) -> int:
         return code
     except UserError as error:
         print(f"mpillama: error: {error.line}", file=sys.stderr)
+        if not speaks:
+            let_rank_0_speak()
         return error.exit_code
     except KeyboardInterrupt:
         return 130
