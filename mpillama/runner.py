@@ -6,7 +6,6 @@ import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Batch
 from mpillama.config import Config
-from mpillama.errors import UsageError
 from mpillama.models import forward
 from mpillama.models.weights import Weights
 from mpillama.ops import Ops
@@ -25,11 +24,11 @@ class Runner:
         ops: of this rank's backend and group.
         n_head_kv: KV heads that this rank holds.
         n_ctx: tokens that the KV cache holds.
-        type_k: of cached keys, one of `KV_BYTES`; which ones there are depends on the backend and the size of heads.
+        type_k: of cached keys, one of `KV_BYTES`.
         type_v: of cached values, likewise.
 
     Raises:
-        UsageError: the backend cannot cache these heads in these types.
+        UsageError: heads of this size cannot be cached in these types.
     """
 
     def __init__(
@@ -37,9 +36,6 @@ class Runner:
     ) -> None:
         self.cfg, self._weights, self._ops = cfg, weights, ops
         self.n_blocks = -(-n_ctx // KV_BLOCK)
-        quantized = sorted({type_k, type_v} & {"q8_0", "q4_0"})
-        if quantized and ops.backend.name == "reference":
-            raise UsageError(f"the reference backend has no KV cache of type {quantized[0]}; use f32, f16 or bf16")
         new_cache = ops.backend.new_cache
         self._caches = [
             new_cache(self.n_blocks, n_head_kv, cfg.n_embd_head_k, cfg.n_embd_head_v, type_k, type_v)

@@ -5,24 +5,47 @@ from __future__ import annotations
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
+from mpillama.errors import UsageError
 
 # Scores of one step are made for so many elements at a time.
 _SCORE_ELEMENTS = 4 << 20
 
 
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+"""Of cached keys and values, independently of each other; the quantized ones need heads of whole blocks of 32."""
+
+
+def check_cache_type(what: str, name: str, n_dim: int) -> None:
+    """Make sure that heads of ``n_dim`` elements can be cached in a type.
+
+    Raises:
+        UsageError: names ``what`` cannot, and the types that can.
+    """
+    if name not in CACHE_TYPES:
+        raise UsageError(f"{what} cannot be cached as {name}; choose one of {', '.join(CACHE_TYPES)}")
+    if name in _QUANTIZE and n_dim % 32:
+        others = ", ".join(other for other in CACHE_TYPES if other not in _QUANTIZE)
+        raise UsageError(f"{what} of {n_dim} elements cannot be cached as {name}; choose one of {others}")
+
+
 class KVCache:
-    """Keys and values of one block of the model: (tokens, G, D) in f32, f16 or bf16 (kept as the upper half of f32)."""
+    """Keys and values of one block of the model, (tokens, G, D).
+
+    f32 and f16 are kept as such, bf16 as the upper half of f32, q8_0 and q4_0 as the float32 numbers they stand for.
+    """
 
     def __init__(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> None:
+        check_cache_type("keys", type_k, n_k)
+        check_cache_type("values", type_v, n_v)
         n_tokens = n_blocks * KV_BLOCK
-        self._k = np.zeros((n_tokens, n_head_kv, n_k), _STORAGE[type_k])
-        self._v = np.zeros((n_tokens, n_head_kv, n_v), _STORAGE[type_v])
-        self._bf16 = (type_k == "bf16", type_v == "bf16")
+        self._k = np.zeros((n_tokens, n_head_kv, n_k), _STORAGE.get(type_k, np.float32))
+        self._v = np.zeros((n_tokens, n_head_kv, n_v), _STORAGE.get(type_v, np.float32))
+        self._types = (type_k, type_v)
 
     def store(self, slots: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         """Put keys and values of tokens into their slots."""
-        self._k[slots] = _round_bf16(k) if self._bf16[0] else k
-        self._v[slots] = _round_bf16(v) if self._bf16[1] else v
+        self._k[slots] = _rounded(k, self._types[0])
+        self._v[slots] = _rounded(v, self._types[1])
 
     def load(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return keys and values of slots as float32."""
@@ -31,12 +54,39 @@ class KVCache:
             where = slice(int(slots[0]), int(slots[-1]) + 1)
         k, v = self._k[where], self._v[where]
         return (
-            _widen_bf16(k) if self._bf16[0] else k.astype(np.float32, copy=False),
-            _widen_bf16(v) if self._bf16[1] else v.astype(np.float32, copy=False),
+            _widen_bf16(k) if self._types[0] == "bf16" else k.astype(np.float32, copy=False),
+            _widen_bf16(v) if self._types[1] == "bf16" else v.astype(np.float32, copy=False),
         )
 
 
-_STORAGE = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
+_STORAGE = {"f16": np.float16, "bf16": np.uint16}
+
+
+def _rounded(x: np.ndarray, type: str) -> np.ndarray:
+    if type == "bf16":
+        return _round_bf16(x)
+    return _QUANTIZE[type](x) if type in _QUANTIZE else x
+
+
+def _q8_0(x: np.ndarray) -> np.ndarray:
+    """Round blocks of 32 to 8 bits and a half-precision factor, max |x| / 127."""
+    blocks = np.ascontiguousarray(x, np.float32).reshape(-1, 32)
+    factor = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    q = np.rint(np.divide(blocks, factor, out=np.zeros_like(blocks), where=factor > 0))
+    return (q * factor.astype(np.float16).astype(np.float32)).reshape(x.shape)
+
+
+def _q4_0(x: np.ndarray) -> np.ndarray:
+    """Round blocks of 32 to 4 bits and a half-precision factor, such that the largest becomes -8."""
+    blocks = np.ascontiguousarray(x, np.float32).reshape(-1, 32)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
+    factor = largest / np.float32(-8)
+    q = np.divide(blocks, factor, out=np.zeros_like(blocks), where=factor != 0)
+    q = np.clip(np.floor(q + np.float32(8.5)), 0, 15) - 8
+    return (q * factor.astype(np.float16).astype(np.float32)).reshape(x.shape)
+
+
+_QUANTIZE = {"q8_0": _q8_0, "q4_0": _q4_0}
 
 
 def _round_bf16(x: np.ndarray) -> np.ndarray:

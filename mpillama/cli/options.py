@@ -136,7 +136,7 @@ CONTEXT = _grouped(
     Option(("-ub", "--ubatch-size"), "physical maximum batch size", values.integer(1), 512, env="LLAMA_ARG_UBATCH"),
     Option(
         ("-ctk", "--cache-type-k"),
-        "data type of cached keys: f32, f16, bf16, and on CPUs q8_0 or q4_0",
+        "data type of cached keys: f32, f16, bf16, q8_0 or q4_0",
         values.choice("f32", "f16", "bf16", "q8_0", "q4_0", later=("q4_1", "iq4_nl", "q5_0", "q5_1")),
         "f16",
         "TYPE",
@@ -144,7 +144,7 @@ CONTEXT = _grouped(
     ),
     Option(
         ("-ctv", "--cache-type-v"),
-        "data type of cached values: f32, f16, bf16, and on CPUs q8_0 or q4_0",
+        "data type of cached values: f32, f16, bf16, q8_0 or q4_0",
         values.choice("f32", "f16", "bf16", "q8_0", "q4_0", later=("q4_1", "iq4_nl", "q5_0", "q5_1")),
         "f16",
         "TYPE",

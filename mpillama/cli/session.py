@@ -14,6 +14,7 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from mpillama.backends import make_backend
+from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import Backend
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import check_memory
@@ -85,6 +86,8 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
         orig_ctx=args.yarn_orig_ctx or None,
     )
     cfg = read_config(header, args.ctx_size, overrides)
+    check_cache_type("keys", args.cache_type_k, cfg.n_embd_head_k)
+    check_cache_type("values", args.cache_type_v, cfg.n_embd_head_v)
     tensors = model_tensors(header, cfg)
     check_types(tensors.values(), ReferenceBackend())
     return header, Model(header.paths, cfg, tensors, weights, args.ctx_size or cfg.n_ctx_train)

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import gguf
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from mpillama.backends.quants import dequantize
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
+from mpillama.errors import UsageError
 from mpillama.gguf.types import GGMLType
 from tiny import random_blocks
 
@@ -49,6 +51,36 @@ def batch_of(lengths, pasts, n_blocks, rng):
     return Batch(np.zeros(len(positions), np.int32), positions, np.array(lengths, np.int32), tables, none)
 
 
+_QUANTS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
+
+
+def kept(x, kv_type):
+    """Return x as a cache keeps it."""
+    if kv_type in _QUANTS and x.size:
+        return gguf.quants.dequantize(gguf.quants.quantize(x, _QUANTS[kv_type]), _QUANTS[kv_type])
+    return x.astype(np.float16).astype(np.float32) if kv_type == "f16" else x
+
+
+def test_quantized_cache_rounds_like_the_file_format(backend, rng):
+    """A token that sees only itself gets the value that the cache has kept, to one unit of the last place."""
+    x = (rng.standard_normal((300, 1, 64)) * 10.0 ** rng.uniform(-3, 2, (300, 1, 1))).astype("f4")
+    x[0] = 0
+    for kv_type, unit in (("q8_0", 127), ("q4_0", 8)):
+        cache = backend.new_cache(12, 1, 64, 64, "f32", kv_type)
+        out = backend.attention(x, x, x, cache, batch_of([300], [0], 12, rng), AttentionParams(1.0, 0.0, 1, (0,)), None)
+        step = np.abs(x).reshape(300, 2, 32).max(axis=-1).repeat(32, axis=-1)[:, None] / unit
+        wrong = np.abs(out - kept(x, kv_type)) > 1e-6 * step * unit
+        assert wrong.mean() < 0.002
+        assert (np.abs(out - x) <= step * 1.01).all()
+
+
+def test_cache_types_and_sizes_of_heads(backend):
+    with pytest.raises(UsageError, match="values of 80 elements cannot be cached as q8_0; choose one of f32, f16"):
+        backend.new_cache(1, 1, 64, 80, "q4_0", "q8_0")
+    with pytest.raises(UsageError, match="keys cannot be cached as q5_1; choose one of f32, f16, bf16, q8_0, q4_0"):
+        backend.new_cache(1, 1, 64, 64, "q5_1", "f16")
+
+
 def slow_attention(q, keys, values, position, params, sinks):
     """Attend from one token: q (H, D), all keys (C, G, D) and values (C, G, Dv) up to its position."""
     out = np.zeros((len(q), values.shape[2]))
@@ -70,8 +102,20 @@ def slow_attention(q, keys, values, position, params, sinks):
 @pytest.mark.parametrize("kv_heads", [(0, 0, 1, 1), (0, 1), (0, 1, 1, 1, 2), ()])
 @pytest.mark.parametrize("kv_type", ["f32", "f16"])
 def test_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng):
-    n_head, n_kv, n_k, n_v = len(kv_heads), max(kv_heads, default=-1) + 1, *rng.choice([6, 8, 16, 40], 2)
-    params = AttentionParams(0.4, softcap, window, kv_heads)
+    check_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_attention_over_a_quantized_cache(window, kv_type, backend, rng):
+    check_attention(window, 0.0, True, (0, 1, 1, 1, 2), kv_type, backend, rng)
+
+
+def check_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng):
+    """Run steps of two sequences and compare each token with the slow formula."""
+    n_head, n_kv = len(kv_heads), max(kv_heads, default=-1) + 1
+    n_k, n_v = rng.choice([32, 64] if kv_type in _QUANTS else [6, 8, 16, 40], 2).tolist()
+    params = AttentionParams(n_k**-0.5, softcap, window, kv_heads)
     sinks = rng.standard_normal(n_head).astype("f4") if with_sinks else None
     cache = backend.new_cache(12, n_kv, n_k, n_v, kv_type, kv_type)
     history = [(np.zeros((0, n_kv, n_k)), np.zeros((0, n_kv, n_v))) for _ in range(2)]
@@ -80,6 +124,8 @@ def test_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng)
     for lengths in ([37, 5], [1, 1], [4, 30], [1, 2]):
         n = sum(lengths)
         q, k, v = (rng.standard_normal((n, h, d)).astype("f4") for h, d in ((n_head, n_k), (n_kv, n_k), (n_kv, n_v)))
+        # What was rounded before is rounded the same way by every order of operations.
+        k, v = kept(k, kv_type), kept(v, kv_type)
         positions = np.concatenate([np.arange(p, p + m) for p, m in zip(pasts, lengths, strict=True)]).astype("i4")
         batch = Batch(positions, positions, np.array(lengths, "i4"), tables, positions[:0])
         out = backend.attention(q, k, v, cache, batch, params, sinks)
@@ -88,8 +134,7 @@ def test_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng)
         for row, length in enumerate(lengths):
             part = slice(start, start + length)
             old_k, old_v = history[row]
-            kept = np.float16 if kv_type == "f16" else np.float32
-            history[row] = np.concatenate([old_k, k[part].astype(kept)]), np.concatenate([old_v, v[part].astype(kept)])
+            history[row] = np.concatenate([old_k, k[part]]), np.concatenate([old_v, v[part]])
             for t in range(start, start + length):
                 expected = slow_attention(q[t], *history[row], int(positions[t]), params, sinks)
                 np.testing.assert_allclose(out[t], expected, rtol=2e-5, atol=2e-6)

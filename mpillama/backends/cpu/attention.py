@@ -7,12 +7,8 @@ from typing import Any
 import numpy as np
 
 from mpillama import _cpu
+from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import AttentionParams, Batch
-from mpillama.errors import UsageError
-
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-"""Of keys and values, independently of each other."""
-_BLOCK = {"q8_0": 32, "q4_0": 32}
 
 
 class AttentionOps:
@@ -32,18 +28,14 @@ class AttentionOps:
             n_head_kv: KV heads of this rank.
             n_k: elements of a key.
             n_v: elements of a value.
-            type_k: one of `CACHE_TYPES`.
+            type_k: one of `attention.CACHE_TYPES`.
             type_v: likewise.
 
         Raises:
             UsageError: there is no such type, or it keeps blocks of 32 and the heads are not made of such.
         """
-        for kind, name, size in (("keys", type_k, n_k), ("values", type_v, n_v)):
-            if name not in CACHE_TYPES:
-                raise UsageError(f"{kind} cannot be cached as {name}; choose one of {', '.join(CACHE_TYPES)}")
-            if size % _BLOCK.get(name, 1):
-                others = ", ".join(other for other in CACHE_TYPES if size % _BLOCK.get(other, 1) == 0)
-                raise UsageError(f"{kind} of {size} elements cannot be cached as {name}; choose one of {others}")
+        check_cache_type("keys", type_k, n_k)
+        check_cache_type("values", type_v, n_v)
         return _cpu.KVCache(n_blocks, n_head_kv, n_k, n_v, type_k, type_v)
 
     def attention(
