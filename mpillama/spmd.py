@@ -29,7 +29,7 @@ _LAUNCHERS = (
 )
 # A rank that fails like rank 0 does lets rank 0 speak first; before MPI has joined them, rank 0 may start much later.
 _GRACE = 0.3
-_GRACE_AT_START = 2.0
+_GRACE_AT_START = 1.0
 # Launchers forward a signal that the terminal has already delivered; a second one within this time is the same one.
 _SAME_SIGNAL = 1.0
 
