@@ -18,6 +18,7 @@ from mpillama.cli.values import unescape
 from mpillama.comm.base import World
 from mpillama.engine.sampling.chain import Sampler
 from mpillama.engine.sequence import Sequence
+from mpillama.engine.stops import StopStrings
 from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader
 from mpillama.spmd import Interrupts, Leader, follow
@@ -169,36 +170,6 @@ def _generate(
         prompt=(prompt_seconds, len(request.prompt)),
         eval=(eval_seconds, n_eval),
     )
-
-
-class StopStrings:
-    """Holds text back that may turn out to be the beginning of a stop string."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = tuple(stop for stop in stops if stop)
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Return what can be shown for sure; after a stop string, what came before it."""
-        self._held += text
-        where = [self._held.find(stop) for stop in self._stops if stop in self._held]
-        if where:
-            self.found = True
-            return self._take(min(where))
-        keep = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
-            default=0,
-        )
-        return self._take(len(self._held) - keep)
-
-    def _take(self, n: int) -> str:
-        text, self._held = self._held[:n], self._held[n:]
-        return text
-
-    def flush(self) -> str:
-        """Return what is still held back."""
-        return self._take(len(self._held))
 
 
 def _write(text: str) -> bool:
