@@ -72,8 +72,8 @@ class _Active:
     writers: dict[int, Writer]
     branches: dict[int, Branch] = field(default_factory=dict)
     pooling: Pooling | None = None
-    began: float = 0.0
-    prompt_done: float = 0.0
+    began: float | None = None
+    prompt_done: float | None = None
     kept: dict[int, tuple[float, Output]] = field(default_factory=dict)
 
 
@@ -174,15 +174,14 @@ class Engine:
             return []
         params = active.request.params
         self._counters.cancelled += 1
+        ranked = params.n_branches > params.n
+        begun = not ranked and all(branch.weight == 1 for branch in active.branches.values())
         outputs = []
-        for index in range(params.n):
+        for index in sorted(active.branches) if begun else range(params.n):
             writer = active.writers.get(index)
-            if index in active.branches or active.branches[0].weight > 1 or params.n_branches > params.n:
-                output = Output(request_id, index, finish_reason="cancelled")
-                if writer is not None and params.n_branches == params.n:
-                    output = writer.cancel()
-                self._complete(active, output)
-                outputs.append(output)
+            output = writer.cancel() if writer and begun else Output(request_id, index, finish_reason="cancelled")
+            self._complete(active, output)
+            outputs.append(output)
         outputs[-1].last = True
         for branch in active.branches.values():
             self._scheduler.remove(branch)
@@ -217,22 +216,22 @@ class Engine:
         plan = self._scheduler.plan()
         if plan is None:
             return []
-        for branch, _ in plan.parts:
+        counters = self._counters
+        for branch, n in plan.parts:
             active = self._active[branch.request.id]
-            active.began = active.began or began
+            if active.began is None:
+                active.began = began
+                counters.cached_tokens += branch.n_cached
+            if n > 1 or branch.n_past < len(branch.request.prompt):
+                counters.prompt_tokens += n
         result = self._executor(plan.batch)
         ran = self._clock()
         outputs = self._embed(plan, result) if plan.embedding else self._write(plan, result, ran)
-        self._count(plan, ran - began, self._clock() - began)
-        return outputs
-
-    def _count(self, plan: Plan, run_seconds: float, step_seconds: float) -> None:
-        counters = self._counters
         counters.steps += 1
-        counters.run_seconds += run_seconds
-        counters.step_seconds += step_seconds
         counters.copied_blocks += len(plan.batch.copies)
-        counters.prompt_tokens += sum(n for branch, n in plan.parts if n > 1)
+        counters.run_seconds += ran - began
+        counters.step_seconds += self._clock() - began
+        return outputs
 
     def _embed(self, plan: Plan, hidden: np.ndarray) -> list[Output]:
         outputs, start = [], 0
@@ -257,7 +256,8 @@ class Engine:
             if not wanted:
                 continue
             active = self._active[branch.request.id]
-            active.prompt_done = active.prompt_done or now
+            if active.prompt_done is None:
+                active.prompt_done = now
             for each in [branch, *self._fork(active, branch)]:
                 writer = active.writers[each.index]
                 spent = writer.sample_seconds
@@ -298,7 +298,6 @@ class Engine:
             return self._give(active, output)
         del self._active[branch.request.id]
         self._counters.finished += 1
-        self._counters.cached_tokens += max(0, branch.n_cached)
         outputs = self._give(active, output)
         if active.kept:
             best = sorted(active.kept.values(), key=lambda item: -item[0])[: active.request.params.n]
@@ -330,7 +329,8 @@ class Engine:
         branch = active.branches.get(output.index, active.branches[min(active.branches)])
         n_generated, sample = (writer.n_sampled, writer.sample_seconds) if writer else (0, 0.0)
         output.usage = Usage(len(active.request.prompt), max(0, branch.n_cached), n_generated)
-        began, prompt_done = active.began or now, active.prompt_done or now
+        began = now if active.began is None else active.began
+        prompt_done = now if active.prompt_done is None else active.prompt_done
         output.timings = Timings(
             queued=began - active.arrival,
             prompt=prompt_done - began,
