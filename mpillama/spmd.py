@@ -88,8 +88,8 @@ def start(place: Launch) -> World:
 class Interrupts:
     """Turns Ctrl-C and SIGTERM into a request to stop between two steps; asked a second time, they stop at once.
 
-    As long as nothing is deferred they raise `Stopped` wherever the program is. SIGUSR1, by which batch systems announce
-    the end of a job's time, never stops anything by itself: it sets ``time_is_short``.
+    As long as nothing is deferred they raise `Stopped` wherever the program is. SIGUSR1, by which a batch system
+    announces the end of a job's time, never stops anything by itself: it sets ``time_is_short``.
     """
 
     def __init__(self) -> None:

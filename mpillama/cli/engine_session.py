@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Service:
     engine: Engine
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    metadata: dict[str, Any]
+    metadata: Mapping[str, Any]
     name: str
     sampling: SamplingParams
     ignore_eos: bool
@@ -54,7 +54,7 @@ class Service:
 class _Prepared:
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    metadata: dict[str, Any]
+    metadata: Mapping[str, Any]
 
 
 def run_engine(
