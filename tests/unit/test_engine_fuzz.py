@@ -20,7 +20,7 @@ from mpillama.engine.sampling.chain import Sampler
 from mpillama.engine.sampling.params import SamplingParams
 
 N_VOCAB = 24
-N_SCHEDULES = int(os.environ.get("MPILLAMA_FUZZ", "1000"))
+N_SCHEDULES = int(os.environ.get("MPILLAMA_FUZZ", "500"))
 PARTS = 4
 MIX = (np.arange(1, N_VOCAB + 1, dtype=np.uint64) * np.uint64(2654435761)).astype(np.uint32)
 
