@@ -11,12 +11,12 @@ import numpy as np
 from mpillama.backends.base import KV_BLOCK
 
 
-def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Return the name of a full block: a digest of its tokens and, through ``parent``, of all tokens before them.
+def chain(parent: bytes, content: bytes) -> bytes:
+    """Return the name of a full block: a digest of its tokens (int32) and, through ``parent``, of all before them.
 
     A digest, because users choose the tokens: nobody may make a prompt whose block is taken for another one.
     """
-    return hashlib.blake2b(np.asarray(tokens, np.int32).tobytes(), digest_size=16, key=parent).digest()
+    return hashlib.blake2b(content, digest_size=16, key=parent).digest()
 
 
 class BlockManager:

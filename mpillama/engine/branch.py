@@ -51,9 +51,12 @@ class Branch:
 
     def names(self, n: int, block_size: int) -> list[bytes]:
         """Return the digests of the first ``n`` blocks, which are full."""
-        for i in range(len(self._names), n):
-            parent = self._names[-1] if self._names else b""
-            self._names.append(chain(parent, self.tokens[i * block_size : (i + 1) * block_size]))
+        first = len(self._names)
+        if n > first:
+            content = np.array(self.tokens[first * block_size : n * block_size], np.int32).tobytes()
+            size = 4 * block_size
+            for at in range(0, len(content), size):
+                self._names.append(chain(self._names[-1] if self._names else b"", content[at : at + size]))
         return self._names[:n]
 
     # -- blocks ----------------------------------------------------------------------------------------------------

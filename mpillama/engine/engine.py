@@ -156,8 +156,8 @@ class Engine:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens but the context holds {self.n_ctx}; shorten it, or raise -c"
             )
-        wrong = next((token for token in prompt if not 0 <= token < self._n_vocab), None)
-        if wrong is not None:
+        if min(prompt) < 0 or max(prompt) >= self._n_vocab:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
             raise UserError(f"token {wrong} is not in the vocabulary; ids go from 0 to {self._n_vocab - 1}")
         if params.n_branches > self.n_parallel:
             raise UserError(

@@ -117,13 +117,14 @@ class Writer:
         return self._sampler.sample(logits)
 
     def _add_logprob(self, output: Output, logits: np.ndarray, token: int) -> None:
-        shifted = np.subtract(logits, logits.max(), dtype=np.float64)
-        shifted -= math.log(np.exp(shifted).sum())
-        self.total_logprob += float(shifted[token])
+        # Float32 but for the sum: six digits are enough for a report, at a fifth of the time.
+        peak = logits.max()
+        norm = float(peak) + math.log(np.exp(logits - peak).sum(dtype=np.float64))
+        self.total_logprob += float(logits[token]) - norm
         if self.params.logprobs is not None:
             top = largest(logits, min(self.params.logprobs, self._n_vocab)).tolist()
-            best = tuple((other, float(shifted[other])) for other in top)
-            output.logprobs.append(Logprob(token, float(shifted[token]), best))
+            best = tuple((other, float(logits[other]) - norm) for other in top)
+            output.logprobs.append(Logprob(token, float(logits[token]) - norm, best))
 
     def _rest(self) -> str:
         """Return what is held back when no stop string can come any more."""

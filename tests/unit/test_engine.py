@@ -142,8 +142,8 @@ def test_logprobs_are_those_of_the_raw_logits(rng) -> None:
     for at, output in enumerate(outputs, 2):
         (logprob,) = output.logprobs
         assert [logprob.token] == output.tokens
-        assert logprob.logprob == pytest.approx(exact[at, logprob.token], rel=1e-9)
-        assert sum(np.exp(value) for _, value in logprob.top) == pytest.approx(1.0)
+        assert logprob.logprob == pytest.approx(exact[at, logprob.token], abs=1e-5)
+        assert sum(np.exp(value) for _, value in logprob.top) == pytest.approx(1.0, abs=1e-5)
         assert [token for token, _ in logprob.top] == np.argsort(-exact[at], kind="stable").tolist()
     engine.add(Request("b", (9,), RequestParams(sampling=sampling, max_tokens=3, logprobs=0)))
     assert all(output.logprobs[0].top == () for output in run(engine))
