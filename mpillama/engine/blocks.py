@@ -39,8 +39,6 @@ class BlockManager:
         self._free = list(range(n_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._copies: list[tuple[int, int]] = []
-        self._sources: set[int] = set()
-        self._held: list[int] = []
 
     @property
     def n_available(self) -> int:
@@ -118,28 +116,25 @@ class BlockManager:
         self.n_used -= 1
         if self._names[block] is not None:
             self._cached[block] = None
-        elif block in self._sources:
-            self._held.append(block)
         else:
             self._free.append(block)
 
     # -- copy-on-write ---------------------------------------------------------------------------------------------
 
     def copy(self, block: int) -> int:
-        """Return a block of one's own with the content that ``block`` has; one user of ``block`` moves to it."""
+        """Return a block of one's own with the content of ``block``; one of its users, of several, moves to it."""
         own = self.allocate()
         self._copies.append((block, own))
-        self._sources.add(block)
-        self._drop(block)
+        self._counts[block] -= 1
         return own
 
     def take_copies(self) -> np.ndarray:
         """Return the copies to make before the next step, int32 (C, 2): source, destination.
 
-        No block is both, and no destination is named twice, so they can be made in any order.
+        No block is both, and no destination is named twice, so they can be made in any order. For a source to become
+        free within the same plan, all its other users would have to be sent back to wait; these are neighbours in the
+        order of service, so by then nobody is left who could be given a copy.
         """
         copies = np.array(self._copies, np.int32).reshape(-1, 2)
-        self._free.extend(self._held)
-        self._copies, self._held = [], []
-        self._sources.clear()
+        self._copies = []
         return copies

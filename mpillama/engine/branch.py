@@ -15,6 +15,7 @@ class Branch:
         tokens: the prompt and what was generated.
         n_past: tokens whose KV is in the cache.
         n_cached: tokens of the prompt that were found there at first; -1 until it is admitted.
+        all_rows: whether results are wanted for all tokens of the prompt: for its embedding or its logprobs.
         weight: sequences that it stands for: all of the request's, as long as the prompt is under way.
         key: order of service, smallest first; never changes, so nothing can be put off for ever.
     """
@@ -24,6 +25,7 @@ class Branch:
         self.embedding = request.params.embedding
         self.tokens = list(request.prompt)
         self.n_past, self.n_cached = 0, -1
+        self.all_rows = self.embedding or request.params.prompt_logprobs is not None
         self.weight = request.params.n_branches
         self._max_blocks = -(-n_ctx // block_size)
         self._table = np.zeros(0, np.int32)
@@ -87,8 +89,8 @@ class Branch:
 
     @property
     def may_share(self) -> bool:
-        """Whether it may skip tokens that are in the cache; an embedding needs the hidden states of all."""
-        return self.request.params.cache_prompt and not self.embedding
+        """Whether it may skip tokens that are in the cache."""
+        return self.request.params.cache_prompt and not self.all_rows
 
     def needs_block(self, blocks: BlockManager) -> bool:
         """Whether its next token needs a block of its own: it begins one, or would write into a shared one."""
@@ -124,6 +126,7 @@ class Branch:
     def fork_into(self, other: Branch, blocks: BlockManager) -> None:
         """Share all blocks with another continuation of the same tokens."""
         blocks.take(self.table.tolist())
+        other.all_rows = self.all_rows
         other._table, other._n_blocks = self._table.copy(), self._n_blocks
         other._names, other._n_registered = list(self._names), self._n_registered
         other.tokens, other.n_past, other.n_cached = list(self.tokens), self.n_past, self.n_cached

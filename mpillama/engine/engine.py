@@ -12,11 +12,15 @@ from mpillama.backends.base import KV_BLOCK, Batch
 from mpillama.engine.blocks import BlockManager
 from mpillama.engine.branch import Branch
 from mpillama.engine.embedding import Pooling
-from mpillama.engine.request import Output, Request, Timings, Usage
+from mpillama.engine.logprobs import logprob_of
+from mpillama.engine.request import Logprob, Output, Request, Timings, Usage
 from mpillama.engine.scheduler import Plan, Scheduler
 from mpillama.engine.writer import Writer
 from mpillama.errors import UsageError, UserError
 from mpillama.tokenizer.base import Tokenizer
+
+_LOGITS_BYTES = 64 << 20
+"""Logits of a prompt's tokens that one step may bring, when their logprobs are wanted."""
 
 
 @dataclass
@@ -72,6 +76,7 @@ class _Active:
     writers: dict[int, Writer]
     branches: dict[int, Branch] = field(default_factory=dict)
     pooling: Pooling | None = None
+    prompt_logprobs: list[Logprob | None] = field(default_factory=list)
     began: float | None = None
     prompt_done: float | None = None
     kept: dict[int, tuple[float, Output]] = field(default_factory=dict)
@@ -121,7 +126,7 @@ class Engine:
         self.n_parallel, self._pooling, self._clock = n_parallel, pooling, clock
         self.priority_seconds = priority_seconds
         self._blocks = BlockManager(n_blocks, block_size)
-        self._scheduler = Scheduler(self._blocks, n_batch, n_parallel)
+        self._scheduler = Scheduler(self._blocks, n_batch, n_parallel, max(1, _LOGITS_BYTES // (4 * n_vocab)))
         self._active: dict[str, _Active] = {}
         self._counters = Counters()
 
@@ -250,26 +255,30 @@ class Engine:
 
     def _write(self, plan: Plan, logits: np.ndarray, now: float) -> list[Output]:
         outputs: list[Output] = []
-        row = 0
-        for (branch, n), wanted in zip(plan.parts, plan.wanted, strict=True):
-            branch.advance(self._blocks, n)
-            if not wanted:
-                continue
+        stop = 0
+        for (branch, n), n_rows in zip(plan.parts, plan.n_rows, strict=True):
             active = self._active[branch.request.id]
+            stop += n_rows
+            if branch.all_rows:
+                _read_prompt(active, branch.n_past, logits[stop - n_rows : stop])
+            branch.advance(self._blocks, n)
+            if branch.pending:
+                continue
+            read, branch.all_rows = branch.all_rows, False
             if active.prompt_done is None:
                 active.prompt_done = now
             for each in [branch, *self._fork(active, branch)]:
                 writer = active.writers[each.index]
-                spent = writer.sample_seconds
-                output = writer.write(logits[row], each.n_past)
+                spent, n_sampled = writer.sample_seconds, writer.n_sampled
+                output = writer.write(logits[stop - 1], each.n_past)
+                output.prompt_logprobs = list(active.prompt_logprobs) if read else None
                 self._counters.sample_seconds += writer.sample_seconds - spent
-                self._counters.generated_tokens += 1
+                self._counters.generated_tokens += writer.n_sampled - n_sampled
                 if output.finish_reason is None:
                     each.tokens += output.tokens
                     outputs += self._give(active, output)
                 else:
                     outputs += self._finish(active, each, output)
-            row += 1
         return outputs
 
     def _fork(self, active: _Active, branch: Branch) -> list[Branch]:
@@ -318,6 +327,7 @@ class Engine:
             output.text = kept.text + output.text
             output.tokens = kept.tokens + output.tokens
             output.logprobs = kept.logprobs + output.logprobs
+            output.prompt_logprobs = kept.prompt_logprobs
         score = -np.inf if output.finish_reason == "error" else writer.mean_logprob
         active.kept[output.index] = (score, output)
         return []
@@ -338,3 +348,15 @@ class Engine:
             sample=sample,
             ttft=prompt_done - active.arrival,
         )
+
+
+def _read_prompt(active: _Active, n_past: int, logits: np.ndarray) -> None:
+    """Note the logprobs of the tokens that follow the ``n_past`` first ones and their successors, (T, n_vocab)."""
+    prompt, n_top = active.request.prompt, active.request.params.prompt_logprobs or 0
+    found = active.prompt_logprobs
+    # A prompt that was sent back to wait begins again.
+    del found[n_past + 1 :]
+    if not n_past:
+        found[:] = [None]
+    for row, token in zip(logits, prompt[n_past + 1 :], strict=False):
+        found.append(logprob_of(row, token, n_top))

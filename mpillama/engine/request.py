@@ -45,13 +45,15 @@ class RequestParams:
 
     Attributes:
         sampling: how tokens are chosen; continuation i of n uses ``seed + i`` unless the seed is random.
-        max_tokens: tokens at most, the one that ends the text not counted; None: until the context is full.
+        max_tokens: tokens at most, the one that ends the text not counted; None: until the context is full. 0: the
+            prompt is evaluated only.
         stop: strings that end the text, and are not part of it.
         stop_tokens: tokens that end the text like the model's own end-of-generation tokens, also with ``ignore_eos``.
         ignore_eos: the model's own end-of-generation tokens are never chosen.
         n: continuations wanted.
         best_of: continuations made, of which the ``n`` with the highest mean logprob are given out once all are ready.
         logprobs: alternatives to report for each token; 0: only the chosen token; None: no logprobs.
+        prompt_logprobs: likewise for the tokens of the prompt, whose beginning is then not taken from the KV cache.
         priority: larger goes first; one level is worth `Engine.priority_seconds` of waiting.
         constraint: in the state before the first token; the engine forks it and never changes it.
         reasoning_budget: tokens of thinking before the engine closes it; -1: no limit.
@@ -69,6 +71,7 @@ class RequestParams:
     n: int = 1
     best_of: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     priority: int = 0
     constraint: Constraint | None = None
     reasoning_budget: int = -1
@@ -78,14 +81,15 @@ class RequestParams:
     cache_prompt: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise UsageError(f"max_tokens must be at least 0, got {self.max_tokens}")
         if self.n < 1:
             raise UsageError(f"n must be at least 1, got {self.n}")
         if self.best_of is not None and self.best_of < self.n:
             raise UsageError(f"best_of must be at least n ({self.n}), got {self.best_of}")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise UsageError(f"logprobs must be at least 0, got {self.logprobs}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"{name} must be at least 0, got {getattr(self, name)}")
         if abs(self.priority) > MAX_PRIORITY:
             raise UsageError(f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}, got {self.priority}")
         if self.reasoning_budget < -1:
@@ -160,6 +164,8 @@ class Output:
         text: new characters; they may lag behind the tokens where a character or a stop string may be under way.
         tokens: new ids, without one that ended the text.
         logprobs: of these ids, if asked for.
+        prompt_logprobs: if asked for, with the first output of each continuation; None for the first token, which
+            nothing predicts.
         finish_reason: None while it goes on; ``stop``, ``length``, ``cancelled`` or ``error``.
         stop_reason: the stop string or token that was found; None for the model's own end; with ``length``,
             ``context`` if the context was full; with ``error``, the message.
@@ -174,6 +180,7 @@ class Output:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: list[Logprob | None] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     last: bool = False

@@ -22,13 +22,13 @@ class Plan:
     Attributes:
         parts: branches and how many of their pending tokens are computed.
         embedding: whether hidden states are wanted in place of logits; a step is all of one kind.
-        wanted: for each part, whether rows of the result are wanted: of its last token, or for embeddings of all.
+        n_rows: for each part, of how many tokens at its end results are wanted: of all, of the last, or none.
         batch: for the runner.
     """
 
     parts: list[tuple[Branch, int]]
     embedding: bool
-    wanted: list[bool]
+    n_rows: list[int]
     batch: Batch
 
 
@@ -44,9 +44,11 @@ class Scheduler:
         blocks: of the KV cache.
         n_batch: tokens of a step at most, no less than n_parallel.
         n_parallel: sequences at a time.
+        max_rows: tokens of a step at most whose logits are wanted because of logprobs of a prompt.
     """
 
-    def __init__(self, blocks: BlockManager, n_batch: int, n_parallel: int) -> None:
+    def __init__(self, blocks: BlockManager, n_batch: int, n_parallel: int, max_rows: int) -> None:
+        self._max_rows = max_rows
         self.blocks, self.n_batch, self.n_parallel = blocks, n_batch, n_parallel
         self.waiting: list[Branch] = []
         self.running: list[Branch] = []
@@ -87,10 +89,15 @@ class Scheduler:
                 if branch in self.running and self._make_room(branch):
                     parts.append((branch, 1))
         self._admit()
-        budget = self.n_batch - len(parts)
+        budget, max_rows = self.n_batch - len(parts), self._max_rows
         for branch in self.running:
-            if budget and branch.embedding == embedding and (embedding or branch.pending > 1):
-                n = min(budget, branch.pending)
+            if branch.embedding != embedding or (branch.pending == 1 and not embedding):
+                continue
+            n = min(budget, branch.pending)
+            if branch.all_rows and not embedding:
+                n = min(n, max_rows)
+                max_rows -= n
+            if n:
                 parts.append((branch, n))
                 budget -= n
         return parts
@@ -127,7 +134,7 @@ class Scheduler:
 
     def _as_plan(self, parts: list[tuple[Branch, int]], embedding: bool) -> Plan:
         lens = [n for _, n in parts]
-        wanted = [embedding or n == branch.pending for branch, n in parts]
+        n_rows = [n if branch.all_rows else int(n == branch.pending) for branch, n in parts]
         tables = [branch.table for branch, _ in parts]
         block_tables = np.full((len(parts), max(map(len, tables))), -1, np.int32)
         for row, table in zip(block_tables, tables, strict=True):
@@ -136,16 +143,16 @@ class Scheduler:
         for branch, n in parts:
             tokens += branch.tokens[branch.n_past : branch.n_past + n]
         ends = np.cumsum(lens)
+        rows = [row for end, n in zip(ends.tolist(), n_rows, strict=True) for row in range(end - n, end)]
         starts = np.array([branch.n_past for branch, _ in parts]) - ends + lens
         positions = np.arange(ends[-1]) + np.repeat(starts, lens)
-        rows = np.arange(ends[-1]) if embedding else ends[wanted] - 1
         batch = Batch(
             tokens=np.array(tokens, np.int32),
             positions=positions.astype(np.int32),
             seq_lens=np.array(lens, np.int32),
             block_tables=block_tables,
-            logit_rows=rows.astype(np.int32),
+            logit_rows=np.array(rows, np.int32),
             copies=self.blocks.take_copies(),
             embedding=embedding,
         )
-        return Plan(parts, embedding, wanted, batch)
+        return Plan(parts, embedding, n_rows, batch)

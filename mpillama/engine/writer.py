@@ -8,9 +8,9 @@ import time
 
 import numpy as np
 
+from mpillama.engine.logprobs import logprob_of
 from mpillama.engine.reasoning import ReasoningLimit
-from mpillama.engine.request import Constraint, Logprob, Output, Request
-from mpillama.engine.sampling.candidates import largest
+from mpillama.engine.request import Constraint, Output, Request
 from mpillama.engine.sampling.chain import Sampler
 from mpillama.engine.sampling.params import RANDOM_SEED, SamplingParams
 from mpillama.engine.stops import StopStrings
@@ -65,6 +65,9 @@ class Writer:
         The token is in the output unless it ended the text; the text goes on if there is no finish_reason.
         """
         output = Output(self._request.id, self.index)
+        if self.params.max_tokens == 0:
+            output.finish_reason = "length"
+            return output
         began = time.perf_counter()
         try:
             token = self._choose(logits)
@@ -74,7 +77,10 @@ class Writer:
         self._sampler.accept(token)
         self.n_sampled += 1
         if self.params.logprobs is not None or self._ranked:
-            self._add_logprob(output, logits, token)
+            logprob = logprob_of(logits, token, self.params.logprobs or 0)
+            self.total_logprob += logprob.logprob
+            if self.params.logprobs is not None:
+                output.logprobs.append(logprob)
         self.sample_seconds += time.perf_counter() - began
 
         if token in self._eog or token in self.params.stop_tokens:
@@ -115,16 +121,6 @@ class Writer:
                 raise UserError("the grammar allows no token here; it cannot be completed with this vocabulary")
             logits = np.where(mask, logits, np.float32(-np.inf))
         return self._sampler.sample(logits)
-
-    def _add_logprob(self, output: Output, logits: np.ndarray, token: int) -> None:
-        # Float32 but for the sum: six digits are enough for a report, at a fifth of the time.
-        peak = logits.max()
-        norm = float(peak) + math.log(np.exp(logits - peak).sum(dtype=np.float64))
-        self.total_logprob += float(logits[token]) - norm
-        if self.params.logprobs is not None:
-            top = largest(logits, min(self.params.logprobs, self._n_vocab)).tolist()
-            best = tuple((other, float(logits[other]) - norm) for other in top)
-            output.logprobs.append(Logprob(token, float(logits[token]) - norm, best))
 
     def _rest(self) -> str:
         """Return what is held back when no stop string can come any more."""

@@ -110,6 +110,8 @@ def test_limits_and_stop_tokens() -> None:
     ids = ids_of("abcdef")
     assert write(ids, max_tokens=3)[::2][0] == "abc"
     assert write(ids, max_tokens=3)[2].finish_reason == "length"
+    text, tokens, last = write(ids, max_tokens=0)
+    assert (text, tokens, last.finish_reason, last.last) == ("", [], "length", True)
     text, tokens, last = write(ids, stop_tokens=frozenset(ids_of("d")))
     assert (text, tokens, last.finish_reason, last.stop_reason) == ("abc", ids[:3], "stop", ids[3])
     # The KV cache holds n_ctx tokens; one more can be chosen from their logits.
@@ -147,6 +149,45 @@ def test_logprobs_are_those_of_the_raw_logits(rng) -> None:
         assert [token for token, _ in logprob.top] == np.argsort(-exact[at], kind="stable").tolist()
     engine.add(Request("b", (9,), RequestParams(sampling=sampling, max_tokens=3, logprobs=0)))
     assert all(output.logprobs[0].top == () for output in run(engine))
+
+
+@pytest.mark.parametrize("n_batch", [4, 64])
+def test_logprobs_of_the_prompt(n_batch, rng, monkeypatch) -> None:
+    n_vocab = len(WORDS)
+    monkeypatch.setattr("mpillama.engine.engine._LOGITS_BYTES", 4 * n_vocab * 9)
+    table = (rng.standard_normal((40, n_vocab)) * 5).astype(np.float32)
+    most = [0]
+
+    def model(batch: Batch) -> np.ndarray:
+        most[0] = max(most[0], len(batch.logit_rows))
+        return table[batch.positions[batch.logit_rows]]
+
+    prompt = tuple(rng.integers(0, n_vocab, 37).tolist())
+    engine = Engine(model, None, n_vocab, 512, 16, n_batch, 4)
+    params = {"sampling": GREEDY, "max_tokens": 2}
+    engine.add(Request("first", prompt, RequestParams(**params)))
+    run(engine)
+    for n in (1, 2):
+        engine.add(Request(f"r{n}", prompt, RequestParams(**params, n=n, prompt_logprobs=n)))
+    outputs = run(engine)
+    assert most[0] <= 9 + 4
+    exact = table.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    found = [output for output in outputs if output.prompt_logprobs is not None]
+    assert [(output.request_id, output.index) for output in sorted(found, key=lambda o: (o.request_id, o.index))] == [
+        ("r1", 0),
+        ("r2", 0),
+        ("r2", 1),
+    ]
+    for output in found:
+        first, *others = output.prompt_logprobs or []
+        assert first is None
+        assert [logprob.token for logprob in others if logprob] == list(prompt[1:])
+        for at, logprob in enumerate(others):
+            assert logprob is not None
+            assert logprob.logprob == pytest.approx(exact[at, prompt[at + 1]], abs=1e-5)
+            best = np.argsort(-exact[at])[: int(output.request_id[1])]
+            assert [token for token, _ in logprob.top] == best.tolist()
 
 
 def test_continuations_differ_and_repeat() -> None:
@@ -323,7 +364,15 @@ def test_what_can_never_run_is_refused(prompt, params, word) -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [{"max_tokens": 0}, {"n": 0}, {"n": 3, "best_of": 2}, {"logprobs": -1}, {"priority": 101}]
+    "params",
+    [
+        {"max_tokens": -1},
+        {"prompt_logprobs": -1},
+        {"n": 0},
+        {"n": 3, "best_of": 2},
+        {"logprobs": -1},
+        {"priority": 101},
+    ],
 )
 def test_wrong_parameters(params) -> None:
     with pytest.raises(UsageError, match=next(reversed(params))):

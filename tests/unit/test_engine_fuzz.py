@@ -1,7 +1,8 @@
 """Random schedules against a cache of token ids: whatever happens, each sequence sees its own tokens and nothing else.
 
-The "model" here reads the tokens of a sequence back through its block table and makes logits from a hash of them all. A
-wrong block, a missing copy or a stale prefix therefore gives other tokens than the same request alone.
+The "model" here keeps in each slot of a KV block a hash of its token and of the slot before, found through the block
+table, as real keys and values depend on all tokens before them; its logits come from a hash of all slots. A wrong
+block, a missing copy or a stale prefix therefore gives other tokens than the same request alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -31,12 +33,30 @@ def logits_of(digest: int) -> np.ndarray:
     return (mixed >> 16).astype(np.float32) / np.float32(16384)
 
 
-def digest_of(tokens: np.ndarray, before: int = 0) -> int:
-    return zlib.crc32(np.ascontiguousarray(tokens, np.int32).tobytes(), before)
+def slot_of(token: int, before: int) -> int:
+    """Return what is kept of a token after a slot; 0 before the first."""
+    return zlib.crc32(token.to_bytes(4, "little"), before) & 0x7FFFFFFF
+
+
+def digest_of(slots: Sequence[int], before: int = 0) -> int:
+    return zlib.crc32(np.array(slots, np.int32).tobytes(), before)
+
+
+def digests_of(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield for each token its slot, and the digest of all slots so far."""
+    slot = digest = 0
+    for token in tokens:
+        slot = slot_of(token, slot)
+        digest = digest_of([slot], digest)
+        yield slot, digest
+
+
+def logprob_of(logits: np.ndarray, token: int) -> float:
+    return float(logits[token]) - float(np.log(np.exp(logits.astype(float)).sum()))
 
 
 class FakeModel:
-    """Keeps token ids in KV blocks, and poison where nobody has written."""
+    """Keeps slots in KV blocks, and poison where nobody has written."""
 
     def __init__(self, n_blocks: int, size: int, n_batch: int, n_parallel: int) -> None:
         self.cache = np.full((n_blocks, size), -1, np.int32)
@@ -54,12 +74,15 @@ class FakeModel:
         ends = np.cumsum(batch.seq_lens)
         written: list[tuple[int, int]] = []
         for end, n, table in zip(ends.tolist(), batch.seq_lens.tolist(), batch.block_tables, strict=True):
+            first = int(batch.positions[end - n])
+            slot = int(self.cache[table[(first - 1) // self.size], (first - 1) % self.size]) if first else 0
             for t in range(end - n, end):
                 position = int(batch.positions[t])
-                assert position == batch.positions[end - n] + t - (end - n)
+                assert position == first + t - (end - n)
                 block = int(table[position // self.size])
                 assert block >= 0
-                self.cache[block, position % self.size] = batch.tokens[t]
+                slot = slot_of(int(batch.tokens[t]), max(0, slot))
+                self.cache[block, position % self.size] = slot
                 written.append((block, position % self.size))
         assert len(set(written)) == len(written)
 
@@ -77,19 +100,22 @@ def alone(request: Request, index: int, n_ctx: int) -> tuple[list[int], str, flo
     params = request.params
     sampling = dataclasses.replace(params.sampling, seed=params.sampling.seed + index)
     sampler = Sampler(sampling, N_VOCAB, n_ctx)
-    digest = digest_of(np.array(request.prompt))
+    *_, (slot, digest) = digests_of(request.prompt)
     tokens: list[int] = []
-    scores = []
+    scores: list[float] = []
+    if params.max_tokens == 0:
+        return tokens, "length", -np.inf
     while True:
         logits = logits_of(digest)
         token = sampler.sample(logits)
-        scores.append(float(logits[token]) - np.log(np.exp(logits.astype(float)).sum()))
+        scores.append(logprob_of(logits, token))
         if token in params.stop_tokens:
             return tokens, "stop", float(np.mean(scores))
         tokens.append(token)
         if len(tokens) == params.max_tokens or len(request.prompt) + len(tokens) > n_ctx:
             return tokens, "length", float(np.mean(scores))
-        digest = digest_of(np.array([token]), digest)
+        slot = slot_of(token, slot)
+        digest = digest_of([slot], digest)
 
 
 def check_blocks(engine: Engine, model: FakeModel) -> None:
@@ -162,12 +188,13 @@ class Schedule:
         )
         params = RequestParams(
             sampling=sampling,
-            max_tokens=int(rng.integers(1, 12)) if rng.random() < 0.9 else None,
+            max_tokens=int(rng.integers(0, 12)) if rng.random() < 0.9 else None,
             stop_tokens=frozenset(rng.integers(0, N_VOCAB, int(rng.integers(0, 2))).tolist()),
             n=n_best if rng.random() < 0.8 else int(rng.integers(1, n_best + 1)),
             best_of=n_best,
             priority=int(rng.integers(-2, 3)),
             embedding=embedding,
+            prompt_logprobs=0 if rng.random() < 0.2 else None,
             cache_prompt=bool(rng.random() < 0.9),
         )
         return Request(f"r{i}", tuple(prompt.tolist()), params)
@@ -220,8 +247,7 @@ class Schedule:
                     assert found == alone(request, index, self.n_ctx)[0][: len(found)]
             return
         if params.embedding:
-            n = range(1, len(request.prompt) + 1)
-            total = np.sum([logits_of(digest_of(np.array(request.prompt[:i]))) for i in n], axis=0, dtype=float)
+            total = np.sum([logits_of(digest) for _, digest in digests_of(request.prompt)], axis=0, dtype=float)
             np.testing.assert_allclose(outputs[0].embedding, total / np.linalg.norm(total), rtol=1e-5)
             return
         expected = [alone(request, index, self.n_ctx) for index in range(params.n_branches)]
@@ -236,6 +262,13 @@ class Schedule:
             stopped = reason == "stop"
             assert (usage.n_prompt, usage.n_generated) == (len(request.prompt), len(tokens) + stopped)
             assert 0 <= usage.n_cached < len(request.prompt)
+            if params.prompt_logprobs is not None:
+                before = [logits_of(digest) for _, digest in digests_of(request.prompt[:-1])]
+                scores = [logprob_of(row, token) for row, token in zip(before, request.prompt[1:], strict=True)]
+                assert mine[0].prompt_logprobs is not None
+                assert all(output.prompt_logprobs is None for output in mine[1:])
+                found = [logprob.logprob for logprob in mine[0].prompt_logprobs if logprob]
+                assert found == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
