@@ -20,27 +20,29 @@ class Call(ABC):
 
     Whoever drives it adds ``requests`` to an engine, passes each output of these to `push`, and when `done` takes
     `response`; or, if ``stream`` is true, sends each chunk that `push` returns as it comes, framed by `frame`, and
-    ``tail`` at the end. `push` raises ApiError when a request has failed; the others should then be cancelled.
+    ``tail`` at the end. Once there is an ``error`` nothing else will come of it, and its requests may be cancelled.
 
     Attributes:
         id: of the answer.
         requests: for the engine.
         stream: whether the client wants chunks.
+        error: what has gone wrong in the engine; `response` raises it.
         tail: what ends a stream.
     """
 
     prefix = ""
     tail = b"data: [DONE]\n\n"
 
-    def __init__(self, context: Context, fields: Fields) -> None:
+    def __init__(self, context: Context, fields: Fields, id: str = "") -> None:
         self.context, self.fields = context, fields
-        self.id = self.prefix + context.new_id()
+        self.id = id or self.prefix + context.new_id()
         self.created = int(context.clock())
         self.model = context.name
         self.stream = fields.boolean("stream")
         self.requests: tuple[Request, ...] = ()
         self.usages: list[Usage] = []
         self.timings: Timings | None = None
+        self.error: ApiError | None = None
         self._numbers: dict[str, int] = {}
         self._open: set[str] = set()
         self._prompts_cached: dict[str, tuple[int, int]] = {}
@@ -53,15 +55,11 @@ class Call(ABC):
         self._open = set(ids)
 
     def push(self, output: Output) -> list[Chunk]:
-        """Take an output of the engine; returns the chunks that it is worth.
-
-        Raises:
-            ApiError: the request has failed, or was cancelled.
-        """
+        """Take an output of the engine; returns the chunks that it is worth."""
         if output.finish_reason == "error":
-            raise ApiError(500, str(output.stop_reason))
-        if output.finish_reason == "cancelled":
-            raise ApiError(503, "the request was cancelled before its end")
+            self.error = self.error or ApiError(500, str(output.stop_reason))
+        elif output.finish_reason == "cancelled":
+            self.error = self.error or ApiError(503, "the request was cancelled before its end")
         if output.usage is not None:
             self.usages.append(output.usage)
             self._prompts_cached.setdefault(output.request_id, (output.usage.n_prompt, output.usage.n_cached))
@@ -69,6 +67,8 @@ class Call(ABC):
             self.timings = output.timings
         if output.last:
             self._open.discard(output.request_id)
+        if self.error is not None:
+            return []
         number = self._numbers[output.request_id] * self.requests[0].params.n + output.index
         return self.take(number, output)
 
@@ -81,8 +81,18 @@ class Call(ABC):
     def take(self, choice: int, output: Output) -> list[Chunk]:
         """Take an output of one choice; returns chunks."""
 
-    @abstractmethod
     def response(self) -> Any:
+        """Return the whole answer, when `done`.
+
+        Raises:
+            ApiError: a request has failed, or was cancelled.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.answer()
+
+    @abstractmethod
+    def answer(self) -> Any:
         """Return the whole answer."""
 
     def frame(self, chunk: Chunk) -> bytes:

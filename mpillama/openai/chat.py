@@ -52,8 +52,8 @@ class ChatCall(Call):
 
     prefix = "chatcmpl-"
 
-    def __init__(self, context: Context, fields: Fields) -> None:
-        super().__init__(context, fields)
+    def __init__(self, context: Context, fields: Fields, id: str = "") -> None:
+        super().__init__(context, fields, id)
         if "audio" in fields.strings("modalities") or fields.has("audio"):
             raise bad("only text is spoken here: leave out modalities and audio", "modalities")
         self._usage_wanted = fields.object("stream_options").boolean("include_usage")
@@ -123,7 +123,7 @@ class ChatCall(Call):
                 chunks.append({**self._envelope("chat.completion.chunk", []), "usage": self.usage()})
         return chunks
 
-    def response(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """Return the whole answer."""
         choices = [
             {

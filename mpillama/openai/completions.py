@@ -29,8 +29,8 @@ class CompletionCall(Call):
 
     prefix = "cmpl-"
 
-    def __init__(self, context: Context, fields: Fields) -> None:
-        super().__init__(context, fields)
+    def __init__(self, context: Context, fields: Fields, id: str = "") -> None:
+        super().__init__(context, fields, id)
         if fields.has("suffix") and fields.string("suffix"):
             raise bad("suffix is not supported: put what comes before and after into the prompt", "suffix")
         self._echo = fields.boolean("echo")
@@ -98,7 +98,7 @@ class CompletionCall(Call):
         """Tokens that were generated."""
         return 0 if self._nothing else super().n_generated
 
-    def response(self) -> Any:
+    def answer(self) -> Any:
         """Return the whole answer."""
         choices = [self._choice_json(i, choice) for i, choice in enumerate(self.choices)]
         return {**self._envelope(choices), "usage": self.usage(), "timings": self.timings_json()}
@@ -175,7 +175,7 @@ class NativeCall(CompletionCall):
     def _last_chunks(self, chunks: list[Chunk]) -> list[Chunk]:
         return []
 
-    def response(self) -> Any:
+    def answer(self) -> Any:
         """Return the answer to one prompt, or an array of the answers to several."""
         bodies = [self._choice_json(i, choice) for i, choice in enumerate(self.choices)]
         return bodies[0] if len(bodies) == 1 else bodies

@@ -19,8 +19,8 @@ class EmbeddingCall(Call):
 
     prefix = "embd-"
 
-    def __init__(self, context: Context, fields: Fields) -> None:
-        super().__init__(context, fields)
+    def __init__(self, context: Context, fields: Fields, id: str = "") -> None:
+        super().__init__(context, fields, id)
         self.stream = False
         self._base64 = fields.choice("encoding_format", "float", "base64") == "base64"
         if fields.has("dimensions"):
@@ -39,7 +39,7 @@ class EmbeddingCall(Call):
         """Return OpenAI's usage."""
         return {"prompt_tokens": self.n_prompt, "total_tokens": self.n_prompt}
 
-    def response(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """Return the whole answer."""
         return {
             "object": "list",

@@ -14,7 +14,9 @@ from mpillama.openai.embeddings import EmbeddingCall
 from mpillama.openai.errors import ApiError
 from mpillama.openai.fields import Fields
 
-CALLS: Mapping[str, Callable[[Context, Fields], Call]] = MappingProxyType(
+__all__ = ["CALLS", "Call", "open_call"]
+
+CALLS: Mapping[str, Callable[[Context, Fields, str], Call]] = MappingProxyType(
     {
         "/v1/chat/completions": ChatCall,
         "/v1/completions": CompletionCall,
@@ -24,8 +26,14 @@ CALLS: Mapping[str, Callable[[Context, Fields], Call]] = MappingProxyType(
 )
 
 
-def open_call(context: Context, url: str, body: Any) -> Call:
+def open_call(context: Context, url: str, body: Any, id: str = "") -> Call:
     """Return the call that a body (a JSON value) asks for.
+
+    Args:
+        context: the model.
+        url: path of the API.
+        body: a JSON value.
+        id: of the answer and, so that it has to be different from others, of the requests; by default a random one.
 
     Raises:
         ApiError: the URL is unknown, or the body cannot be served.
@@ -33,4 +41,4 @@ def open_call(context: Context, url: str, body: Any) -> Call:
     make = CALLS.get(url)
     if make is None:
         raise ApiError(404, f"there is no {url}; there are {', '.join(CALLS)}", param="url")
-    return make(context, Fields(body))
+    return make(context, Fields(body), id)
