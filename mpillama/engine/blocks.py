@@ -39,6 +39,7 @@ class BlockManager:
         self._free = list(range(n_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._copies: list[tuple[int, int]] = []
+        self._awaited: set[bytes] = set()
 
     @property
     def n_available(self) -> int:
@@ -65,6 +66,18 @@ class BlockManager:
                 break
             found.append(block)
         return found
+
+    def announce(self, names: Iterable[bytes]) -> None:
+        """Note that somebody is about to compute blocks of these digests."""
+        self._awaited.update(names)
+
+    def withdraw(self, names: Iterable[bytes]) -> None:
+        """Note that nobody is any more, or that they have been computed."""
+        self._awaited.difference_update(names)
+
+    def is_awaited(self, name: bytes) -> bool:
+        """Whether a block of this digest is being computed, so that it pays to wait for it."""
+        return name in self._awaited
 
     def register(self, block: int, name: bytes) -> None:
         """Let a full, computed block be found by its digest; of equal blocks the first one is."""

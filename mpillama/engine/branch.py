@@ -31,7 +31,8 @@ class Branch:
         self._table = np.zeros(0, np.int32)
         self._n_blocks = 0
         self._names: list[bytes] = []
-        self._n_registered = 0
+        self._n_registered = self._n_known = 0
+        self._announced: list[bytes] = []
 
     @property
     def pending(self) -> int:
@@ -64,7 +65,9 @@ class Branch:
     # -- blocks ----------------------------------------------------------------------------------------------------
 
     def begin(self, blocks: BlockManager, reserve: int) -> bool:
-        """Take known blocks for the beginning and new ones for the rest of all tokens; False if there are too few.
+        """Take known blocks for the beginning and new ones for the rest of all tokens.
+
+        False if there are too few, or if another branch is just computing a block that this one could use.
 
         Args:
             blocks: of the engine.
@@ -73,7 +76,10 @@ class Branch:
         size = blocks.block_size
         n_needed = -(-len(self.tokens) // size)
         # At least one token is left to compute: its logits are wanted.
-        known = blocks.find(self.names((len(self.tokens) - 1) // size, size)) if self.may_share else []
+        names = self.names((len(self.tokens) - 1) // size, size) if self.may_share else []
+        known = blocks.find(names)
+        if len(known) < len(names) and blocks.is_awaited(names[len(known)]):
+            return False
         if n_needed - len(known) + blocks.n_idle(known) + reserve > blocks.n_available:
             return False
         blocks.take(known)
@@ -82,7 +88,9 @@ class Branch:
         for _ in range(n_needed - len(known)):
             self._append(blocks.allocate())
         self.n_past = len(known) * size
-        self._n_registered = len(known)
+        self._n_registered = self._n_known = len(known)
+        self._announced = names[len(known) :]
+        blocks.announce(self._announced)
         if self.n_cached < 0:
             self.n_cached = self.n_past
         return True
@@ -115,11 +123,15 @@ class Branch:
             names = self.names(n_full, blocks.block_size)
             for i in range(self._n_registered, n_full):
                 blocks.register(int(self._table[i]), names[i])
+            blocks.withdraw(names[self._n_registered :])
             self._n_registered = n_full
 
     def end(self, blocks: BlockManager) -> None:
         """Give all blocks back; what is cached may be found again."""
         blocks.release(self.table.tolist())
+        # What was computed has been withdrawn already, and may meanwhile be announced by another.
+        blocks.withdraw(self._announced[self._n_registered - self._n_known :])
+        self._announced = []
         self._table = np.zeros(0, np.int32)
         self._n_blocks = self.n_past = self._n_registered = 0
 

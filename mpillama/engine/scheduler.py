@@ -36,9 +36,10 @@ class Scheduler:
     """Chooses for each step within a budget of tokens: decoding first, then prompts in chunks, in order of their keys.
 
     A branch is admitted when there are blocks for all its tokens, and nothing behind the first that waits is let past
-    it. When blocks run out, the running branch that is last in order is sent back to wait; its tokens are computed
-    again later, as far as they are not in the prefix cache then. The first in order is never sent back while another
-    runs, and the pool holds any one branch, so the first always ends.
+    it. Prompts that begin alike and come together wait until the first of them has computed what they share. When
+    blocks run out, the running branch that is last in order is sent back to wait; its tokens are computed again later,
+    as far as they are not in the prefix cache then. The first in order is never sent back while another runs, and the
+    pool holds any one branch, so the first always ends.
 
     Args:
         blocks: of the KV cache.

@@ -326,6 +326,18 @@ def test_decoding_goes_on_while_a_long_prompt_is_read() -> None:
     assert all(len(batch.logit_rows) == 1 for batch in model.batches[1:4])
 
 
+def test_prompts_that_begin_alike_are_computed_once(rng) -> None:
+    model = Script(ids_of("a" * 400))
+    engine = engine_of(model, n_batch=40, n_parallel=16)
+    stem = rng.integers(3, 200, 100).tolist()
+    for i in range(16):
+        engine.add(Request(str(i), (*stem, *ids_of("ab"), i + 3), RequestParams(sampling=GREEDY, max_tokens=2)))
+    run(engine)
+    # Three full blocks once; the rest is in blocks that are not full.
+    assert engine.stats().prompt_tokens == 96 + 16 * 7
+    assert engine.stats().cached_tokens == 15 * 96
+
+
 def test_timings_add_up() -> None:
     now = [100.0]
 

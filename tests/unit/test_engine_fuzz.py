@@ -136,6 +136,9 @@ def check_blocks(engine: Engine, model: FakeModel) -> None:
     assert sum(branch.weight for branch in scheduler.running) <= engine.n_parallel
     keys = [branch.key for branch in scheduler.running]
     assert keys == sorted(keys)
+    awaited = [branch._announced[branch._n_registered - branch._n_known :] for branch in scheduler.running]
+    # What nobody computes must not be waited for; what somebody does may be there from another already.
+    assert blocks._awaited <= {name for names in awaited for name in names}
     model.cache[free] = -1
 
 
