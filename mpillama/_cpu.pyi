@@ -37,6 +37,7 @@ class KVCache:
     @property
     def nbytes(self) -> int: ...
 
+def copy_blocks(cache: KVCache, copies: np.ndarray) -> None: ...
 def attention(
     pool: Pool,
     cache: KVCache,

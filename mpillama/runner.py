@@ -43,7 +43,13 @@ class Runner:
         ]
 
     def run(self, batch: Batch) -> np.ndarray:
-        """Return the logits of the wanted tokens, float32 (L, n_vocab), the same on every rank."""
+        """Return the logits of the wanted tokens, float32 (L, n_vocab), the same on every rank.
+
+        With ``batch.embedding`` their final hidden states, (L, n_embd).
+        """
+        if len(batch.copies):
+            for cache in self._caches:
+                self._ops.backend.copy_blocks(cache, batch.copies)
         logits = forward(self._ops, self._weights, self.cfg, self._caches, batch)
         return self._ops.backend.to_host(logits.data)
 
@@ -57,14 +63,18 @@ def kv_bytes(cfg: Config, sharding: Sharding, rank: int, n_ctx: int, type_k: str
 
 def pack(batch: Batch) -> np.ndarray:
     """Return a batch as one int32 array, for the wire."""
-    head = [len(batch.tokens), len(batch.seq_lens), batch.block_tables.shape[1], len(batch.logit_rows)]
-    parts = (batch.tokens, batch.positions, batch.seq_lens, batch.block_tables.ravel(), batch.logit_rows)
+    n_seqs, n_table = batch.block_tables.shape
+    head = [len(batch.tokens), n_seqs, n_table, len(batch.logit_rows), len(batch.copies), batch.embedding]
+    tables, copies = batch.block_tables.ravel(), batch.copies.ravel()
+    parts = (batch.tokens, batch.positions, batch.seq_lens, tables, batch.logit_rows, copies)
     return np.concatenate([np.array(head, np.int32), *(part.astype(np.int32, copy=False) for part in parts)])
 
 
 def unpack(message: np.ndarray) -> Batch:
     """Return the batch that `pack` made ``message`` of."""
-    n_tokens, n_seqs, n_table, n_rows = message[:4].tolist()
-    sizes = (n_tokens, n_tokens, n_seqs, n_seqs * n_table, n_rows)
-    tokens, positions, seq_lens, tables, rows = np.split(message[4:], np.cumsum(sizes)[:-1])
-    return Batch(tokens, positions, seq_lens, tables.reshape(n_seqs, n_table), rows)
+    n_tokens, n_seqs, n_table, n_rows, n_copies, embedding = message[:6].tolist()
+    sizes = (n_tokens, n_tokens, n_seqs, n_seqs * n_table, n_rows, 2 * n_copies)
+    tokens, positions, seq_lens, tables, rows, copies = np.split(message[6:], np.cumsum(sizes)[:-1])
+    return Batch(
+        tokens, positions, seq_lens, tables.reshape(n_seqs, n_table), rows, copies.reshape(-1, 2), bool(embedding)
+    )

@@ -88,18 +88,24 @@ def start(place: Launch) -> World:
 class Interrupts:
     """Turns Ctrl-C and SIGTERM into a request to stop between two steps; asked a second time, they stop at once.
 
-    As long as nothing is deferred they raise `Stopped` wherever the program is.
+    As long as nothing is deferred they raise `Stopped` wherever the program is. SIGUSR1, by which a batch system
+    announces the end of a job's time, never stops anything by itself: it sets ``time_is_short``.
     """
 
     def __init__(self) -> None:
         self.deferred = False
         self.exit_code = 0
+        self.time_is_short = False
         self._since = 0.0
 
     def install(self) -> None:
-        """Take over SIGINT and SIGTERM."""
+        """Take over SIGINT, SIGTERM and SIGUSR1."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        signal.signal(signal.SIGUSR1, self._announce)
+
+    def _announce(self, number: int, frame: FrameType | None) -> None:
+        self.time_is_short = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -58,6 +58,12 @@ class KVCache:
             _widen_bf16(v) if self._types[1] == "bf16" else v.astype(np.float32, copy=False),
         )
 
+    def copy_blocks(self, copies: np.ndarray) -> None:
+        """Copy blocks (source, destination) as they are stored."""
+        for stored in (self._k, self._v):
+            blocks = stored.reshape(len(stored) // KV_BLOCK, KV_BLOCK, *stored.shape[1:])
+            blocks[copies[:, 1]] = blocks[copies[:, 0]]
+
 
 _STORAGE = {"f16": np.float16, "bf16": np.uint16}
 

@@ -7,7 +7,7 @@ first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,6 +50,9 @@ class Batch:
         seq_lens: int32 (S,), tokens of each sequence in this step.
         block_tables: int32 (S, B), the KV blocks of each sequence in order of position, -1 where it has none.
         logit_rows: int32 (L,), the tokens whose logits are wanted.
+        copies: int32 (C, 2), KV blocks to copy before the step, source and destination. No block is both, and no
+            destination is named twice, so they can be made in any order.
+        embedding: whether the final hidden states of ``logit_rows`` are wanted in place of their logits.
     """
 
     tokens: np.ndarray
@@ -57,6 +60,8 @@ class Batch:
     seq_lens: np.ndarray
     block_tables: np.ndarray
     logit_rows: np.ndarray
+    copies: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,10 @@ class Backend(Protocol):
 
     def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> Handle:
         """Allocate the KV cache of one block of the model, for n_blocks * KV_BLOCK tokens (f32, f16, bf16)."""
+        ...
+
+    def copy_blocks(self, cache: Handle, copies: np.ndarray) -> None:
+        """Copy blocks of keys and values within a cache, as they are stored; see `Batch.copies`."""
         ...
 
     def attention(

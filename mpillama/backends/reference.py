@@ -191,6 +191,10 @@ class ReferenceBackend:
         """Allocate one block's KV cache."""
         return KVCache(n_blocks, n_head_kv, n_k, n_v, type_k, type_v)
 
+    def copy_blocks(self, cache: KVCache, copies: np.ndarray) -> None:
+        """Copy blocks within a cache."""
+        cache.copy_blocks(copies)
+
     def attention(
         self,
         q: np.ndarray,

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import cast
 
 from mpillama.cli import values
+from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
 from mpillama.cli.options import (
     CONTEXT,
@@ -165,6 +166,18 @@ COMMANDS = (
         BENCH,
         "mpillama.cli.bench:run",
         check_bench,
+    ),
+    Command(
+        "batch",
+        "answer a file of requests, in as many jobs as it takes",
+        (
+            "mpirun -n 4 mpillama batch -m model.gguf -i requests.jsonl -o results.jsonl",
+            "srun mpillama batch -m model.gguf -i requests.jsonl -o results.jsonl -np 64 --time-limit 11:45:00",
+            "mpillama batch -i requests.jsonl -o results.jsonl --temp 0 --log-file batch.log",
+        ),
+        BATCH,
+        "mpillama.cli.batch:run",
+        check_batch,
     ),
 )
 DEFAULT_COMMAND = "generate"

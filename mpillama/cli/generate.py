@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from mpillama.chat import encode_chat, template_from
 from mpillama.cli.options import sampling_params
@@ -16,37 +13,34 @@ from mpillama.cli.progress import Log, format_timings
 from mpillama.cli.session import Loaded, Model, load, open_model
 from mpillama.cli.values import unescape
 from mpillama.comm.base import World
+from mpillama.engine.engine import Engine
+from mpillama.engine.request import Output, Request, RequestParams
 from mpillama.engine.sampling.chain import Sampler
-from mpillama.engine.sequence import Sequence
 from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader
 from mpillama.spmd import Interrupts, Leader, follow
 from mpillama.tokenizer import Tokenizer, load_tokenizer
-from mpillama.tokenizer.stream import StreamDecoder
 
 
 @dataclass
-class Request:
+class _Work:
     """What only rank 0 holds."""
 
     tokenizer: Tokenizer
-    prompt: list[int]
+    request: Request
     shown_prompt: str
-    sampler: Sampler
-    n_ctx: int
-    seconds_tokenize: float = 0.0
 
 
 def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     """Run the command on this rank; returns the exit code."""
     log = Log(args, world.rank)
-    loaded, request = load(args, world, log, lambda: _prepare(args, world.size))
+    loaded, work = load(args, world, log, lambda: _prepare(args, world.size))
     interrupts.deferred = True
-    if request is None:
+    if work is None:
         return follow(world, loaded.runner)
     leader = Leader(world, loaded.runner)
     try:
-        timings = _generate(args, leader, loaded, request, interrupts, log)
+        timings = _generate(args, leader, loaded, work, interrupts, log)
     except UserError as error:
         leader.stop(error.exit_code)
         error.told = True
@@ -57,7 +51,7 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     return interrupts.exit_code
 
 
-def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Request]:
+def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Work]:
     text, system = _prompt_texts(args)
     header, model = open_model(args, n_ranks)
     tokenizer = load_tokenizer(header.metadata)
@@ -75,10 +69,17 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Request]:
         )
     if max(prompt) >= model.cfg.n_vocab:
         raise UsageError(f"the tokenizer made token {max(prompt)}, but the model has only {model.cfg.n_vocab}")
-    params = sampling_params(args, tokenizer.eog_ids if args.ignore_eos else ())
-    sampler = Sampler(params, model.cfg.n_vocab, model.n_ctx, tokenizer.token_bytes)
+    params = RequestParams(
+        sampling=sampling_params(args),
+        max_tokens=args.predict if args.predict > 0 else None,
+        stop=args.reverse_prompt,
+        ignore_eos=args.ignore_eos,
+        special=args.special,
+    )
+    # Now, and not when the weights have been read: a bias may be wrong.
+    Sampler(params.sampling, model.cfg.n_vocab, model.n_ctx, tokenizer.token_bytes)
     shown = tokenizer.decode(prompt, special=args.special) if args.display_prompt and not templated else ""
-    return model, Request(tokenizer, prompt, shown, sampler, model.n_ctx)
+    return model, _Work(tokenizer, Request("generate", tuple(prompt), params), shown)
 
 
 def _prompt_texts(args: Namespace) -> tuple[str, str | None]:
@@ -115,90 +116,39 @@ def _templated(args: Namespace, header: GGUFHeader, prompt: str, system: str | N
     return template.render(messages), True
 
 
-def _generate(
-    args: Namespace, leader: Leader, loaded: Loaded, request: Request, interrupts: Interrupts, log: Log
-) -> str:
+def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, interrupts: Interrupts, log: Log) -> str:
     """Evaluate the prompt, then sample and stream tokens; returns the timings."""
-    tokenizer, sampler, runner = request.tokenizer, request.sampler, loaded.runner
-    sequence = Sequence(request.prompt, np.arange(runner.n_blocks, dtype=np.int32))
-    n_batch = min(args.batch_size, args.ubatch_size)
-    began = time.perf_counter()
-    while sequence.pending:
-        logits = leader.run(sequence.next_batch(n_batch))
-        if interrupts.exit_code:
-            return ""
-    prompt_seconds = time.perf_counter() - began
-    # Not before: a launcher forwards stdout and stderr separately, and the prompt would meet the line of layout.
-    _write(request.shown_prompt)
-    for token in request.prompt:
-        sampler.accept(token, generated=False)
-
-    decoder = StreamDecoder(tokenizer, special=args.special, continues=len(request.prompt) > 1)
-    stops = StopStrings(args.reverse_prompt)
-    n_generated, eval_seconds, n_eval, sample_seconds, n_sampled = 0, 0.0, 0, 0.0, 0
-    reason = ""
-    while not interrupts.exit_code:
-        began = time.perf_counter()
-        token = sampler.sample(logits[-1])
-        sampler.accept(token)
-        sample_seconds += time.perf_counter() - began
-        n_sampled += 1
-        if token in tokenizer.eog_ids and not args.ignore_eos:
-            break
-        n_generated += 1
-        if _write(stops.push(decoder.push(token))) and stops.found:
-            break
-        if stops.found or n_generated == args.predict:
-            break
-        if len(sequence.tokens) >= request.n_ctx:
-            reason = f"the context of {request.n_ctx} tokens is full; raise -c to go on"
-            break
-        sequence.tokens.append(token)
-        began = time.perf_counter()
-        logits = leader.run(sequence.next_batch(1))
-        eval_seconds += time.perf_counter() - began
-        n_eval += 1
-    if not stops.found:
-        _write(stops.push(decoder.flush()) + stops.flush())
-    _write("\n")
-    if reason:
-        log.info(reason)
+    n_vocab, n_ctx, n_blocks = loaded.model.cfg.n_vocab, loaded.model.n_ctx, loaded.runner.n_blocks
+    engine = Engine(leader.run, work.tokenizer, n_vocab, n_ctx, n_blocks, min(args.batch_size, args.ubatch_size))
+    engine.add(work.request)
+    outputs: list[Output] = []
+    begun = False
+    while engine.has_work() and not interrupts.exit_code:
+        outputs = engine.step()
+        if outputs and not begun:
+            # Not before: a launcher forwards stdout and stderr separately: the prompt would meet the line of layout.
+            begun = _write(work.shown_prompt) or True
+        _write("".join(output.text for output in outputs))
+    if engine.has_work():
+        _write("".join(output.text for output in engine.cancel(work.request.id)))
+    if begun:
+        _write("\n")
+    if interrupts.exit_code or not outputs:
+        return ""
+    end = outputs[-1]
+    if end.finish_reason == "error":
+        raise UserError(str(end.stop_reason))
+    if end.stop_reason == "context":
+        log.info(f"the context of {n_ctx} tokens is full; raise -c to go on")
+    if end.usage is None or end.timings is None:
+        return ""
+    n = end.usage.n_generated
     return format_timings(
         load=loaded.seconds,
-        sample=(sample_seconds, n_sampled),
-        prompt=(prompt_seconds, len(request.prompt)),
-        eval=(eval_seconds, n_eval),
+        sample=(end.timings.sample, n),
+        prompt=(end.timings.prompt, end.usage.n_prompt),
+        eval=(end.timings.decode - end.timings.sample, n - 1),
     )
-
-
-class StopStrings:
-    """Holds text back that may turn out to be the beginning of a stop string."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = tuple(stop for stop in stops if stop)
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Return what can be shown for sure; after a stop string, what came before it."""
-        self._held += text
-        where = [self._held.find(stop) for stop in self._stops if stop in self._held]
-        if where:
-            self.found = True
-            return self._take(min(where))
-        keep = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
-            default=0,
-        )
-        return self._take(len(self._held) - keep)
-
-    def _take(self, n: int) -> str:
-        text, self._held = self._held[:n], self._held[n:]
-        return text
-
-    def flush(self) -> str:
-        """Return what is still held back."""
-        return self._take(len(self._held))
 
 
 def _write(text: str) -> bool:

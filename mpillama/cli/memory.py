@@ -11,6 +11,8 @@ from mpillama.errors import PeerFailure, UserError
 
 # What a rank needs beside its weights and its KV cache: buffers of a step, and the dequantized rows of a product.
 WORKSPACE = 128 << 20
+# Of the free memory, at most so much is taken for a KV cache whose size nobody has asked for.
+_OWN_CHOICE = 0.8
 
 
 def available_memory() -> int:
@@ -35,19 +37,21 @@ def available_memory() -> int:
     return free
 
 
-def check_memory(world: World, weights: list[int], kv: list[int], n_ctx: int) -> None:
-    """Make sure that each host has room for its ranks.
+def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int) -> int:
+    """Return how many tokens the KV cache can hold where each host has room for its ranks, ``n_kv`` if possible.
 
     Args:
         world: of all ranks.
         weights: bytes of each rank's weights.
-        kv: bytes of each rank's KV cache for ``n_ctx`` tokens.
-        n_ctx: context of the run.
+        kv: bytes of each rank's KV cache for ``n_kv`` tokens.
+        n_kv: tokens wanted.
+        n_kv_min: with fewer than these there is no use in starting.
 
     Raises:
         UserError: on rank 0, naming the host, what is needed and what would fit; the other ranks raise PeerFailure.
     """
     free = world.bcast(world.gather(available_memory()))
+    granted = n_kv
     for host in dict.fromkeys(world.hosts):
         ranks = [rank for rank in range(world.size) if world.hosts[rank] == host]
         room = min(free[rank] for rank in ranks)
@@ -55,10 +59,15 @@ def check_memory(world: World, weights: list[int], kv: list[int], n_ctx: int) ->
         cache = sum(kv[rank] for rank in ranks)
         if fixed + cache <= room:
             continue
+        per_block = max(1, cache * KV_BLOCK // n_kv)
+        largest = (room - fixed) // per_block * KV_BLOCK
+        # A cache of our own choice leaves a part of the memory to others.
+        modest = int((room * _OWN_CHOICE - fixed) // per_block) * KV_BLOCK
+        if n_kv_min < n_kv and modest >= n_kv_min:
+            granted = min(granted, modest)
+            continue
         if world.rank:
             raise PeerFailure
-        per_block = max(1, cache * KV_BLOCK // n_ctx)
-        largest = (room - fixed) // per_block * KV_BLOCK
         advice = (
             f"the largest context that fits is -c {largest}"
             if largest >= KV_BLOCK
@@ -66,7 +75,8 @@ def check_memory(world: World, weights: list[int], kv: list[int], n_ctx: int) ->
         )
         error = UserError(
             f"{host} has {format_bytes(room)} free, but its ranks need {format_bytes(fixed)} for weights and work and "
-            f"{format_bytes(cache)} for a KV cache of {n_ctx} tokens; {advice}"
+            f"{format_bytes(cache)} for a KV cache of {n_kv} tokens; {advice}"
         )
         error.told = True
         raise error
+    return granted

@@ -156,6 +156,10 @@ class Log:
         """Write lines that reach stderr only with ``-v``; the file gets them always."""
         self._write(text, shown=self._verbose)
 
+    def report(self, text: str) -> None:
+        """Write lines that a job's own log should hold, whether or not someone watches."""
+        self._write(text, shown=True)
+
     def _write(self, text: str, shown: bool) -> None:
         if not self._active:
             return

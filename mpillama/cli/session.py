@@ -17,7 +17,7 @@ from mpillama.backends import make_backend
 from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import Backend
 from mpillama.backends.reference import ReferenceBackend
-from mpillama.cli.memory import check_memory
+from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.comm.base import World, from_root
 from mpillama.config import Config, RopeOverrides, read_config
@@ -36,13 +36,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Model:
-    """What every rank must know of a model to load its slices; small, and broadcast by rank 0."""
+    """What every rank must know of a model to load its slices; small, and broadcast by rank 0.
+
+    Attributes:
+        weights: each rank's share.
+        n_ctx: tokens of one sequence at most.
+        n_kv: tokens that the KV cache should hold; with less than ``n_kv_min`` the model is not loaded.
+    """
 
     paths: tuple[str, ...]
     cfg: Config
     tensors: dict[str, TensorInfo]
     weights: tuple[float, ...]
     n_ctx: int
+    n_kv: int
+    n_kv_min: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,8 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     check_cache_type("values", args.cache_type_v, cfg.n_embd_head_v)
     tensors = model_tensors(header, cfg)
     check_types(tensors.values(), ReferenceBackend())
-    return header, Model(header.paths, cfg, tensors, weights, args.ctx_size or cfg.n_ctx_train)
+    n_ctx = args.ctx_size or cfg.n_ctx_train
+    return header, Model(header.paths, cfg, tensors, weights, n_ctx, n_ctx, n_ctx)
 
 
 def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]]) -> tuple[Loaded, T | None]:
@@ -113,14 +122,15 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     infos = list(model.tensors.values())
     shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
     kv_types = (args.cache_type_k, args.cache_type_v)
-    kv = [kv_bytes(model.cfg, sharding, rank, model.n_ctx, *kv_types) for rank in range(world.size)]
-    check_memory(world, shares, kv, model.n_ctx)
+    kv = [kv_bytes(model.cfg, sharding, rank, model.n_kv, *kv_types) for rank in range(world.size)]
+    n_kv = fit_memory(world, shares, kv, model.n_kv, model.n_kv_min)
+    kv = [kv_bytes(model.cfg, sharding, rank, n_kv, *kv_types) for rank in range(world.size)]
     with JointProgress(world, shares, enabled=log.interactive) as bar:
         weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update)
         n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
-        runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, model.n_ctx, *kv_types)
+        runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, n_kv, *kv_types)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
-    log.info(_layout_line(world, backend.name, threads, model, shares, kv))
+    log.info(_layout_line(world, backend.name, threads, model, shares, kv, n_kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
         log.verbose(
             f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
@@ -133,7 +143,9 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     return Loaded(model, runner, time.perf_counter() - began), own[0] if own else None
 
 
-def _layout_line(world: World, backend: str, threads: int, model: Model, shares: list[int], kv: list[int]) -> str:
+def _layout_line(
+    world: World, backend: str, threads: int, model: Model, shares: list[int], kv: list[int], n_kv: int
+) -> str:
     n_hosts = len(set(world.hosts))
     total = sum(model.weights)
     split = ",".join(f"{100 * weight / total:.3g}" for weight in model.weights)
@@ -143,7 +155,7 @@ def _layout_line(world: World, backend: str, threads: int, model: Model, shares:
     return (
         f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {backend} backend with "
         f"{_count(threads, 'thread')}{each}, tensor split {split} %, weights {per_rank} per rank, "
-        f"KV {format_bytes(max(kv))} for {model.n_ctx} tokens"
+        f"KV {format_bytes(max(kv))} for {n_kv} tokens"
     )
 
 

@@ -31,13 +31,18 @@ class Step:
 
 
 def forward(ops: Ops, w: Weights, cfg: Config, caches: Sequence[Handle], batch: Batch) -> Value:
-    """Run the model on a batch and return the logits (L, V) of the tokens in ``batch.logit_rows``."""
+    """Run the model on a batch and return the logits (L, V) of the tokens in ``batch.logit_rows``.
+
+    With ``batch.embedding`` their hidden states after the last norm, (L, n_embd). The result is whole on every rank.
+    """
     step = Step(batch, _rope_tables(ops, w, cfg, batch), _attn_temperature(ops, cfg, batch))
     h = ops.scale(ops.embedding(batch.tokens, w.matrix("token_embd")), cfg.embedding_scale)
     for il in range(cfg.n_layer):
         wanted = batch.logit_rows if il == cfg.n_layer - 1 else None
         h = _block(ops, h, w.block(il), cfg, il, caches[il], step, wanted)
     h = ops.norm(h, w.vector("output_norm.weight"), cfg.norm_eps)
+    if batch.embedding:
+        return ops.gather(h)
     logits = ops.scale(project(ops, h, w, "output"), 1.0 / cfg.logit_scale)
     return ops.gather(ops.softcap(logits, cfg.final_softcap))
 

@@ -142,6 +142,41 @@ def check_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng
             pasts[row] += length
 
 
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("n_kv", [2, 0])
+def test_copied_blocks_are_the_same_for_attention(n_kv, kv_type, backend, rng):
+    """Two sequences that share a full block and a partial one go on in copies of the partial one, and do not meet."""
+    params = AttentionParams(0.3, 0.0, 0, tuple(range(n_kv)))
+    cache = backend.new_cache(8, n_kv, 16, 24, kv_type, kv_type)
+
+    def attend(positions, tables, q, k, v):
+        lens = np.full(len(tables), len(positions) // len(tables), "i4")
+        batch = Batch(positions, positions, lens, np.array(tables, "i4"), positions[:0])
+        return backend.attention(q, k, v, cache, batch, params, None)
+
+    def draw(n):
+        return [rng.standard_normal((n, n_kv, d)).astype("f4") for d in (16, 16, 24)]
+
+    n = KV_BLOCK + 9
+    prompt = draw(n)
+    attend(np.arange(n, dtype="i4"), [[5, 2]], *prompt)
+    backend.copy_blocks(cache, np.array([[2, 7], [2, 0], [5, 3]], "i4"))
+    later = [draw(3) for _ in range(4)]
+    tables = [[5, 7], [5, 0], [3, 2], [5, 7]]
+    positions = np.arange(n, n + 3, dtype="i4")
+    outs = [attend(positions, [table], *step) for table, step in zip(tables[:3], later, strict=False)]
+    # What the others wrote must not be seen by another run of the first.
+    outs.append(attend(positions, [tables[3]], *later[0]))
+    np.testing.assert_array_equal(outs[3], outs[0])
+    for out, step in zip(outs, later[:3], strict=False):
+        fresh = backend.new_cache(2, n_kv, 16, 24, kv_type, kv_type)
+        q, k, v = (np.concatenate(pair) for pair in zip(prompt, step, strict=True))
+        every = np.arange(n + 3, dtype="i4")
+        batch = Batch(every, every, np.array([n + 3], "i4"), np.array([[0, 1]], "i4"), every[:0])
+        whole = backend.attention(q, k, v, fresh, batch, params, None)
+        np.testing.assert_allclose(out, whole[n:], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("neox", [False, True])
 def test_rope_turns_pairs_by_position_times_frequency(neox, backend, rng):
     rope = Rope(n_rot=12, neox=neox, freq_base=1000.0, freq_scale=0.5, attn_factor=1.25)

@@ -38,6 +38,10 @@ class AttentionOps:
         check_cache_type("values", type_v, n_v)
         return _cpu.KVCache(n_blocks, n_head_kv, n_k, n_v, type_k, type_v)
 
+    def copy_blocks(self, cache: Any, copies: np.ndarray) -> None:
+        """Copy blocks within a cache."""
+        _cpu.copy_blocks(cache, copies)
+
     def attention(
         self,
         q: np.ndarray,

@@ -59,6 +59,7 @@ class Sampler:
         self._mirostat = Mirostat(p.mirostat, p.mirostat_ent, p.mirostat_lr, n_vocab) if p.mirostat else None
         self._adaptive = AdaptiveP(p.adaptive_target, p.adaptive_decay) if "adaptive_p" in p.samplers else None
         self._bias = _sum_biases(p.logit_bias, n_vocab)
+        self._greedy = self._is_greedy()
         self.reset()
 
     def reset(self) -> None:
@@ -86,6 +87,10 @@ class Sampler:
         # Raw bits, because NumPy promises them to stay the same in later versions; the top 53 make a float64 in [0, 1).
         u_xtc, u = ((int(raw) >> 11) * 2.0**-53 for raw in self._bits.random_raw(2))
         c = self._biased(Candidates(logits))
+        if self._greedy and c.ids is None:
+            likeliest = int(c.logits.argmax())
+            if c.logits[likeliest] > -math.inf:
+                return likeliest
         if self._mirostat is not None:
             return self._mirostat.sample(filters.temperature(c, self.params.temp), u)
         for name in self.params.samplers:
@@ -93,6 +98,14 @@ class Sampler:
         if self._adaptive is not None:
             return self._adaptive.sample(c, u)
         return c.token(c.draw(u))
+
+    def _is_greedy(self) -> bool:
+        """Whether the samplers only narrow down to the likeliest token, so that there is no need to run them."""
+        p = self.params
+        changing = (self._penalties.active, self._dry.active, self._mirostat, self._adaptive)
+        cutting = ("typ_p" in p.samplers and p.typical < 1) or ("xtc" in p.samplers and p.xtc_probability > 0)
+        cold = "temperature" in p.samplers and p.temp <= 0 and p.dynatemp_range <= 0
+        return cold and not cutting and not any(changing)
 
     def _apply(self, name: str, c: Candidates, u_xtc: float) -> Candidates:
         """One sampler of the chain."""

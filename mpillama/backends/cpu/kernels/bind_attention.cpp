@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -45,6 +46,21 @@ void bind_attend(Pool& pool, const KVCache& cache, const ConstFloats& q, const C
                            kv_heads.data(), float(scale), float(softcap), window};
   const Released released;
   attention(pool, cache, call);
+}
+
+// Tiles of a block lie next to each other, whatever the type.
+void bind_copy_blocks(const KVCache& cache, const Ints& copies) {
+  check(copies.ndim() == 2 && copies.shape(1) == 2, "copies are pairs of blocks");
+  const auto in_range = [&](int32_t block) { return block >= 0 && size_t(block) < cache.n_blocks; };
+  for (size_t i = 0; i < copies.size(); i++) check(in_range(copies.data()[i]), "there is no such block");
+  const Released released;
+  for (const Tiles& tiles : {cache.k(), cache.v()}) {
+    const size_t bytes = tiles.n_heads * tile_bytes(tiles.type, tiles.n_dim);
+    for (size_t i = 0; i < copies.shape(0); i++) {
+      const int32_t source = copies.data()[2 * i], destination = copies.data()[2 * i + 1];
+      if (source != destination && bytes) std::memcpy(tiles.tile(size_t(destination), 0), tiles.tile(size_t(source), 0), bytes);
+    }
+  }
 }
 
 void bind_gated(Pool& pool, int activation, const ConstFloats& gate, const ConstFloats& up, const Floats& out) {
@@ -133,6 +149,9 @@ void bind_attention(nb::module_& m) {
            "Raises:\n    ValueError: there is no such type, or the heads do not fit it.")
       .def_ro("n_blocks", &KVCache::n_blocks)
       .def_prop_ro("nbytes", &KVCache::bytes);
+  m.def("copy_blocks", bind_copy_blocks, nb::arg("cache"), nb::arg("copies"),
+        "Copy blocks of keys and values, int32 (C, 2): source, destination; see Batch.copies.\n\n"
+        "Raises:\n    ValueError: there is no such block.");
   m.def("attention", bind_attend, pool, nb::arg("cache"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("positions"),
         nb::arg("seq_lens"), nb::arg("tables"), nb::arg("kv_heads"), nb::arg("scale"), nb::arg("softcap"),
         nb::arg("window"), nb::arg("sinks").none(), out,

@@ -1,0 +1,1 @@
+"""Work through a file of requests, survive what happens to the job, and answer each request exactly once."""

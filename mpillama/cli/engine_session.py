@@ -1,0 +1,123 @@
+"""From a command line to an engine on rank 0, with all ranks behind it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mpillama.chat import ChatTemplate, template_from
+from mpillama.cli.options import sampling_params
+from mpillama.cli.progress import Log
+from mpillama.cli.serving_options import n_sequences
+from mpillama.cli.session import Loaded, Model, load, open_model
+from mpillama.comm.base import World
+from mpillama.engine.embedding import pooling_type
+from mpillama.engine.engine import Engine
+from mpillama.engine.sampling.params import SamplingParams
+from mpillama.errors import UsageError, UserError
+from mpillama.spmd import Interrupts, Leader, follow
+from mpillama.tokenizer import Tokenizer, load_tokenizer
+
+# The KV cache that nobody has sized: room for so many tokens of each sequence, but not less than one whole context.
+_TOKENS_PER_SEQUENCE = 4096
+_LEAST_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a command needs on rank 0 to run requests.
+
+    Attributes:
+        loaded: the model.
+        engine: with this model behind it.
+        tokenizer: of the model.
+        template: chat template, None if there is neither one in the file nor a flag for one.
+        metadata: of the file.
+        name: of the model, for people and for clients.
+        sampling: what the flags say; a request may say otherwise, also of ``ignore_eos``.
+    """
+
+    loaded: Loaded
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    metadata: Mapping[str, Any]
+    name: str
+    sampling: SamplingParams
+    ignore_eos: bool
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    metadata: Mapping[str, Any]
+
+
+def run_engine(
+    args: Namespace,
+    world: World,
+    interrupts: Interrupts,
+    log: Log,
+    body: Callable[[Service], int],
+    before: Callable[[], None] = lambda: None,
+) -> int:
+    """Load the model on all ranks, run ``body`` on rank 0 with the others behind its engine; returns its exit code.
+
+    ``before`` runs on rank 0 ahead of everything else, so that a mistake it finds costs no loading.
+    """
+
+    def prepare() -> tuple[Model, _Prepared]:
+        before()
+        return _prepare(args, world.size)
+
+    loaded, prepared = load(args, world, log, prepare)
+    interrupts.deferred = True
+    if prepared is None:
+        return follow(world, loaded.runner)
+    leader = Leader(world, loaded.runner)
+    try:
+        code = body(_service(args, loaded, leader, prepared))
+    except UserError as error:
+        leader.stop(error.exit_code)
+        error.told = True
+        raise
+    leader.stop(code)
+    return code
+
+
+def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Prepared]:
+    header, model = open_model(args, n_ranks)
+    if not args.ctx_size:
+        n_kv = min(n_sequences(args) * model.n_ctx, max(model.n_ctx, n_sequences(args) * _TOKENS_PER_SEQUENCE))
+        model = replace(model, n_kv=n_kv, n_kv_min=min(model.n_ctx, _LEAST_TOKENS))
+    override = args.chat_template
+    if args.chat_template_file:
+        try:
+            override = Path(args.chat_template_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "the file is not UTF-8 text"
+            raise UsageError(f"--chat-template-file {args.chat_template_file}: {reason}") from None
+    template = template_from(header.metadata, override)
+    return model, _Prepared(load_tokenizer(header.metadata), template, header.metadata)
+
+
+def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: _Prepared) -> Service:
+    model, metadata = loaded.model, prepared.metadata
+    engine = Engine(
+        leader.run,
+        prepared.tokenizer,
+        model.cfg.n_vocab,
+        model.n_ctx,
+        loaded.runner.n_blocks,
+        min(args.batch_size, args.ubatch_size),
+        n_sequences(args),
+        pooling=pooling_type(metadata),
+    )
+    name = str(metadata.get("general.name") or Path(model.paths[0]).stem)
+    return Service(
+        loaded, engine, prepared.tokenizer, prepared.template, metadata, name, sampling_params(args), args.ignore_eos
+    )

@@ -1,0 +1,362 @@
+"""Continuous batching: requests in, tokens and text out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.engine.blocks import BlockManager
+from mpillama.engine.branch import Branch
+from mpillama.engine.embedding import Pooling
+from mpillama.engine.logprobs import logprob_of
+from mpillama.engine.request import Logprob, Output, Request, Timings, Usage
+from mpillama.engine.scheduler import Plan, Scheduler
+from mpillama.engine.writer import Writer
+from mpillama.errors import UsageError, UserError
+from mpillama.tokenizer.base import Tokenizer
+
+_LOGITS_BYTES = 64 << 20
+"""Logits of a prompt's tokens that one step may bring, when their logprobs are wanted."""
+
+
+@dataclass
+class Counters:
+    """What has happened since the engine was made.
+
+    Attributes:
+        requests: added; ``finished`` and ``cancelled`` of them have left.
+        prompt_tokens: evaluated, those again after a preemption included; ``cached_tokens`` were found in the KV cache.
+        generated_tokens: sampled.
+        preemptions: sequences sent back to wait because the KV cache was full.
+        copied_blocks: for n > 1.
+        steps: with ``step_seconds`` in all, of these ``run_seconds`` in the model and ``sample_seconds`` sampling.
+    """
+
+    requests: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    copied_blocks: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    run_seconds: float = 0.0
+    sample_seconds: float = 0.0
+
+
+@dataclass
+class Stats(Counters):
+    """The counters, and how things stand.
+
+    Attributes:
+        waiting: sequences that wait for their turn, or for blocks.
+        running: sequences that take part in steps.
+        kv_blocks: in all; ``kv_used`` by sequences, ``kv_cached`` by nobody but kept for prompts that begin alike.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    kv_blocks: int = 0
+    kv_used: int = 0
+    kv_cached: int = 0
+
+
+@dataclass
+class _Active:
+    """A request that has not ended: its open continuations, and for ``best_of`` what they have written so far."""
+
+    request: Request
+    arrival: float
+    writers: dict[int, Writer]
+    branches: dict[int, Branch] = field(default_factory=dict)
+    pooling: Pooling | None = None
+    prompt_logprobs: list[Logprob | None] = field(default_factory=list)
+    began: float | None = None
+    prompt_done: float | None = None
+    kept: dict[int, tuple[float, Output]] = field(default_factory=dict)
+
+
+class Engine:
+    """Runs many requests at once over one KV cache; not thread-safe, and all of it on one rank.
+
+    Args:
+        executor: runs a batch on all ranks and returns its logits, or hidden states if it asks for these.
+        tokenizer: None: ids in, ids out, no text.
+        n_vocab: of the logits.
+        n_ctx: tokens of one sequence at most; never more than the KV cache holds.
+        n_blocks: of the KV cache.
+        n_batch: tokens of a step at most.
+        n_parallel: sequences at a time.
+        block_size: tokens in a KV block.
+        pooling: of embeddings, see `embedding.pooling_type`.
+        priority_seconds: how much earlier a request counts as arrived for each level of its priority.
+        clock: seconds, never going back.
+
+    Raises:
+        UsageError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        executor: Callable[[Batch], np.ndarray],
+        tokenizer: Tokenizer | None,
+        n_vocab: int,
+        n_ctx: int,
+        n_blocks: int,
+        n_batch: int = 512,
+        n_parallel: int = 1,
+        *,
+        block_size: int = KV_BLOCK,
+        pooling: str = "mean",
+        priority_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if n_parallel < 1 or n_batch < n_parallel:
+            raise UsageError(
+                f"a step of {n_batch} tokens cannot serve {n_parallel} sequences; lower -np, or raise -b and -ub"
+            )
+        self._executor, self._tokenizer, self._n_vocab = executor, tokenizer, n_vocab
+        self.n_ctx = min(n_ctx, n_blocks * block_size)
+        self.n_parallel, self._pooling, self._clock = n_parallel, pooling, clock
+        self.priority_seconds = priority_seconds
+        self._blocks = BlockManager(n_blocks, block_size)
+        self._scheduler = Scheduler(self._blocks, n_batch, n_parallel, max(1, _LOGITS_BYTES // (4 * n_vocab)))
+        self._active: dict[str, _Active] = {}
+        self._counters = Counters()
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Take a request in.
+
+        Raises:
+            UserError: it can never be run, or its parameters do not fit the model.
+        """
+        self._check(request)
+        arrival = self._clock() if request.arrival is None else request.arrival
+        key = (arrival - request.params.priority * self.priority_seconds, self._counters.requests, 0)
+        branch = Branch(request, 0, key, self.n_ctx, self._blocks.block_size)
+        writers = {} if branch.embedding else {0: self._writer(request, 0)}
+        active = _Active(request, arrival, writers, {0: branch})
+        self._counters.requests += 1
+        self._active[request.id] = active
+        self._scheduler.add(branch)
+
+    def _writer(self, request: Request, index: int) -> Writer:
+        return Writer(request, index, self._tokenizer, self._n_vocab, self.n_ctx)
+
+    def _check(self, request: Request) -> None:
+        params, prompt = request.params, request.prompt
+        if request.id in self._active:
+            raise UserError(f"there is a request {request.id} already; give each an id of its own")
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one token")
+        if len(prompt) + (not params.embedding) > self.n_ctx:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens but the context holds {self.n_ctx}; shorten it, or raise -c"
+            )
+        if min(prompt) < 0 or max(prompt) >= self._n_vocab:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise UserError(f"token {wrong} is not in the vocabulary; ids go from 0 to {self._n_vocab - 1}")
+        if params.n_branches > self.n_parallel:
+            raise UserError(
+                f"{params.n_branches} continuations were asked for, but at most {self.n_parallel} sequences run "
+                "at a time; lower n and best_of, or raise -np"
+            )
+        if self._tokenizer is None and (params.stop or params.reasoning_budget >= 0):
+            raise UserError("stop strings and a reasoning budget need a tokenizer, which the model does not have")
+
+    def cancel(self, request_id: str) -> list[Output]:
+        """Drop a request and free its KV blocks at once; returns the last output of each open continuation."""
+        active = self._active.pop(request_id, None)
+        if active is None:
+            return []
+        params = active.request.params
+        self._counters.cancelled += 1
+        ranked = params.n_branches > params.n
+        begun = not ranked and all(branch.weight == 1 for branch in active.branches.values())
+        outputs = []
+        for index in sorted(active.branches) if begun else range(params.n):
+            writer = active.writers.get(index)
+            output = writer.cancel() if writer and begun else Output(request_id, index, finish_reason="cancelled")
+            self._complete(active, output)
+            outputs.append(output)
+        outputs[-1].last = True
+        for branch in active.branches.values():
+            self._scheduler.remove(branch)
+        return outputs
+
+    def has_work(self) -> bool:
+        """Whether there is anything to do in a step."""
+        return bool(self._active)
+
+    def stats(self) -> Stats:
+        """Return the counters and the state of queues and KV cache."""
+        counters = {f.name: getattr(self._counters, f.name) for f in fields(Counters)}
+        counters["preemptions"] = self._scheduler.n_preemptions
+        return Stats(
+            **counters,
+            waiting=sum(branch.weight for branch in self._scheduler.waiting),
+            running=sum(branch.weight for branch in self._scheduler.running),
+            kv_blocks=self._blocks.n_blocks,
+            kv_used=self._blocks.n_used,
+            kv_cached=self._blocks.n_cached,
+        )
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """Run one step on all ranks and return what it has added to each continuation that took part.
+
+        Raises:
+            UserError: a rank has failed; the engine cannot go on.
+        """
+        began = self._clock()
+        plan = self._scheduler.plan()
+        if plan is None:
+            return []
+        counters = self._counters
+        for branch, n in plan.parts:
+            active = self._active[branch.request.id]
+            if active.began is None:
+                active.began = began
+                counters.cached_tokens += branch.n_cached
+            if n > 1 or branch.n_past < len(branch.request.prompt):
+                counters.prompt_tokens += n
+        result = self._executor(plan.batch)
+        ran = self._clock()
+        outputs = self._embed(plan, result) if plan.embedding else self._write(plan, result, ran)
+        counters.steps += 1
+        counters.copied_blocks += len(plan.batch.copies)
+        counters.run_seconds += ran - began
+        counters.step_seconds += self._clock() - began
+        return outputs
+
+    def _embed(self, plan: Plan, hidden: np.ndarray) -> list[Output]:
+        outputs, start = [], 0
+        for branch, n in plan.parts:
+            active = self._active[branch.request.id]
+            if active.pooling is None or branch.n_past == 0:
+                active.pooling = Pooling(self._pooling)
+            active.pooling.add(hidden[start : start + n])
+            start += n
+            branch.advance(self._blocks, n)
+            if not branch.pending:
+                active.prompt_done = self._clock()
+                output = Output(branch.request.id, finish_reason="stop", embedding=active.pooling.result())
+                outputs += self._finish(active, branch, output)
+        return outputs
+
+    def _write(self, plan: Plan, logits: np.ndarray, now: float) -> list[Output]:
+        outputs: list[Output] = []
+        stop = 0
+        for (branch, n), n_rows in zip(plan.parts, plan.n_rows, strict=True):
+            active = self._active[branch.request.id]
+            stop += n_rows
+            if branch.all_rows:
+                _read_prompt(active, branch.n_past, logits[stop - n_rows : stop])
+            branch.advance(self._blocks, n)
+            if branch.pending:
+                continue
+            read, branch.all_rows = branch.all_rows, False
+            if active.prompt_done is None:
+                active.prompt_done = now
+            for each in [branch, *self._fork(active, branch)]:
+                writer = active.writers[each.index]
+                spent, n_sampled = writer.sample_seconds, writer.n_sampled
+                output = writer.write(logits[stop - 1], each.n_past)
+                output.prompt_logprobs = list(active.prompt_logprobs) if read else None
+                self._counters.sample_seconds += writer.sample_seconds - spent
+                self._counters.generated_tokens += writer.n_sampled - n_sampled
+                if output.finish_reason is None:
+                    each.tokens += output.tokens
+                    outputs += self._give(active, output)
+                else:
+                    outputs += self._finish(active, each, output)
+        return outputs
+
+    def _fork(self, active: _Active, branch: Branch) -> list[Branch]:
+        """Return the other continuations of a prompt that has just been evaluated."""
+        forks = []
+        for index in range(1, branch.weight):
+            key = (*branch.key[:2], index)
+            other = Branch(branch.request, index, key, self.n_ctx, self._blocks.block_size)
+            other.weight = 1
+            branch.fork_into(other, self._blocks)
+            self._scheduler.join(other)
+            active.branches[index] = other
+            active.writers[index] = self._writer(branch.request, index)
+            forks.append(other)
+        branch.weight = 1
+        return forks
+
+    # -- outputs ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, active: _Active, branch: Branch, output: Output) -> list[Output]:
+        """Let a continuation leave; returns what can be given out."""
+        self._complete(active, output)
+        self._scheduler.remove(branch)
+        del active.branches[branch.index]
+        if active.branches:
+            return self._give(active, output)
+        del self._active[branch.request.id]
+        self._counters.finished += 1
+        outputs = self._give(active, output)
+        if active.kept:
+            best = sorted(active.kept.values(), key=lambda item: -item[0])[: active.request.params.n]
+            outputs = [kept for _, kept in best]
+            for index, kept in enumerate(outputs):
+                kept.index = index
+        outputs[-1].last = True
+        return outputs
+
+    def _give(self, active: _Active, output: Output) -> list[Output]:
+        """Return an output, or keep it until the best continuations are known."""
+        params = active.request.params
+        if params.n_branches == params.n:
+            return [output]
+        writer = active.writers[output.index]
+        if output.index in active.kept:
+            _, kept = active.kept[output.index]
+            output.text = kept.text + output.text
+            output.tokens = kept.tokens + output.tokens
+            output.logprobs = kept.logprobs + output.logprobs
+            output.prompt_logprobs = kept.prompt_logprobs
+        score = -np.inf if output.finish_reason == "error" else writer.mean_logprob
+        active.kept[output.index] = (score, output)
+        return []
+
+    def _complete(self, active: _Active, output: Output) -> None:
+        """Add usage and timings to a last output."""
+        now = self._clock()
+        writer = active.writers.get(output.index)
+        branch = active.branches.get(output.index, active.branches[min(active.branches)])
+        n_generated, sample = (writer.n_sampled, writer.sample_seconds) if writer else (0, 0.0)
+        output.usage = Usage(len(active.request.prompt), max(0, branch.n_cached), n_generated)
+        began = now if active.began is None else active.began
+        prompt_done = now if active.prompt_done is None else active.prompt_done
+        output.timings = Timings(
+            queued=began - active.arrival,
+            prompt=prompt_done - began,
+            decode=now - prompt_done,
+            sample=sample,
+            ttft=prompt_done - active.arrival,
+        )
+
+
+def _read_prompt(active: _Active, n_past: int, logits: np.ndarray) -> None:
+    """Note the logprobs of the tokens that follow the ``n_past`` first ones and their successors, (T, n_vocab)."""
+    prompt, n_top = active.request.prompt, active.request.params.prompt_logprobs or 0
+    found = active.prompt_logprobs
+    # A prompt that was sent back to wait begins again.
+    del found[n_past + 1 :]
+    if not n_past:
+        found[:] = [None]
+    for row, token in zip(logits, prompt[n_past + 1 :], strict=False):
+        found.append(logprob_of(row, token, n_top))
