@@ -115,7 +115,7 @@ def train(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     start = time.monotonic()
     seen = 0
-    only_sketches = 0.0 if args.init else ONLY_SKETCHES
+    only_sketches, some_sketches = (0.0, 0.0) if args.init else (ONLY_SKETCHES, LEVEL)
     short = sketches(tokenizer, args.batch, args.seed)
     long = batches(tokenizer, args.batch, model.config.n_ctx, args.seed)
     for step in itertools.count():
@@ -124,7 +124,7 @@ def train(model: Llama, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
             break
         for optimizer, lr in zip(optimizers, peak, strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate(progress + 1e-3)
-        is_sketch = progress < only_sketches or (progress < LEVEL and step % SKETCHES_EVERY == 1)
+        is_sketch = progress < only_sketches or (progress < some_sketches and step % SKETCHES_EVERY == 1)
         inputs, targets = next(short if is_sketch else long)
         loss = loss_of(model, inputs, targets)
         loss.backward()
@@ -146,11 +146,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the GGUF file to write")
     parser.add_argument("--init", type=Path, help="go on with the weights and the tokenizer of this file")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2000, help="0 trains nothing, and only exports again")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop by then, with the schedule shortened to fit")
     parser.add_argument("--batch", type=int, default=16, help="stories per step")
     parser.add_argument("--lr", type=float, default=6e-3, help="of the matrices (Muon)")
     parser.add_argument("--embedding-lr", type=float, default=1e-2, help="of embeddings and norms (AdamW)")
+    parser.add_argument("--sharpen", type=float, default=1.0, help="a factor of all logits, in the file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a few seconds of training, to try the pipeline")
     args = parser.parse_args()
@@ -168,8 +169,11 @@ def main() -> None:
         tokenizer = train_tokenizer((story(HELD_OUT + i) for i in range(STORIES_FOR_TOKENIZER)), config.n_vocab)
         model = Llama(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, tokenizer, args)
+    if args.steps:
+        train(model, tokenizer, args)
     model.eval()
+    # Logits times s sample like temperature 1/s: less of the few percent that a small model gives to wrong words.
+    model.output_norm.weight.data *= args.sharpen
     gguf_file.write(args.out, model, tokenizer, DESCRIPTION)
 
     again, again_tokenizer = gguf_file.read(args.out)

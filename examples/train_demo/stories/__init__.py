@@ -17,7 +17,6 @@ __all__ = ["plots", "sketch", "story"]
 PLOTS = Path(__file__).with_name("plots")
 SHARED = "shared.txt"
 THE_END = 0.2
-ANIMALS = 0.45
 
 
 @functools.cache
@@ -36,12 +35,11 @@ def sentences() -> dict[str, list[str]]:
 def story(seed: int) -> str:
     """One story of three or four paragraphs, about 100 to 250 words; `seed` decides everything in it.
 
-    A plot's flag `child` or `animal` says who its hero must be, and `not-frog` that no frog takes part.
+    A plot's flag `child` or `animal` says who its hero must be.
     """
     rng = random.Random(seed)
     plot = rng.choice(plots())
-    animal = "animal" in plot.flags or ("child" not in plot.flags and rng.random() < ANIMALS)
-    words = cast(animal, rng, {flag[4:] for flag in plot.flags if flag.startswith("not-")})
+    words = cast(rng, "animal" in plot.flags if plot.flags & {"child", "animal"} else None)
     paragraphs = outline(plot, rng)
     if rng.random() < THE_END:
         paragraphs[-1] += " {THE_END}"
@@ -51,5 +49,5 @@ def story(seed: int) -> str:
 def sketch(seed: int) -> str:
     """A few sentences about one or two characters, without a plot."""
     rng = random.Random(seed)
-    words = cast(rng.random() < ANIMALS, rng)
+    words = cast(rng)
     return tidy(expand(rng.choice(sentences()["SKETCH"]), words, sentences(), rng))

@@ -3,106 +3,83 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Set
 from dataclasses import dataclass
 
 from . import words
 
-PRONOUNS = {"girl": ("she", "her", "her", "herself"), "boy": ("he", "him", "his", "himself")}
-INVENTED_NAMES = 0.15
-
 
 @dataclass(frozen=True)
 class Character:
-    """A child or an animal with a name; `kind` is what it is called before its name is known."""
+    """Someone of the village, and what is always the same about them: a small model can learn that by heart."""
 
     name: str
-    gender: str
-    kind: str
+    species: str
+    friend: str
+    elder: str
+    color: str
+    toy: str
+    keepsake: str
+    treats: str
+    fruit: str
+    place: str
 
-    def words(self, prefix: str = "") -> dict[str, str]:
-        """The pronouns as template keys: he, him, his, himself."""
-        return {
-            prefix + key: word for key, word in zip(("he", "him", "his", "himself"), PRONOUNS[self.gender], strict=True)
-        }
+    @property
+    def is_animal(self) -> bool:
+        return self.species not in ("girl", "boy")
 
-
-def invented_name(gender: str, rng: random.Random) -> str:
-    """A name that can be spoken and is in no list."""
-    end = rng.choice(words.GIRL_END if gender == "girl" else words.BOY_END)
-    return rng.choice(words.NAME_START) + rng.choice(words.NAME_MIDDLE) + rng.choice(words.NAME_LINK) + end
-
-
-def character(animal: bool, rng: random.Random, banned: Set[str], other: Character | None = None) -> Character:
-    """A new character, of none of the banned species and with another name than the other one."""
-    gender = rng.choice(("girl", "boy"))
-    if animal:
-        names = words.ANIMAL_GIRLS if gender == "girl" else words.ANIMAL_BOYS
-        if rng.random() < 0.3:
-            names = words.GIRLS if gender == "girl" else words.BOYS
-        kind = rng.choice([species for species in words.SPECIES if species not in banned])
-        kind = rng.choice(("", "little ", "little ", "small ", "young ")) + kind
-    else:
-        names = words.GIRLS if gender == "girl" else words.BOYS
-        kind = rng.choice(words.GIRL_KINDS if gender == "girl" else words.BOY_KINDS)
-    name = invented_name(gender, rng) if rng.random() < INVENTED_NAMES else rng.choice(names)
-    if other is not None and name == other.name:
-        return character(animal, rng, banned, other)
-    return Character(name, gender, kind)
+    @property
+    def hand(self) -> str:
+        """What this one holds things with."""
+        return "paw" if self.is_animal else "hand"
 
 
-def hand(person: Character) -> str:
-    """What this one holds things with."""
-    species = person.kind.split()[-1]
-    if species in ("owl", "duck"):
-        return "wing"
-    return "paw" if species in words.SPECIES and species not in ("frog", "turtle") else "hand"
+GIRLS, BOYS = ({row[0]: Character(*row) for row in rows} for rows in (words.GIRLS, words.BOYS))
+EVERYONE = GIRLS | BOYS
 
 
-def cast(animal: bool, rng: random.Random, banned: Set[str] = frozenset()) -> dict[str, str]:
-    """Choose everyone and everything of one story, as template keys; no animal of a banned species takes part."""
-    hero = character(animal, rng, banned)
-    friend = character(animal, rng, banned | {hero.kind.split()[-1]}, hero)
-    elder_gender = rng.choice(("girl", "boy"))
-    elder = rng.choice(words.GIRL_ELDERS if elder_gender == "girl" else words.BOY_ELDERS)
-    title, *worker = rng.choice(words.WORKERS)
-    in_place, to_place, place, spots = rng.choice(words.PLACES)
-    fruit = rng.choice(sorted(words.FRUITS))
-    taken = {person.kind.split()[-1] for person in (hero, friend)}
-    color, color2 = rng.sample(words.COLORS, 2)
+def pronouns(female: bool, prefix: str = "") -> dict[str, str]:
+    """The pronouns as template keys: he, him, his, himself."""
+    forms = ("she", "her", "her", "herself") if female else ("he", "him", "his", "himself")
+    return {prefix + key: form for key, form in zip(("he", "him", "his", "himself"), forms, strict=True)}
+
+
+def cast(rng: random.Random, animal: bool | None = None) -> dict[str, str]:
+    """Choose a hero, an animal or a child or (None) any, and with it everything of one story, as template keys."""
+    hero = rng.choice([one for one in EVERYONE.values() if animal is None or one.is_animal == animal])
+    friend = EVERYONE[hero.friend]
+    is_girl = hero.name in GIRLS
+    in_place, spots = words.PLACES[hero.place]
     trait, trait_b = rng.sample(words.TRAITS, 2)
     return {
         "hero": hero.name,
-        "kind": hero.kind,
-        "hand": hand(hero),
-        "fhand": hand(friend),
+        "kind": f"little {hero.species}",
+        "hand": hero.hand,
+        "fhand": friend.hand,
         "trait": trait,
         "trait_b": trait_b,
         "loves": rng.choice(words.LOVES),
-        "home": rng.choice(words.ANIMAL_HOMES if animal else words.HOMES),
-        **hero.words(),
+        "home": rng.choice(words.ANIMAL_HOMES if hero.is_animal else words.HOMES),
+        **pronouns(is_girl),
         "friend": friend.name,
-        "fkind": friend.kind,
-        **friend.words("f"),
-        "elder": elder,
-        **Character(elder, elder_gender, elder).words("e"),
-        "worker": f"{title} {rng.choice(words.SURNAMES)}",
-        **dict(zip(("whe", "whim", "whis"), worker, strict=True)),
+        "fkind": f"little {friend.species}",
+        **pronouns(not is_girl, "f"),
+        "elder": hero.elder,
+        **pronouns(not is_girl, "e"),
+        "worker": words.MR if is_girl else words.MRS,
+        **pronouns(not is_girl, "w"),
         "in_place": in_place,
-        "to_place": to_place,
-        "place": place,
+        "to_place": f"to the {hero.place}",
+        "place": f"the {hero.place}",
         "spot": rng.choice(spots),
-        "lost_one": rng.choice(
-            [name for name in words.LOST_ONES if name not in taken and name.removeprefix("baby ") not in taken]
-        ),
-        "color": color,
-        "color_b": color2,
-        "toy": rng.choice(words.TOYS),
-        "keepsake": rng.choice(words.KEEPSAKES),
-        "fruit": fruit,
-        "fruits": words.FRUITS[fruit],
-        "treats": rng.choice(words.TREATS),
-        "cake": rng.choice(words.CAKES),
+        "lost_one": rng.choice(words.LOST_ONES),
+        "color": hero.color,
+        "color_b": friend.color,
+        "toy": hero.toy,
+        "keepsake": hero.keepsake,
+        "fruit": hero.fruit,
+        "fruits": words.FRUITS[hero.fruit],
+        "treats": hero.treats,
+        "cake": f"{hero.fruit} cake",
         "soup": rng.choice(words.SOUPS),
         "flowers": rng.choice(words.FLOWERS),
         "number": rng.choice(words.NUMBERS),
