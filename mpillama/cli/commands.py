@@ -23,6 +23,7 @@ from mpillama.cli.options import (
     Option,
     sampling_params,
 )
+from mpillama.cli.serve_options import SERVE, check_serve
 from mpillama.errors import UsageError
 
 
@@ -166,6 +167,18 @@ COMMANDS = (
         BENCH,
         "mpillama.cli.bench:run",
         check_bench,
+    ),
+    Command(
+        "serve",
+        "answer requests over HTTP: OpenAI's API, and a chat page",
+        (
+            "mpirun -n 4 mpillama serve -m model.gguf",
+            "mpirun -n 4 mpillama serve -m model.gguf --host 0.0.0.0 --api-key SECRET -np 64",
+            "srun mpillama serve -m model.gguf --host $HOME/model.sock",
+        ),
+        SERVE,
+        "mpillama.cli.serve:run",
+        check_serve,
     ),
     Command(
         "batch",

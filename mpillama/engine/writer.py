@@ -68,12 +68,22 @@ class Writer:
         if self.params.max_tokens == 0:
             output.finish_reason = "length"
             return output
-        began = time.perf_counter()
         try:
-            token = self._choose(logits)
+            token = self._sample(output, logits)
+            if token in self._eog or token in self.params.stop_tokens:
+                output.finish_reason, output.stop_reason = "stop", None if token in self._eog else token
+                output.logprobs.clear()
+                output.text = self._rest()
+            else:
+                self._append(output, token, n_past)
         except UserError as error:
+            # It concerns this request, not the others: NaN, a grammar that leads nowhere, an id without a text.
             output.finish_reason, output.stop_reason = "error", error.line
-            return output
+        return output
+
+    def _sample(self, output: Output, logits: np.ndarray) -> int:
+        began = time.perf_counter()
+        token = self._choose(logits)
         self._sampler.accept(token)
         self.n_sampled += 1
         if self.params.logprobs is not None or self._ranked:
@@ -82,12 +92,10 @@ class Writer:
             if self.params.logprobs is not None:
                 output.logprobs.append(logprob)
         self.sample_seconds += time.perf_counter() - began
+        return token
 
-        if token in self._eog or token in self.params.stop_tokens:
-            output.finish_reason, output.stop_reason = "stop", None if token in self._eog else token
-            output.logprobs.clear()
-            output.text = self._rest()
-            return output
+    def _append(self, output: Output, token: int, n_past: int) -> None:
+        """Add a token to the text, and see whether it is the last one."""
         self._n_written += 1
         output.tokens.append(token)
         if self._constraint is not None:
@@ -98,7 +106,7 @@ class Writer:
             output.text = self._stops.push(self._decoder.push(token))
         if self._stops.found:
             output.finish_reason, output.stop_reason = "stop", self._stops.found
-            return output
+            return
         if self._constraint is not None and self._constraint.finished:
             output.finish_reason = "stop"
         elif self._n_written == self.params.max_tokens:
@@ -107,7 +115,6 @@ class Writer:
             output.finish_reason, output.stop_reason = "length", "context"
         if output.finish_reason:
             output.text += self._rest()
-        return output
 
     def _choose(self, logits: np.ndarray) -> int:
         forced = self._reasoning.forced() if self._reasoning is not None else None

@@ -13,6 +13,7 @@ from mpillama.openai.context import Context
 from mpillama.openai.embeddings import EmbeddingCall
 from mpillama.openai.errors import ApiError
 from mpillama.openai.fields import Fields
+from mpillama.openai.responses import ResponsesCall
 
 __all__ = ["CALLS", "Call", "open_call"]
 
@@ -21,6 +22,7 @@ CALLS: Mapping[str, Callable[[Context, Fields, str], Call]] = MappingProxyType(
         "/v1/chat/completions": ChatCall,
         "/v1/completions": CompletionCall,
         "/v1/embeddings": EmbeddingCall,
+        "/v1/responses": ResponsesCall,
         "/completion": NativeCall,
     }
 )

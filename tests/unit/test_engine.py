@@ -273,13 +273,17 @@ def test_an_error_of_one_request_ends_only_that() -> None:
         def fork(self) -> Nothing:
             return self
 
-    engine = engine_of(Script(ids_of("fine")))
+    engine = Engine(Script(ids_of("fine"), n_vocab=len(WORDS) + 1), tokenizer_of(), len(WORDS) + 1, 512, 64, 512, 4)
     engine.add(Request("a", (BOS,), RequestParams(sampling=GREEDY, constraint=Nothing([], False, False))))
     engine.add(Request("b", (BOS,), RequestParams(sampling=GREEDY)))
+    # A vocabulary may be padded: there are logits for ids that have no text.
+    bias = SamplingParams(temp=0.0, logit_bias=((len(WORDS), 99.0),))
+    engine.add(Request("c", (BOS,), RequestParams(sampling=bias)))
     outputs = run(engine)
-    (failed,) = [output for output in outputs if output.request_id == "a"]
-    assert failed.finish_reason == "error"
-    assert "grammar" in str(failed.stop_reason)
+    for id, word in (("a", "grammar"), ("c", f"no token {len(WORDS)}")):
+        (failed,) = [output for output in outputs if output.request_id == id]
+        assert failed.finish_reason == "error"
+        assert word in str(failed.stop_reason)
     assert "".join(output.text for output in outputs) == "fine"
 
 

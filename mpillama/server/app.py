@@ -1,0 +1,258 @@
+"""The routes of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mpillama.openai.calls import Call, open_call
+from mpillama.openai.context import Context
+from mpillama.openai.errors import ApiError, as_bad_request, bad
+from mpillama.openai.fields import Fields, parse_json
+from mpillama.openai.messages import render_prompt
+from mpillama.openai.tools import read_tools
+from mpillama.server.bridge import Bridge
+from mpillama.server.front import Front
+from mpillama.server.metrics import render
+from mpillama.server.openapi import document
+from mpillama.server.settings import Settings
+from mpillama.server.streams import GONE, Answer, json_response, read_body
+
+# Parsing and tokenizing, of which long prompts need a lot; it must not hold up the streams.
+_N_WORKERS = 4
+
+_CALLS = {
+    "/v1/chat/completions": "/v1/chat/completions",
+    "/chat/completions": "/v1/chat/completions",
+    "/v1/completions": "/v1/completions",
+    "/completions": "/v1/completions",
+    "/completion": "/completion",
+    "/v1/embeddings": "/v1/embeddings",
+    "/embeddings": "/v1/embeddings",
+    "/v1/responses": "/v1/responses",
+    "/responses": "/v1/responses",
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is known once the model has been loaded: what calls are read against, and what people may ask about it."""
+
+    context: Context
+    meta: dict[str, Any]
+    path: str
+
+
+class Api:
+    """The application.
+
+    Args:
+        bridge: to the engine.
+        settings: limits.
+        note: called with a line about each request.
+
+    Attributes:
+        app: for the HTTP server.
+        served: set when the model has been loaded.
+    """
+
+    def __init__(self, bridge: Bridge, settings: Settings, note: Callable[[str], None]) -> None:
+        self.served: Served | None = None
+        self._bridge, self._settings = bridge, settings
+        self._workers = ThreadPoolExecutor(_N_WORKERS, "parse")
+        routes = [Route(path, self._call, methods=["POST"]) for path in _CALLS]
+        for names, endpoint, method in (
+            (("/",), self._page, "GET"),
+            (("/health", "/v1/health"), self._health, "GET"),
+            (("/v1/models", "/models"), self._models, "GET"),
+            (("/props",), self._props, "GET"),
+            (("/slots",), self._slots, "GET"),
+            (("/metrics",), self._metrics, "GET"),
+            (("/openapi.json",), self._openapi, "GET"),
+            (("/tokenize",), self._tokenize, "POST"),
+            (("/detokenize",), self._detokenize, "POST"),
+            (("/apply-template",), self._apply_template, "POST"),
+        ):
+            routes += [Route(name, endpoint, methods=[method]) for name in names]
+        inner = Starlette(
+            routes=routes,
+            exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_error, ClientDisconnect: _on_gone},
+        )
+        self._front = Front(_Guard(inner), settings, note)
+
+    @property
+    def app(self) -> ASGIApp:
+        """For the HTTP server."""
+        return self._front
+
+    def _loaded(self) -> Served:
+        if self.served is None:
+            raise ApiError(503, "the model is being loaded", code="loading")
+        return self.served
+
+    async def _in_worker(self, request: Request, make: Callable[[Context, Any], Any]) -> Any:
+        """Read the body, and parse it where it does not hold up others."""
+        context = self._loaded().context
+        body = await read_body(request, self._settings)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, lambda: make(context, parse_json(body)))
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    async def _call(self, request: Request) -> Any:
+        self._bridge.check_room()
+        url = _CALLS[request.url.path]
+        call: Call = await self._in_worker(request, lambda context, body: open_call(context, url, body))
+        return Answer(self._bridge.submit(call), self._settings)
+
+    # -- texts and tokens ------------------------------------------------------------------------------------------
+
+    async def _tokenize(self, request: Request) -> Response:
+        return json_response(await self._in_worker(request, _tokenize))
+
+    async def _detokenize(self, request: Request) -> Response:
+        return json_response(await self._in_worker(request, _detokenize))
+
+    async def _apply_template(self, request: Request) -> Response:
+        def make(context: Context, body: Any) -> Any:
+            fields = Fields(body)
+            return {"prompt": render_prompt(context, fields, read_tools(fields))}
+
+        return json_response(await self._in_worker(request, make))
+
+    # -- about the server ------------------------------------------------------------------------------------------
+
+    async def _page(self, request: Request) -> Response:
+        page = files("mpillama.server").joinpath("index.html").read_text(encoding="utf-8")
+        # The page needs nothing from elsewhere, and shows what a model has written.
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
+
+    async def _health(self, request: Request) -> Response:
+        self._bridge.check_room(0)
+        return json_response({"status": "ok"})
+
+    async def _models(self, request: Request) -> Response:
+        served = self._loaded()
+        model = {
+            "id": served.context.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "mpillama",
+            "meta": served.meta,
+        }
+        return json_response({"object": "list", "data": [model]})
+
+    async def _props(self, request: Request) -> Response:
+        served = self._loaded()
+        context, tokenizer = served.context, served.context.tokenizer
+        sampling = {name: getattr(context.sampling, name) for name in context.sampling.__dataclass_fields__}
+        sampling["logit_bias"] = [
+            [token, bias if abs(bias) < 1e38 else False] for token, bias in sampling["logit_bias"]
+        ]
+        return json_response(
+            {
+                "default_generation_settings": {"n_ctx": context.n_ctx, "params": sampling},
+                "total_slots": context.n_parallel,
+                "model_alias": context.name,
+                "model_path": served.path,
+                "chat_template": context.template.source if context.template else "",
+                "bos_token": tokenizer.token_text(tokenizer.bos_id) if tokenizer.bos_id is not None else "",
+                "eos_token": tokenizer.token_text(tokenizer.eos_id) if tokenizer.eos_id is not None else "",
+                "modalities": {"vision": False, "audio": False},
+                "build_info": served.meta.get("build", ""),
+            }
+        )
+
+    async def _slots(self, request: Request) -> Response:
+        n, n_ctx = self._loaded().context.n_parallel, self._loaded().context.n_ctx
+        slots: list[dict[str, Any]] = []
+        for ticket in dict.fromkeys(self._bridge.tickets.values()):
+            task = {"id_task": ticket.call.id, "n_prompt_tokens": ticket.call.n_prompt, "n_decoded": ticket.n_generated}
+            slots.append({"id": len(slots), "n_ctx": n_ctx, "is_processing": True, **task})
+        slots += [{"id": i, "n_ctx": n_ctx, "is_processing": False} for i in range(len(slots), n)]
+        return json_response(slots)
+
+    async def _metrics(self, request: Request) -> Response:
+        text = render(self._bridge.stats, self._bridge.totals, self._front.answers)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def _openapi(self, request: Request) -> Response:
+        return json_response(document())
+
+
+class _Guard:
+    """Tells a client of a mistake of ours, and the log where it was."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noting_send(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except Exception:
+            sys.stderr.write(f"mpillama serve: {scope['method']} {scope['path']!r}:\n{traceback.format_exc()}")
+            if not begun:
+                error = ApiError(500, "the server has made a mistake; its log says more")
+                await json_response(error.body(), 500)(scope, receive, send)
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return json_response(error.body(), error.status)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = "there is no such path" if error.status_code == 404 else f"{request.method} is not for this path"
+    response = json_response(ApiError(error.status_code, f"{message}; see /openapi.json").body(), error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=GONE)
+
+
+def _tokenize(context: Context, body: Any) -> Any:
+    fields = Fields(body)
+    content, tokenizer = fields.string("content"), context.tokenizer
+    ids = tokenizer.encode(content, fields.boolean("add_special"), fields.boolean("parse_special", True))
+    if not fields.boolean("with_pieces"):
+        return {"tokens": ids}
+    return {"tokens": [{"id": id_, "piece": _piece(tokenizer.token_bytes(id_, special=True))} for id_ in ids]}
+
+
+def _piece(data: bytes) -> str | list[int]:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+def _detokenize(context: Context, body: Any) -> Any:
+    ids = Fields(body).array("tokens")
+    if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
+        raise bad("tokens must be an array of token ids", "tokens")
+    with as_bad_request("tokens"):
+        return {"content": context.tokenizer.decode(ids, special=True)}
