@@ -85,6 +85,14 @@ def start(place: Launch) -> World:
     return MPIWorld()
 
 
+class StrandedWorld(SoloWorld):
+    """A rank that could not join the others, and why: for commands that find out what is wrong."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
 class Interrupts:
     """Turns Ctrl-C and SIGTERM into a request to stop between two steps; asked a second time, they stop at once.
 
@@ -119,14 +127,25 @@ class Stopped(BaseException):
         self.exit_code = exit_code
 
 
-def run(main: Callable[[World, Interrupts], int]) -> int:
-    """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once."""
+def run(main: Callable[[World, Interrupts], int], stranded: bool = False) -> int:
+    """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once.
+
+    With ``stranded``, where the ranks cannot join, the first runs it alone in a `StrandedWorld`.
+    """
     place = launch(os.environ)
     interrupts = Interrupts()
     interrupts.install()
     world: World | None = None
     try:
-        world = start(place)
+        try:
+            world = start(place)
+        except UserError as error:
+            if not stranded:
+                raise
+            if place.rank:
+                # Not a failure, for which launchers would end the first rank too.
+                return 0
+            world = StrandedWorld(error.line)
         code = main(world, interrupts)
         world.close()
         return code

@@ -1,7 +1,8 @@
 """Walking a model: its own text, run on shapes, tells what each rank computes, sends and holds in a step.
 
 Blocks whose tensors have the same shapes and types, and whose attention has the same window, do the same work; one of
-each kind is walked. The last block is a kind of its own: it drops the tokens whose logits nobody wants.
+each kind is walked. The first block is a kind of its own, as it completes the embedding, and so is the last, which drops
+the tokens whose logits nobody wants.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class PlanModel:
 
     Attributes:
         kinds: for each block, the index into ``examples`` of the block that it is like.
-        examples: a block of each kind, in order of first appearance; the last block is always one of its own.
+        examples: a block of each kind, in order of first appearance.
         by_block: tensors of each block, and under -1 those outside of blocks.
     """
 
@@ -49,8 +50,8 @@ class PlanModel:
         self.examples: list[int] = []
         known: dict[object, int] = {}
         for il in range(self.cfg.n_layer):
-            last = il == self.cfg.n_layer - 1
-            kind = known.setdefault((self._signature(il), last), len(known))
+            ends = il == 0, il == self.cfg.n_layer - 1
+            kind = known.setdefault((self._signature(il), *ends), len(known))
             if kind == len(self.examples):
                 self.examples.append(il)
             self.kinds.append(kind)
