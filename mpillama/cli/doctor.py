@@ -28,6 +28,7 @@ from mpillama.spmd import Interrupts, StrandedWorld, launch
 _SMALL, _LARGE = 8, 1 << 20
 _SIZES = (_SMALL, 16 << 10, _LARGE)
 _LONG = 4 << 20
+_TYPES = ("Q4_K", "Q6_K", "Q8_0")
 
 
 def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
@@ -38,7 +39,7 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     alone = world.size == 1
     mpi = _mpi_facts_apart() if alone else _mpi_facts()
     ranks = world.gather(rank_facts(environ, available_memory()))
-    times = {} if alone or args.quick and not args.save else _times(world)
+    times = {} if alone or (args.quick and not args.save) else _times(world)
     model = _model(args.model, world) if args.model else {}
     tables = _measure(args, world, times) if args.save and not stranded else {}
     if world.rank != 0:
@@ -75,7 +76,8 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
 def _as_json(job: Job, found: list[Finding]) -> dict[str, Any]:
     facts = asdict(job)
     facts["times"] = [
-        {"where": where, "what": what, "bytes": n, "seconds": seconds} for (where, what, n), seconds in job.times.items()
+        {"where": where, "what": what, "bytes": n, "seconds": seconds}
+        for (where, what, n), seconds in job.times.items()
     ]
     return {
         "mpillama": __version__,
@@ -155,11 +157,12 @@ def _model(path: Path, world: World) -> dict[str, Any]:
 def _measure(args: Namespace, world: World, times: dict[tuple[str, str, int], float]) -> dict[str, Any]:
     """Measure all that a cluster file holds; the result counts on rank 0."""
     known = {type.name: type for type in RANDOM_TYPES}
-    unknown = next((name for name in args.types if name not in known), None)
+    types = args.types or _TYPES
+    unknown = next((name for name in types if name not in known), None)
     if unknown:
         raise UsageError(f"--types: {unknown!r} cannot be measured; there are {', '.join(sorted(known))}")
     backend, n_threads = open_backend(args, world)
-    device = measure_device(world, backend, n_threads, [known[name] for name in args.types])
+    device = measure_device(world, backend, n_threads, [known[name] for name in types])
     device["memory_gb"] = min(world.gather(available_memory()), default=GIB) / world.local_size / GIB
     tables: dict[str, Any] = {
         "hosts": len(set(world.hosts)),

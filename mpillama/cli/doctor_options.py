@@ -6,7 +6,14 @@ from mpillama.cli import values
 from mpillama.cli.options import BACKEND, LOGGING, Option
 
 DOCTOR = (
-    Option(("-m", "--model"), "also look at this model file, and read a part of it", values.path, None, "FNAME", group="doctor"),
+    Option(
+        ("-m", "--model"),
+        "also look at this model file, and read a part of it",
+        values.path,
+        None,
+        "FNAME",
+        group="doctor",
+    ),
     Option(("--json",), "print JSON, with the facts of each rank", None, False, group="doctor"),
     Option(("--quick",), "time no messages between ranks", None, False, group="doctor"),
     Option(
@@ -21,7 +28,7 @@ DOCTOR = (
         ("--types",),
         "tensor types whose products --save measures",
         lambda text: tuple(text.upper().split(",")),
-        ("Q4_K", "Q6_K", "Q8_0"),
+        None,
         "TYPE,...",
         shown="Q4_K,Q6_K,Q8_0",
         group="doctor",

@@ -15,8 +15,8 @@ from mpillama.bench.shapes import shape_header, split_spec
 from mpillama.cli.session import model_path
 from mpillama.errors import UserError
 from mpillama.gguf.reader import read_header
-from mpillama.plan.cluster import Cluster, make_cluster, read_cluster
 from mpillama.gguf.types import GGMLType
+from mpillama.plan.cluster import Cluster, make_cluster, read_cluster
 from mpillama.plan.layouts import Planner, Workload
 from mpillama.plan.measure import measurable
 from mpillama.plan.report import as_json, as_text, job_script
@@ -67,7 +67,9 @@ def _model(args: Namespace) -> tuple[PlanModel, str]:
     """Return the model, and the flag that names it in a job script."""
     if args.shape:
         name, kind = split_spec(args.shape)
-        return PlanModel(f"{name}:{kind}", shape_header(args.shape), args.ctx_size), '-m "${MODEL:?path of the GGUF file}"'
+        return PlanModel(
+            f"{name}:{kind}", shape_header(args.shape), args.ctx_size
+        ), '-m "${MODEL:?path of the GGUF file}"'
     path = model_path(args)
     header = read_header(path)
     for key, value in args.override_kv:

@@ -1,1 +1,1 @@
-"""What is right and what is wrong with a job: facts of each rank, messages timed between them, and findings with fixes."""
+"""What is right and wrong with a job: facts of each rank, messages timed between them, and findings with fixes."""

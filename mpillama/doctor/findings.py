@@ -1,4 +1,4 @@
-"""From facts to findings: one line each, with the fix. Pure functions, so that they can be tried on any cluster's facts."""
+"""From facts to findings: one line each, with the fix. Pure functions, so that any cluster's facts can be tried."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ def _ranks(job: Job) -> Iterator[Finding]:
         )
     versions = {facts.python for facts in job.ranks}
     if len(versions) > 1:
-        yield Finding("warn", "ranks", f"hosts run different Pythons ({_some(sorted(versions))})", "use one environment")
+        yield Finding(
+            "warn", "ranks", f"hosts run different Pythons ({_some(sorted(versions))})", "use one environment"
+        )
 
 
 def _mpi(job: Job) -> Iterator[Finding]:
@@ -140,7 +142,8 @@ def _mpi(job: Job) -> Iterator[Finding]:
     yield Finding(
         "ok",
         "MPI",
-        f"{mpi['name']} {mpi['version']} (MPI {mpi['standard']}, mpi4py {mpi['mpi4py']}, threads {mpi['threads']}), {gpu}",
+        f"{mpi['name']} {mpi['version']} (MPI {mpi['standard']}, mpi4py {mpi['mpi4py']}, threads {mpi['threads']}), "
+        f"{gpu}",
     )
 
 
@@ -158,7 +161,10 @@ def _cores(job: Job) -> Iterator[Finding]:
             yield Finding("ok", "cores", text + (", each may use all of them" if len(ranks) > 1 else ""))
             if len(union) == 1 < n:
                 yield Finding(
-                    "warn", "cores", f"{host}: bound to a single core", "--cpus-per-task (srun), --bind-to none (Open MPI)"
+                    "warn",
+                    "cores",
+                    f"{host}: bound to a single core",
+                    "--cpus-per-task (srun), --bind-to none (Open MPI)",
                 )
             continue
         elif sum(map(len, sets)) > len(union):
@@ -172,7 +178,9 @@ def _cores(job: Job) -> Iterator[Finding]:
             each = sorted({len(own) for own in sets})
             text += f", bound to {each[0] if len(each) == 1 else f'{each[0]} to {each[-1]}'} each, no overlap"
             if each[0] == 1 and len(union) < n:
-                yield Finding("warn", "cores", text, "--cpus-per-task (srun), --bind-to none (Open MPI) use the others too")
+                yield Finding(
+                    "warn", "cores", text, "--cpus-per-task (srun), --bind-to none (Open MPI) use the others too"
+                )
             else:
                 yield Finding("ok", "cores", text)
 
@@ -192,7 +200,10 @@ def _gpus(job: Job) -> Iterator[Finding]:
         hidden = [r for r in ranks if r.visible is not None and not r.visible.strip()]
         if hidden:
             yield Finding(
-                "warn", "GPUs", f"{text}; {len(hidden)} ranks may use none", "ask the batch system for them: --gpus-per-node"
+                "warn",
+                "GPUs",
+                f"{text}; {len(hidden)} ranks may use none",
+                "ask the batch system for them: --gpus-per-node",
             )
         else:
             yield Finding("ok", "GPUs", text)
@@ -204,7 +215,9 @@ def _gpus(job: Job) -> Iterator[Finding]:
             yield Finding("note", "GPUs", f"{host}: CuPy cannot be imported, so GPUs stay unused", "pip install cupy")
         elif not facts.nccl:
             yield Finding(
-                "warn", "GPUs", f"{host}: CuPy {facts.cupy} finds no {'NCCL' if facts.maker == 'NVIDIA' else 'RCCL'}",
+                "warn",
+                "GPUs",
+                f"{host}: CuPy {facts.cupy} finds no {'NCCL' if facts.maker == 'NVIDIA' else 'RCCL'}",
                 "pip install the nvidia-nccl package of CuPy's CUDA version, or load the module",
             )
         else:
@@ -231,7 +244,8 @@ def _memory(job: Job) -> Iterator[Finding]:
             yield Finding(
                 "warn",
                 "memory",
-                f"{host}: /dev/shm has {format_bytes(left)} free of {format_bytes(total)}; MPI and NCCL pass messages there",
+                f"{host}: /dev/shm, where MPI and NCCL pass messages, has {format_bytes(left)} free of "
+                f"{format_bytes(total)}",
                 "remove leftovers of dead jobs, or give the container more (--shm-size 1g)",
             )
 

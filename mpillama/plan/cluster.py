@@ -1,7 +1,7 @@
 """What a cluster is to the cost model: devices, the links between them, and how many there are of each.
 
-The tables hold what vendors publish (peak rates) and a share of it that programs are taken to reach; nothing in them was
-measured here. `mpillama doctor --save cluster.toml` measures, and every number can be given in such a file.
+The tables hold what vendors publish (peak rates) and a share of it that programs are taken to reach; nothing in them
+was measured here. `mpillama doctor --save cluster.toml` measures, and every number can be given in such a file.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -31,7 +30,7 @@ class Cost:
     ``overhead`` is what starting ops and collectives takes, and what passes between steps.
     """
 
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -40,14 +39,14 @@ class Cost:
 
     def add(self, category: str, seconds: float) -> None:
         """Count more time."""
-        self.seconds[category] += seconds
+        self.seconds[category] = self.seconds.get(category, 0.0) + seconds
 
     def plus(self, other: Cost, times: float = 1.0) -> Cost:
         """Return the sum."""
-        result = Counter(self.seconds)
+        result = Cost(dict(self.seconds))
         for category, seconds in other.seconds.items():
-            result[category] += seconds * times
-        return Cost(result)
+            result.add(category, seconds * times)
+        return result
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Layouts of a model on a cluster: which there are, whether they fit, and what they would reach.
 
-A layout is TP x PP x DP: ranks that share every block, stages of contiguous blocks, and replicas. Consecutive ranks make
-a tensor-parallel group, consecutive groups the stages of a replica.
+A layout is TP x PP x DP: ranks that share every block, stages of contiguous blocks, and replicas. Consecutive ranks
+make a tensor-parallel group, consecutive groups the stages of a replica.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def _place(event: Event) -> str:
 
 
 def work_per_step(planner: Planner, layout: Layout) -> dict[str, dict[str, float]]:
-    """Return what the busiest rank of one tensor-parallel group does in all stages' blocks together, by kind of step."""
+    """Return what the busiest rank of a tensor-parallel group does, all stages together, by kind of step."""
     n_seqs = -(-planner.work.n_seqs // layout.dp)
     result = {}
     for name, step in (("prompt", planner.prefill_step(n_seqs)), ("generation", planner.decode_step(n_seqs))):
@@ -95,7 +95,8 @@ def as_text(planner: Planner, layouts: Sequence[Layout]) -> list[str]:
     model, work, cluster = planner.model, planner.work, planner.cluster
     fitting = [layout for layout in layouts if layout.fits]
     lines = [
-        f"model    {model.name}: {model.n_params / 1e9:.3g}e9 weights, {_size(model.nbytes)}, {model.cfg.n_layer} blocks",
+        f"model    {model.name}: {model.n_params / 1e9:.3g}e9 weights, {_size(model.nbytes)}, "
+        f"{model.cfg.n_layer} blocks",
         f"cluster  {_cluster_text(cluster)}",
         f"work     {work.n_seqs} sequence{'s' * (work.n_seqs > 1)} of {work.n_prompt} + {work.n_gen} tokens, context "
         f"{work.n_ctx}, KV {work.type_k}/{work.type_v}, {work.n_ubatch} tokens a step",
@@ -143,8 +144,10 @@ def why(planner: Planner, layouts: Sequence[Layout]) -> str:
     """Return in words what the best layout's time goes into, and how much slower the best of another kind is."""
     best = layouts[0]
     total = best.decode_cost.total
-    shares = [(best.decode_cost.seconds[category] / total, category) for category in CATEGORIES]
-    spent = ", ".join(f"{100 * share:.0f} % {category}" for share, category in sorted(shares, reverse=True) if share > 0.02)
+    shares = [(best.decode_cost.seconds.get(category, 0.0) / total, category) for category in CATEGORIES]
+    spent = ", ".join(
+        f"{100 * share:.0f} % {category}" for share, category in sorted(shares, reverse=True) if share > 0.02
+    )
     text = f"a step of generation takes {1e3 * total:.3g} ms ({spent})"
     others = [x for x in layouts[1:] if x.fits and x.tp != best.tp]
     if others:
@@ -161,8 +164,8 @@ def _advice(least: Layout) -> str:
     memory = least.memory
     if memory.total - memory.kv > memory.available:
         return (
-            f"{least.name} needs {_size(memory.weights)} for weights on the fullest rank, of {_size(memory.available)}; "
-            "take more hosts, or a type with fewer bits"
+            f"{least.name} needs {_size(memory.weights)} for weights on the fullest rank, of "
+            f"{_size(memory.available)}; take more hosts, or a type with fewer bits"
         )
     return (
         f"{least.name} needs {_size(memory.total)} on the fullest rank, of {_size(memory.available)}; with -c "
@@ -198,9 +201,9 @@ def _cluster_text(cluster: Cluster) -> str:
     device, within, between = cluster.device, cluster.within, cluster.between
     measured = f", {', '.join(device.types)} as measured" if device.types else ""
     return (
-        f"{cluster.hosts} host{'s' * (cluster.hosts > 1)} x {cluster.per_host} {device.name} ({device.memory_gb:.4g} GiB, "
-        f"{device.memory_gbps:.4g} GB/s x {device.memory_reach:g}, {device.matrix_tflops:.4g} Tflop/s x "
-        f"{device.matrix_reach:g}, {device.op_us:.3g} us an op{measured}); within a host {within.name} "
+        f"{cluster.hosts} host{'s' * (cluster.hosts > 1)} x {cluster.per_host} {device.name} "
+        f"({device.memory_gb:.4g} GiB, {device.memory_gbps:.4g} GB/s x {device.memory_reach:g}, "
+        f"{device.matrix_tflops:.4g} Tflop/s x {device.matrix_reach:g}, {device.op_us:.3g} us an op{measured}); within a host {within.name} "
         f"({within.latency_us:.3g} us, {within.gbps:.3g} GB/s), between hosts {between.name} "
         f"({between.latency_us:.3g} us, {between.gbps:.3g} GB/s)"
     )

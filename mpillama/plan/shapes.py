@@ -310,12 +310,12 @@ class ShapeGroup:
         """Whether this is the first rank."""
         return self.rank == self._ranks[0]
 
-    def allreduce(self, x: Shaped) -> Shaped:
+    def allreduce(self, x: np.ndarray) -> np.ndarray:
         """Sum over the ranks, in place."""
         self.tape.add("allreduce", self.tape.product, act_bytes=float(_ELEMENT * x.size), n_tokens=x.shape[0])
         return x
 
-    def allgather(self, x: Shaped, cut: Cut) -> Shaped:
+    def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
         """Join slices."""
         shape = (*x.shape[:-1], cut.size)
         self.tape.add("allgather", self.tape.product, act_bytes=float(_ELEMENT * math.prod(shape)), n_tokens=x.shape[0])

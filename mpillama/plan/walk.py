@@ -1,8 +1,8 @@
 """Walking a model: its own text, run on shapes, tells what each rank computes, sends and holds in a step.
 
 Blocks whose tensors have the same shapes and types, and whose attention has the same window, do the same work; one of
-each kind is walked. The first block is a kind of its own, as it completes the embedding, and so is the last, which drops
-the tokens whose logits nobody wants.
+each kind is walked. The first block is a kind of its own, as it completes the embedding, and so is the last, which
+drops the tokens whose logits nobody wants.
 """
 
 from __future__ import annotations
