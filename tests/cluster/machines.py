@@ -1,8 +1,8 @@
 """Clusters on one machine, for the time of a test: a Slurm of two nodes, and two hosts with a network of their own.
 
 Both need root. The Slurm is the distribution's (slurmctld, slurmd, munged), on ports of its own, without systemd; its
-nodes are two daemons on this host. The hosts are namespaces: each has its own name, network, /dev/shm and processes' view
-of them, and a veth pair joins them; a look-alike of ssh starts processes there.
+nodes are two daemons on this host. The hosts are namespaces: each has its own name, network and /dev/shm, and a veth
+pair joins them; a look-alike of ssh starts processes there.
 """
 
 from __future__ import annotations

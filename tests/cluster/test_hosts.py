@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-
 from machines import MPILLAMA, ROOT, Hosts, clean_environment, two_hosts
 
 LAUNCH = [ROOT / "launch" / "hostfile.sh"]

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-
 from machines import MPILLAMA, ROOT, Slurm, clean_environment, is_open_mpi, slurm
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
