@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_WARM_UP = 10
+_WARM_UP = 3
 
 
 def mpi_facts() -> dict[str, Any]:

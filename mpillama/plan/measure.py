@@ -140,13 +140,17 @@ def _small_model(world: World, backend: Backend, alone: bool, op_us: float = 0.0
     n_ops = sum(times for event, times in events if not event.is_collective)
     n_collectives = sum(times for event, times in events if event.is_collective)
     _together(world)
-    n_steps = 200
-    for _ in range(20):
-        runner.run(batch)
-    began = time.perf_counter()
-    for _ in range(n_steps):
-        runner.run(batch)
-    passed_us = -_least(world, -(time.perf_counter() - began)) / n_steps * 1e6
+
+    def steps(n: int) -> float:
+        """Return the seconds of a step on the slowest rank."""
+        began = time.perf_counter()
+        for _ in range(n):
+            runner.run(batch)
+        return -_least(world, -(time.perf_counter() - began)) / n
+
+    steps(3)
+    # As many on each rank, and not for long where ranks have to wait for a core.
+    passed_us = 1e6 * steps(int(min(200.0, max(3.0, _SECONDS / steps(3)))))
     if alone:
         return passed_us / n_ops, 0.0
     return op_us, max(0.0, passed_us - n_ops * op_us) / max(1, n_collectives)

@@ -44,7 +44,7 @@ def test_doctor_over_two_hosts(hosts: Hosts) -> None:
     assert [rank["host"] for rank in found["ranks"]] == ["hA", "hA", "hB", "hB"]
     times = {(time["where"], time["what"], time["bytes"]): time["seconds"] for time in found["times"]}
     assert {where for where, _, _ in times} == {"within", "between"}
-    assert all(0 < seconds < 1 for seconds in times.values())
+    assert all(seconds > 0 for seconds in times.values())
     assert times["between", "ping-pong", 4 << 20] > times["between", "ping-pong", 8]
     # What was measured is what plan takes.
     plan = hosts.on("hA", [*MPILLAMA.split(), "plan", "--shape", "llama-1b:Q8_0", "--cluster", file, "--json"])
