@@ -1,8 +1,8 @@
 """Clusters on one machine, for the time of a test: a Slurm of two nodes, and two hosts with a network of their own.
 
 Both need root. The Slurm is the distribution's (slurmctld, slurmd, munged), on ports of its own, without systemd; its
-nodes are two daemons on this host. The hosts are namespaces: each has its own name, network and /dev/shm, and a veth
-pair joins them; a look-alike of ssh starts processes there.
+nodes are two daemons on this host, each with a /dev/shm of its own. The hosts are namespaces: each has its own name,
+network and /dev/shm, and a veth pair joins them; a look-alike of ssh starts processes there.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Slurm:
 @contextmanager
 def slurm() -> Iterator[Slurm]:
     """Start a Slurm of two nodes, and end it."""
-    need("slurmctld", "slurmd", "sbatch", "srun", "munged")
+    need("slurmctld", "slurmd", "sbatch", "srun", "munged", "unshare")
     # Not below pytest's folder: the path of a socket has room for about 100 characters.
     folder = Path(tempfile.mkdtemp(prefix="mpillama-slurm-"))
     pids: list[Path] = [folder / "munge" / "pid", folder / "slurmctld.pid"]
@@ -175,15 +175,17 @@ def _start_slurm(folder: Path, conf: Path, env: dict[str, str]) -> None:
     for command in (
         ["munged", "--force", *munge],
         ["slurmctld", "-f", str(conf)],
-        *(["slurmd", "-N", node, "-f", str(conf)] for node in ("n1", "n2")),
+        *(["unshare", "--mount", "bash", "-c", _OWN_SHM, "slurmd", node, str(conf)] for node in ("n1", "n2")),
     ):
         # Daemons keep what they inherit open: pipes would never end.
         with (folder / "start.log").open("ab") as log:
             code = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
         if code:
-            pytest.fail(f"{command[0]} does not start: {(folder / 'start.log').read_text()[-500:]}")
+            pytest.fail(f"{' '.join(command)} does not start: {(folder / 'start.log').read_text()[-500:]}")
 
 
+# MPICH's libraries on two nodes that share a /dev/shm take each other's files for their own at times.
+_OWN_SHM = 'mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && exec slurmd -N "$1" -f "$2"'
 _MUNGE_FILES = (
     ("key-file", "key"),
     ("socket", "sock"),
