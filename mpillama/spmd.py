@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TextIO
@@ -189,7 +190,9 @@ def mute(stream: TextIO) -> None:
 
 def let_rank_0_speak() -> None:
     """Wait, on a rank that fails as rank 0 does: launchers end all ranks as soon as the first has failed."""
-    time.sleep(_GRACE_AT_START)
+    # The launcher's signal to the rest is no news.
+    with suppress(Stopped):
+        time.sleep(_GRACE_AT_START)
 
 
 def _say(place: Launch, world: World | None, text: str, alone: bool) -> None:

@@ -82,3 +82,13 @@ def test_doctor_under_srun(cluster: Slurm) -> None:
     assert (found["launched"], found["world_size"]) == (4, 1)
     assert "started 4 processes" in found["stranded"]
     assert "--mpi=pmi2" in found["stranded"]
+
+
+def test_ranks_that_cannot_join_are_told_once(cluster: Slurm) -> None:
+    generate = [sys.executable, "-m", "mpillama", "generate", "-p", "Once", "-n", "2"]
+    told = cluster.run("srun", "-K1", "-N2", "--ntasks-per-node=2", "-t5", "--mpi=none", *generate)
+    assert told.returncode != 0
+    assert told.stderr.count("mpillama: error: ") == 1
+    assert "started 4 processes, but" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert told.stdout == ""
