@@ -158,9 +158,15 @@ def _measure(args: Namespace, world: World, times: dict[tuple[str, str, int], fl
     """Measure all that a cluster file holds; the result counts on rank 0."""
     known = {type.name: type for type in RANDOM_TYPES}
     types = args.types or _TYPES
-    unknown = next((name for name in types if name not in known), None)
-    if unknown:
-        raise UsageError(f"--types: {unknown!r} cannot be measured; there are {', '.join(sorted(known))}")
+
+    def check() -> None:
+        unknown = next((name for name in types if name not in known), None)
+        if unknown:
+            raise UsageError(f"--types: {unknown!r} cannot be measured; there are {', '.join(sorted(known))}")
+        if not args.save.absolute().parent.is_dir():
+            raise UsageError(f"--save {args.save}: the folder {args.save.parent} does not exist")
+
+    from_root(world, check)
     backend, n_threads = open_backend(args, world)
     device = measure_device(world, backend, n_threads, [known[name] for name in types])
     device["memory_gb"] = min(world.gather(available_memory()), default=GIB) / world.local_size / GIB

@@ -95,8 +95,7 @@ def as_text(planner: Planner, layouts: Sequence[Layout]) -> list[str]:
     model, work, cluster = planner.model, planner.work, planner.cluster
     fitting = [layout for layout in layouts if layout.fits]
     lines = [
-        f"model    {model.name}: {model.n_params / 1e9:.3g}e9 weights, {_size(model.nbytes)}, "
-        f"{model.cfg.n_layer} blocks",
+        f"model    {model.name}: {_count(model.n_params)} weights, {_size(model.nbytes)}, {model.cfg.n_layer} blocks",
         f"cluster  {_cluster_text(cluster)}",
         f"work     {work.n_seqs} sequence{'s' * (work.n_seqs > 1)} of {work.n_prompt} + {work.n_gen} tokens, context "
         f"{work.n_ctx}, KV {work.type_k}/{work.type_v}, {work.n_ubatch} tokens a step",
@@ -203,10 +202,15 @@ def _cluster_text(cluster: Cluster) -> str:
     return (
         f"{cluster.hosts} host{'s' * (cluster.hosts > 1)} x {cluster.per_host} {device.name} "
         f"({device.memory_gb:.4g} GiB, {device.memory_gbps:.4g} GB/s x {device.memory_reach:g}, "
-        f"{device.matrix_tflops:.4g} Tflop/s x {device.matrix_reach:g}, {device.op_us:.3g} us an op{measured}); within a host {within.name} "
+        f"{device.matrix_tflops:.4g} Tflop/s x {device.matrix_reach:g}, "
+        f"{device.op_us:.3g} us an op{measured}); within a host {within.name} "
         f"({within.latency_us:.3g} us, {within.gbps:.3g} GB/s), between hosts {between.name} "
         f"({between.latency_us:.3g} us, {between.gbps:.3g} GB/s)"
     )
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:,.1f} billion" if n >= 1e9 else f"{n / 1e6:.1f} million"
 
 
 def _size(n: float) -> str:
