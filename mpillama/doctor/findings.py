@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpillama.cli.progress import format_bytes
@@ -21,17 +21,22 @@ _PARALLEL_FILES = {"lustre", "gpfs", "beegfs", "panfs", "wekafs", "daos", "ceph"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line; ``level`` is ``ok``, ``note`` (worth knowing), ``warn`` (slow or fragile) or ``broken``."""
+    """One line; ``level`` is ``ok``, ``note`` (worth knowing), ``warn`` (slow or fragile) or ``broken``.
+
+    ``hosts`` are those it is about; none: the whole job.
+    """
 
     level: str
     topic: str
     text: str
     fix: str = ""
+    hosts: tuple[str, ...] = ()
 
     @property
     def line(self) -> str:
         """For people."""
-        return f"{self.level:6}  {self.topic:9}  {self.text}" + (f"; fix: {self.fix}" if self.fix else "")
+        where = f"{_some(self.hosts)}: " if self.hosts else ""
+        return f"{self.level:6}  {self.topic:9}  {where}{self.text}" + (f"; fix: {self.fix}" if self.fix else "")
 
 
 @dataclass
@@ -63,9 +68,16 @@ class Job:
 
 
 def findings(job: Job) -> list[Finding]:
-    """Return all findings."""
-    parts = (_ranks, _mpi, _cores, _gpus, _memory, _limits, _network, _files, _batch)
-    return [finding for part in parts for finding in part(job)]
+    """Return all findings; what is the same on several hosts is one."""
+    hosts: dict[Finding, tuple[str, ...]] = {}
+    for part in (_cores, _gpus, _memory, _limits):
+        for host, ranks in _hosts(job).items():
+            for finding in part(job, ranks):
+                hosts[finding] = (*hosts.get(finding, ()), host)
+    several = len(_hosts(job)) > 1
+    told = [replace(finding, hosts=where if several else ()) for finding, where in hosts.items()]
+    before, after = (_ranks, _mpi), (_network, _files, _batch)
+    return [*(f for part in before for f in part(job)), *told, *(f for part in after for f in part(job))]
 
 
 def _hosts(job: Job) -> dict[str, list[RankFacts]]:
@@ -147,123 +159,87 @@ def _mpi(job: Job) -> Iterator[Finding]:
     )
 
 
-def _cores(job: Job) -> Iterator[Finding]:
-    for host, ranks in _hosts(job).items():
-        sets = [set(facts.cores) for facts in ranks]
-        union = set().union(*sets)
-        n = ranks[0].n_cores
-        text = f"{host}: {len(ranks)} rank{'s' * (len(ranks) > 1)} on {len(union)} of {n} cores"
-        if len(ranks) > len(union):
-            yield Finding(
-                "warn", "cores", f"{text}: more ranks than cores", "fewer ranks on each host, or more cores for the job"
-            )
-        elif all(other == sets[0] for other in sets):
+def _cores(job: Job, ranks: list[RankFacts]) -> Iterator[Finding]:
+    sets = [set(facts.cores) for facts in ranks]
+    union = set().union(*sets)
+    n = ranks[0].n_cores
+    text = f"{len(ranks)} rank{'s' * (len(ranks) > 1)} on {len(union)} of {n} cores"
+    more = "--cpus-per-task (srun), --bind-to none (Open MPI's mpirun)"
+    if len(ranks) > len(union):
+        fix = "fewer ranks on each host, or more cores for the job"
+        yield Finding("warn", "cores", f"{text}: more ranks than cores", fix)
+    elif all(other == sets[0] for other in sets):
+        if len(union) == 1 < n:
+            yield Finding("warn", "cores", f"{text}: bound to a single core", more)
+        else:
             yield Finding("ok", "cores", text + (", each may use all of them" if len(ranks) > 1 else ""))
-            if len(union) == 1 < n:
-                yield Finding(
-                    "warn",
-                    "cores",
-                    f"{host}: bound to a single core",
-                    "--cpus-per-task (srun), --bind-to none (Open MPI)",
-                )
-            continue
-        elif sum(map(len, sets)) > len(union):
-            yield Finding(
-                "warn",
-                "cores",
-                f"{text}, bound so that some share cores and others do not",
-                "--cpu-bind=cores with --cpus-per-task (srun), --bind-to none (mpirun)",
-            )
+    elif sum(map(len, sets)) > len(union):
+        fix = "--cpu-bind=cores with --cpus-per-task (srun), --bind-to none (mpirun)"
+        yield Finding("warn", "cores", f"{text}, bound so that some share cores and others do not", fix)
+    else:
+        each = sorted({len(own) for own in sets})
+        text += f", bound to {each[0] if len(each) == 1 else f'{each[0]} to {each[-1]}'} each, no overlap"
+        if each[0] == 1 and len(union) < n:
+            yield Finding("warn", "cores", text, f"{more} use the others too")
         else:
-            each = sorted({len(own) for own in sets})
-            text += f", bound to {each[0] if len(each) == 1 else f'{each[0]} to {each[-1]}'} each, no overlap"
-            if each[0] == 1 and len(union) < n:
-                yield Finding(
-                    "warn", "cores", text, "--cpus-per-task (srun), --bind-to none (Open MPI) use the others too"
-                )
-            else:
-                yield Finding("ok", "cores", text)
+            yield Finding("ok", "cores", text)
 
 
-def _gpus(job: Job) -> Iterator[Finding]:
-    hosts = _hosts(job)
-    if not any(facts.gpus for facts in job.ranks):
-        yield Finding("note", "GPUs", "none on any host")
+def _gpus(job: Job, ranks: list[RankFacts]) -> Iterator[Finding]:
+    facts = ranks[0]
+    if not facts.gpus:
+        if any(other.gpus for other in job.ranks):
+            yield Finding("warn", "GPUs", "none, though other hosts have some", "ask for hosts that are alike")
+        else:
+            yield Finding("note", "GPUs", "none")
         return
-    for host, ranks in hosts.items():
-        facts = ranks[0]
-        if not facts.gpus:
-            yield Finding("warn", "GPUs", f"{host}: none, though other hosts have some", "ask for hosts that are alike")
-            continue
-        names = ", ".join(f"{n} x {name}" for name, n in Counter(facts.gpus).items())
-        text = f"{host}: {names}, driver {facts.driver or 'of unknown version'}"
-        hidden = [r for r in ranks if r.visible is not None and not r.visible.strip()]
-        if hidden:
-            yield Finding(
-                "warn",
-                "GPUs",
-                f"{text}; {len(hidden)} ranks may use none",
-                "ask the batch system for them: --gpus-per-node",
-            )
-        else:
-            yield Finding("ok", "GPUs", text)
-        if len(ranks) > len(facts.gpus):
-            yield Finding(
-                "warn", "GPUs", f"{host}: {len(ranks)} ranks share {len(facts.gpus)} GPUs", "one rank for each GPU"
-            )
-        if not facts.cupy:
-            yield Finding("note", "GPUs", f"{host}: CuPy cannot be imported, so GPUs stay unused", "pip install cupy")
-        elif not facts.nccl:
-            yield Finding(
-                "warn",
-                "GPUs",
-                f"{host}: CuPy {facts.cupy} finds no {'NCCL' if facts.maker == 'NVIDIA' else 'RCCL'}",
-                "pip install the nvidia-nccl package of CuPy's CUDA version, or load the module",
-            )
-        else:
-            yield Finding("ok", "GPUs", f"{host}: CuPy {facts.cupy}, NCCL {facts.nccl}")
+    names = ", ".join(f"{n} x {name}" for name, n in Counter(facts.gpus).items())
+    text = f"{names}, driver {facts.driver or 'of unknown version'}"
+    hidden = [other for other in ranks if other.visible is not None and not other.visible.strip()]
+    if hidden:
+        fix = "ask the batch system for them: --gpus-per-node"
+        yield Finding("warn", "GPUs", f"{text}; {len(hidden)} ranks may use none", fix)
+    else:
+        yield Finding("ok", "GPUs", text)
+    if len(ranks) > len(facts.gpus):
+        yield Finding("warn", "GPUs", f"{len(ranks)} ranks share {len(facts.gpus)} GPUs", "one rank for each GPU")
+    library = "NCCL" if facts.maker == "NVIDIA" else "RCCL"
+    if not facts.cupy:
+        yield Finding("note", "GPUs", "CuPy cannot be imported, so GPUs stay unused", "pip install cupy")
+    elif not facts.nccl:
+        fix = "pip install the nvidia-nccl package of CuPy's CUDA version, or load the module"
+        yield Finding("warn", "GPUs", f"CuPy {facts.cupy} finds no {library}", fix)
+    else:
+        yield Finding("ok", "GPUs", f"CuPy {facts.cupy}, {library} {facts.nccl}")
 
 
-def _memory(job: Job) -> Iterator[Finding]:
-    for host, ranks in _hosts(job).items():
-        free = min(facts.memory for facts in ranks)
-        size = job.model.get("bytes", 0)
-        share = size * len(ranks) / max(1, len(job.ranks))
-        text = f"{host}: {format_bytes(free)} may be used"
-        if share > free:
-            yield Finding(
-                "broken",
-                "memory",
-                f"{text}, but its share of the model is {format_bytes(int(share))}",
-                "more hosts, more memory for the job (--mem), or a type with fewer bits",
-            )
-        else:
-            yield Finding("ok", "memory", text)
-        total, left = ranks[0].shm
-        if len(ranks) > 1 and left < 64 * _MB:
-            yield Finding(
-                "warn",
-                "memory",
-                f"{host}: /dev/shm, where MPI and NCCL pass messages, has {format_bytes(left)} free of "
-                f"{format_bytes(total)}",
-                "remove leftovers of dead jobs, or give the container more (--shm-size 1g)",
-            )
+def _memory(job: Job, ranks: list[RankFacts]) -> Iterator[Finding]:
+    free = min(facts.memory for facts in ranks)
+    share = int(job.model.get("bytes", 0) * len(ranks) / max(1, len(job.ranks)))
+    # In whole units, so that hosts that are alike are told together.
+    text = f"{free >> 30} GiB may be used" if free >> 30 else f"{format_bytes(free)} may be used"
+    if share > free:
+        fix = "more hosts, more memory for the job (--mem), or a type with fewer bits"
+        yield Finding("broken", "memory", f"{text}, but the share of the model is {format_bytes(share)}", fix)
+    else:
+        yield Finding("ok", "memory", text)
+    total, left = ranks[0].shm
+    if len(ranks) > 1 and left < 64 * _MB:
+        yield Finding(
+            "warn",
+            "memory",
+            f"/dev/shm, where MPI and NCCL pass messages, has {format_bytes(left)} free of {format_bytes(total)}",
+            "remove leftovers of dead jobs, or give the container more (--shm-size 1g)",
+        )
 
 
-def _limits(job: Job) -> Iterator[Finding]:
-    for host, ranks in _hosts(job).items():
-        limits = ranks[0].limits
-        memlock = limits["memlock"]
-        if ranks[0].infiniband and 0 <= memlock < 64 * _MB:
-            yield Finding(
-                "warn",
-                "limits",
-                f"{host}: memlock {format_bytes(memlock)}, too little for InfiniBand",
-                "ulimit -l unlimited (batch systems: PropagateResourceLimitsExcept=MEMLOCK)",
-            )
-        if 0 <= limits["nofile"] < 1024:
-            yield Finding("warn", "limits", f"{host}: {limits['nofile']} open files", "ulimit -n 4096")
-    limits = job.ranks[0].limits
+def _limits(job: Job, ranks: list[RankFacts]) -> Iterator[Finding]:
+    limits = ranks[0].limits
+    if ranks[0].infiniband and 0 <= limits["memlock"] < 64 * _MB:
+        fix = "ulimit -l unlimited (Slurm: PropagateResourceLimitsExcept=MEMLOCK)"
+        yield Finding("warn", "limits", f"memlock {format_bytes(limits['memlock'])}, too little for InfiniBand", fix)
+    if 0 <= limits["nofile"] < 1024:
+        yield Finding("warn", "limits", f"{limits['nofile']} open files", "ulimit -n 4096")
     shown = ", ".join(
         f"{name} {'unlimited' if n < 0 else n if name == 'nofile' else format_bytes(n)}" for name, n in limits.items()
     )

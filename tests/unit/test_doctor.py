@@ -47,6 +47,15 @@ def test_a_sound_job():
     assert "between hosts: 2.0 us, 20.97 GB/s" in text(told(made, "ok"))
 
 
+def test_hosts_that_are_alike_are_told_together():
+    ranks = [rank(f"n{i}", range(2), memory=8 * GIB + i) for i in range(300)]
+    ranks += [rank("odd", range(1), memory=3 * GIB)]
+    found = findings(job(ranks))
+    assert len(found) < 12
+    assert "n0, n1, n2, n3 and 296 more: 1 rank on 2 of 16 cores" in text(found)
+    assert "odd: 3 GiB may be used" in text(found)
+
+
 def test_jobs_of_one_rank_each():
     (found,) = told(job([rank()], launched=4, world_size=1, stranded="srun started 4 processes, but ..."), "broken")
     assert (found.topic, found.text[:24]) == ("ranks", "srun started 4 processes")
@@ -81,13 +90,13 @@ def test_gpus():
     assert "1 ranks may use none" in text(told(job([rank(visible="", **gpu)]), "warn"))
     assert "finds no NCCL" in text(told(job([rank(**{**gpu, "nccl": ""})]), "warn"))
     assert "CuPy cannot be imported" in text(told(job([rank(**{**gpu, "cupy": ""})]), "note"))
-    assert "n2: none" in text(told(job([rank(**gpu), rank("n2")]), "warn"))
+    assert "n2: none, though" in text(told(job([rank(**gpu), rank("n2")]), "warn"))
 
 
 def test_memory_limits_and_files():
     model = {"path": "m.gguf", "type": "nfs4", "point": "/home", "bytes": 40 * GIB, "read": 1e8}
     made = job([rank("n1"), rank("n2")], model=model)
-    assert "its share of the model is 20.00 GiB" in text(told(made, "broken"))
+    assert "n1, n2: 8 GiB may be used, but the share of the model is 20.00 GiB" in text(told(made, "broken"))
     assert "nfs4 (/home)" in text(told(made, "warn"))
     lustre = replace(made, model={**model, "type": "lustre", "bytes": GIB, "read": 5e9})
     assert told(lustre, "warn") == told(lustre, "broken") == []
