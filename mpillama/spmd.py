@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TextIO
@@ -85,6 +86,14 @@ def start(place: Launch) -> World:
     return MPIWorld()
 
 
+class StrandedWorld(SoloWorld):
+    """A rank that could not join the others, and why: for commands that find out what is wrong."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
 class Interrupts:
     """Turns Ctrl-C and SIGTERM into a request to stop between two steps; asked a second time, they stop at once.
 
@@ -125,14 +134,25 @@ class Stopped(BaseException):
         self.exit_code = exit_code
 
 
-def run(main: Callable[[World, Interrupts], int]) -> int:
-    """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once."""
+def run(main: Callable[[World, Interrupts], int], stranded: bool = False) -> int:
+    """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once.
+
+    With ``stranded``, where the ranks cannot join, the first runs it alone in a `StrandedWorld`.
+    """
     place = launch(os.environ)
     interrupts = Interrupts()
     interrupts.install()
     world: World | None = None
     try:
-        world = start(place)
+        try:
+            world = start(place)
+        except UserError as error:
+            if not stranded:
+                raise
+            if place.rank:
+                # Not a failure, for which launchers would end the first rank too.
+                return 0
+            world = StrandedWorld(error.line)
         code = main(world, interrupts)
         world.close()
         return code
@@ -176,7 +196,9 @@ def mute(stream: TextIO) -> None:
 
 def let_rank_0_speak() -> None:
     """Wait, on a rank that fails as rank 0 does: launchers end all ranks as soon as the first has failed."""
-    time.sleep(_GRACE_AT_START)
+    # The launcher's signal to the rest is no news.
+    with suppress(Stopped):
+        time.sleep(_GRACE_AT_START)
 
 
 def _say(place: Launch, world: World | None, text: str, alone: bool) -> None:

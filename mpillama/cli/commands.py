@@ -11,6 +11,7 @@ from typing import cast
 from mpillama.cli import values
 from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
+from mpillama.cli.doctor_options import DOCTOR
 from mpillama.cli.options import (
     CONTEXT,
     LOGGING,
@@ -23,6 +24,7 @@ from mpillama.cli.options import (
     Option,
     sampling_params,
 )
+from mpillama.cli.plan_options import PLAN, check_plan
 from mpillama.cli.serve_options import SERVE, check_serve
 from mpillama.errors import UsageError
 
@@ -34,7 +36,7 @@ class Command:
     ``run`` is ``module:function``, imported when the command runs, so that help needs no model code. The function
     returns the exit code; it takes the namespace and, if the command is ``parallel``, the world and the interrupts.
     ``check`` looks at the whole namespace and raises UsageError. ``positional`` is the dest of the option that a bare
-    word sets, if the command takes one.
+    word sets, if the command takes one. ``stranded``: it runs on the first rank also where the ranks cannot join.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Command:
     check: Callable[[Namespace], None] = lambda namespace: None
     positional: str = ""
     parallel: bool = True
+    stranded: bool = False
 
     def load(self) -> Callable[..., int]:
         """Import and return the function that runs the command."""
@@ -191,6 +194,34 @@ COMMANDS = (
         BATCH,
         "mpillama.cli.batch:run",
         check_batch,
+    ),
+    Command(
+        "plan",
+        "predict which layouts of a model fit a cluster, and what they reach",
+        (
+            "mpillama plan model.gguf --hosts 4 --gpus 4 --gpu-memory 40G",
+            "mpillama plan --shape llama-405b:Q8_0 --hosts 64 --gpus 8 --device h100 --between ndr -np 64",
+            "mpillama plan model.gguf --ranks-per-host 2 --measure",
+            "mpillama plan model.gguf --cluster cluster.toml -c 32768 -np 16 --sbatch job.sh",
+        ),
+        PLAN,
+        "mpillama.cli.plan:run",
+        check_plan,
+        positional="model",
+        parallel=False,
+    ),
+    Command(
+        "doctor",
+        "look for what is wrong with a job: launcher, MPI, cores, GPUs, network, files",
+        (
+            "mpillama doctor",
+            "srun mpillama doctor -m model.gguf",
+            "mpirun -n 4 mpillama doctor --json",
+            "srun -N 2 mpillama doctor --save cluster.toml",
+        ),
+        DOCTOR,
+        "mpillama.cli.doctor:run",
+        stranded=True,
     ),
 )
 DEFAULT_COMMAND = "generate"
