@@ -176,6 +176,17 @@ BACKEND = _grouped(
     ),
 )
 
+TIMEOUT = _grouped(
+    "parallelism",
+    Option(
+        ("--timeout",),
+        "end the job when a rank keeps the others waiting this long inside a step, 0 = never",
+        values.seconds,
+        60.0,
+        "SECONDS",
+    ),
+)
+
 PARALLEL = (
     *_grouped(
         "parallelism",
@@ -197,6 +208,7 @@ PARALLEL = (
     ),
     *BACKEND,
     *TENSOR_SPLIT,
+    *TIMEOUT,
 )
 
 ROPE = _grouped(
