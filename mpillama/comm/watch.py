@@ -13,6 +13,8 @@ DEFAULT_LIMIT = 60.0
 
 _KINDS = ("start", "plan", "allreduce", "allgather", "agreement")
 _CODES = {kind: code for code, kind in enumerate(_KINDS)}
+# Those that all ranks begin alike; they are numbered within a step.
+_COUNTED = (_CODES["allreduce"], _CODES["allgather"])
 
 # A launcher notices a dead rank by itself, and says more about it; most do within two seconds.
 _DEAD_FOR = 2.5
@@ -58,8 +60,8 @@ class Watch:
 
     def begin(self, kind: str) -> None:
         """Note that a collective begins, and that the time of waiting starts anew."""
-        self._call += 1
         self._kind = _CODES[kind]
+        self._call += self._kind in _COUNTED
         if self._ticks:
             self._ticks.clear()
         self._waited = self._looked = 0.0
@@ -147,20 +149,20 @@ class Watch:
         self._dead = {i: self._dead.get(i, now) for i in self._board.dead(ranks)}
         gone = [i for i, since in self._dead.items() if now - since > _DEAD_FOR]
         if gone:
-            raise self._error([f"{self._name(self._ranks[i])} has died; {self._last(i)}" for i in gone])
+            raise self._error([f"{self._name(self._ranks[i])} has died at {_place(*self._board.where(i))}" for i in gone])
 
     # -- what is said ----------------------------------------------------------------------------------------------
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._hosts[rank]}"
 
-    def _last(self, i: int) -> str:
-        return f"it was last at {_place(*self._board.where(i))}"
-
     def _stuck(self, i: int) -> str:
         process = "its process has stopped" if self._silent[i] > 4 * BEAT else "its process runs"
         name = self._name(self._ranks[i])
-        return f"{name} has not come to {self.where} within {self.limit:g} s: {self._last(i)}, and {process}"
+        last = _place(*self._board.where(i))
+        if last == self.where:
+            return f"{name} has not got through {last} within {self.limit:g} s, and {process}"
+        return f"{name} has not come to {self.where} within {self.limit:g} s: it was last at {last}, and {process}"
 
     def _stopped(self, rank: int) -> str:
         return f"the process of {self._name(rank)} has not run for {self.limit:g} s"
@@ -183,5 +185,5 @@ class Watch:
 def _place(step: int, call: int, kind: int) -> str:
     if kind == 0:
         return "the start"
-    name = _KINDS[kind] if _KINDS[kind] in ("plan", "agreement") else f"{_KINDS[kind]} {call}"
+    name = f"{_KINDS[kind]} {call}" if kind in _COUNTED else _KINDS[kind]
     return f"{name} of step {step}" if step else f"{name} before the first step"
