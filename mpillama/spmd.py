@@ -170,7 +170,10 @@ def run(main: Callable[[World, Interrupts], int], limit: float = DEFAULT_LIMIT) 
         if world is not None:
             _abort(world, code)
     if world is not None:
-        world.close()
+        try:
+            world.close()
+        except JobError:
+            _abort(world, code)
     return code
 
 

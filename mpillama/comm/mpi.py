@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from mpillama.layout import Cut
 # A decode step's plan fits into one broadcast of this many int32; longer ones take a second.
 _HEAD = 1024
 _PROGRESS = 1
+# Seconds.
+_ABORT_TAKES = 3.0
 # Beats of rank 0's heart between two that the other hosts are told of.
 _BEATS_PER_MESSAGE = 4
 
@@ -96,13 +99,19 @@ class MPIWorld:
             ranks = members[self.rank]
             board = Board(mmap.mmap(fd, Board.nbytes(local.size)), fd, local.rank, local.size)
         self._board = board
-        self.watch = Watch(ranks, self.hosts, board, limit)
+        # What hearts say to other hosts they say from a thread of their own.
+        threads = all(self._control.allgather(MPI.Query_thread() == MPI.THREAD_MULTIPLE))
+        far = len(self._by_host) > 1 and threads
+        self.watch = Watch(ranks, self.hosts, board, limit, hears_root=far)
         local.Barrier()
-        tells = self.rank == 0 and len(self._by_host) > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
-        board.start_heart(self._tell_other_hosts if tells else None)
+        board.start_heart(self._pass_pulse if far and self.local_rank == 0 else None)
 
-    def _tell_other_hosts(self) -> None:
-        """Send the beats of rank 0's heart to the first rank of each other host; called by the heart's thread."""
+    def _pass_pulse(self) -> None:
+        """Send the beats of rank 0's heart to the first rank of each other host, which puts them on its board."""
+        if self.rank:
+            while self._pulse.Iprobe(0):
+                self._board.root_beat(self._pulse.recv(None, 0))
+            return
         self._n_beats += 1
         if self._n_beats % _BEATS_PER_MESSAGE == 0:
             self._pulses = [pulse for pulse in self._pulses if not pulse.Test()]
@@ -149,7 +158,6 @@ class MPIWorld:
         self.watch.begin("agreement")
         everyone = np.empty(self.size, np.uint64)
         self._wait_in_step(self._control.Iallgather(np.array([signature], np.uint64), everyone))
-        self._take_pulse()
         return [int(signature) for signature in everyone]
 
     def send(self, message: np.ndarray) -> None:
@@ -178,16 +186,7 @@ class MPIWorld:
         poll(request.Test, lambda: self.watch.late_elsewhere(()), 20e-6)
 
     def _wait_idle(self, request: MPI.Request) -> None:
-        def look() -> None:
-            self._take_pulse()
-            self.watch.idle()
-
-        poll(request.Test, look, 20e-6)
-
-    def _take_pulse(self) -> None:
-        """Take what the heart of rank 0 has sent to this host."""
-        while self.rank and self.local_rank == 0 and self._pulse.Iprobe(0):
-            self._board.root_beat(self._pulse.recv(None, 0))
+        poll(request.Test, self.watch.idle, 20e-6)
 
     def report(self, amount: int) -> None:
         """Send some progress to rank 0."""
@@ -204,12 +203,18 @@ class MPIWorld:
 
     def abort(self, exit_code: int) -> None:
         """End all ranks now."""
+        # Where the launcher is ending the job already, MPI's own way out may return, or wait for an answer for ever.
+        last_resort = threading.Timer(_ABORT_TAKES, os._exit, (exit_code,))
+        last_resort.daemon = True
+        last_resort.start()
         MPI.COMM_WORLD.Abort(exit_code)
+        os._exit(exit_code)
 
     def close(self) -> None:
         """Wait for all ranks, asleep, and finalize."""
         self._wait_idle(self._control.Ibarrier())
         self._board.stop_heart()
         self._wait_idle(self._control.Ibarrier())
-        self._take_pulse()
+        while self._pulse.Iprobe():
+            self._pulse.recv()
         MPI.Finalize()

@@ -16,8 +16,8 @@ _CODES = {kind: code for code, kind in enumerate(_KINDS)}
 # Those that all ranks begin alike; they are numbered within a step.
 _COUNTED = (_CODES["allreduce"], _CODES["allgather"])
 
-# A launcher notices a dead rank by itself, and says more about it; most do within two seconds.
-_DEAD_FOR = 2.5
+# A launcher notices a dead rank by itself, and says more about it; most do within a second.
+_DEAD_FOR = 1.5
 # Who waits over the network lets those speak first who see the late rank itself, and after them its counterparts.
 _GRACE_NETWORK = 2.0
 _GRACE_BEHIND = 4.0
@@ -35,14 +35,17 @@ class Watch:
         hosts: of all ranks of the run.
         board: of this host.
         limit: seconds that a rank may be late inside a step; 0: for ever.
+        hears_root: whether the heart of rank 0 can be heard on the other hosts too.
     """
 
-    def __init__(self, ranks: Sequence[int], hosts: Sequence[str], board: Board, limit: float) -> None:
+    def __init__(
+        self, ranks: Sequence[int], hosts: Sequence[str], board: Board, limit: float, hears_root: bool = False
+    ) -> None:
         self.limit = limit
         self.step, self._call, self._kind = 0, 0, 0
         self._ranks, self._hosts, self._board = tuple(ranks), tuple(hosts), board
         self._others = [i for i in range(len(ranks)) if i != board.rank]
-        self._root_here = 0 in self._ranks
+        self._root_elsewhere = hears_root and 0 not in self._ranks
         self._waited = self._looked = 0.0
         self._ticks: dict[int, tuple[int, float]] = {}
         self._dead: dict[int, float] = {}
@@ -125,8 +128,7 @@ class Watch:
         if not self.limit:
             return
         silent = [self._stopped(self._ranks[i]) for i in self._others if self._silent[i] > self.limit]
-        # A heart that has not been heard yet may be one that cannot be heard.
-        if not self._root_here and self._beats[-1] and self._silent[-1] > self.limit + _GRACE_NETWORK:
+        if self._root_elsewhere and self._silent[-1] > self.limit + _GRACE_NETWORK:
             silent.append(f"nothing has been heard of {self._name(0)} for {self.limit:g} s")
         if silent:
             raise self._error(silent)
@@ -149,7 +151,9 @@ class Watch:
         self._dead = {i: self._dead.get(i, now) for i in self._board.dead(ranks)}
         gone = [i for i, since in self._dead.items() if now - since > _DEAD_FOR]
         if gone:
-            raise self._error([f"{self._name(self._ranks[i])} has died at {_place(*self._board.where(i))}" for i in gone])
+            raise self._error(
+                [f"{self._name(self._ranks[i])} has died at {_place(*self._board.where(i))}" for i in gone]
+            )
 
     # -- what is said ----------------------------------------------------------------------------------------------
 
