@@ -53,6 +53,8 @@ class MPIExchange:
 
     def allreduce(self, x: np.ndarray) -> None:
         """Replace ``x`` by the sum over the ranks, added up in their order."""
+        if self._size == 1:
+            return
         if self._size > _FEW and x.nbytes <= _SMALL:
             request = self._comm.Iallreduce(MPI.IN_PLACE, x)
             poll(request.Test, lambda: self._watch.late_elsewhere(()), 10e-6)

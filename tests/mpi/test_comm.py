@@ -11,7 +11,7 @@ from shared import shared
 from tiny import logits_of, nmse, open_runner, write_llama
 
 # Names of pretended hosts, by rank; ranks of the same name share memory.
-HOSTS = {"one host": "aaaaaaaa", "blocks": "aabbbbbb", "cyclic": "abababab", "uneven": "aaabbbbb", "lonely": "abcdefgh"}
+HOSTS = {"one host": "aaaaaaaa", "cyclic": "abababab", "uneven": "aaabbbbb", "lonely": "abcdefgh"}
 
 
 @pytest.fixture(scope="module")
