@@ -209,6 +209,15 @@ PARALLEL = (
     *BACKEND,
     *TENSOR_SPLIT,
     *TIMEOUT,
+    *_grouped(
+        "parallelism",
+        Option(
+            ("--deterministic",),
+            "compute the same numbers on any number of ranks up to 12, at a price in speed",
+            None,
+            False,
+        ),
+    ),
 )
 
 ROPE = _grouped(

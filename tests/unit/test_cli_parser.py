@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "backend": "auto",
     "tensor_split": None,
     "timeout": 60.0,  # mpillama's own
+    "deterministic": False,  # mpillama's own
     "rope_scaling": None,
     "rope_freq_base": 0.0,
     "rope_freq_scale": 0.0,
