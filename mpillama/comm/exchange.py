@@ -14,11 +14,13 @@ from mpillama.comm.watch import Watch
 
 # One message to each of this many is faster than the rounds of a tree, as long as the messages are small.
 _FEW, _SMALL = 8, 1 << 15
+# Seconds: between two looks at the others, and the pauses of a rank that waits, which grow up to the longest one.
 _LOOK = 0.05
+_FIRST_PAUSE, BUSY, IDLE = 10e-6, 100e-6, 1e-3
 _TAG = 7
 
 
-def poll(done: Callable[[], bool], look: Callable[[], None], first_pause: float) -> None:
+def poll(done: Callable[[], bool], look: Callable[[], None], longest_pause: float) -> None:
     """Wait until something is done, with a ``look`` after the others every now and then.
 
     MPI libraries spin in their own waits, at a whole core for each rank, and wait for ever.
@@ -27,10 +29,10 @@ def poll(done: Callable[[], bool], look: Callable[[], None], first_pause: float)
         if done():
             return
         os.sched_yield()
-    pause, looked = first_pause, time.monotonic()
+    pause, looked = _FIRST_PAUSE, time.monotonic()
     while not done():
         time.sleep(pause)
-        pause = min(pause * 1.5, 1e-3)
+        pause = min(pause * 1.5, longest_pause)
         now = time.monotonic()
         if now - looked > _LOOK:
             looked = now
@@ -57,7 +59,7 @@ class MPIExchange:
             return
         if self._size > _FEW and x.nbytes <= _SMALL:
             request = self._comm.Iallreduce(MPI.IN_PLACE, x)
-            poll(request.Test, lambda: self._watch.late_elsewhere(()), 10e-6)
+            poll(request.Test, lambda: self._watch.late_elsewhere(()), BUSY)
         elif self._size == 2 or x.nbytes <= _SMALL:
             self._sum(x, [x] * self._size, x)
         else:
@@ -90,7 +92,7 @@ class MPIExchange:
             late = [self._ranks[peer] for peer, r in zip(self._peers, receives, strict=True) if not r.Test()]
             self._watch.late_elsewhere(late)
 
-        poll(lambda: MPI.Request.Testall(requests), look, 10e-6)
+        poll(lambda: MPI.Request.Testall(requests), look, BUSY)
 
     def allgather(self, mine: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """Return everyone's array, flat, with so many items each."""

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from mpillama.comm.base import Group
 from mpillama.comm.board import Board, share_file
-from mpillama.comm.exchange import MPIExchange, poll
+from mpillama.comm.exchange import BUSY, IDLE, MPIExchange, poll
 from mpillama.comm.shared import (
     CAPACITY,
     CAPACITY_NETWORK,
@@ -183,10 +183,10 @@ class MPIWorld:
         return np.concatenate([head[1:], rest])
 
     def _wait_in_step(self, request: MPI.Request) -> None:
-        poll(request.Test, lambda: self.watch.late_elsewhere(()), 20e-6)
+        poll(request.Test, lambda: self.watch.late_elsewhere(()), BUSY)
 
     def _wait_idle(self, request: MPI.Request) -> None:
-        poll(request.Test, self.watch.idle, 20e-6)
+        poll(request.Test, self.watch.idle, IDLE)
 
     def report(self, amount: int) -> None:
         """Send some progress to rank 0."""
