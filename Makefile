@@ -77,7 +77,7 @@ clean:
 
 # ---- set-up: one stamp file for each set of packages, renewed when what they are made of changes
 
-KERNELS := CMakeLists.txt $(wildcard mpillama/backends/cpu/kernels/*)
+KERNELS := CMakeLists.txt $(wildcard mpillama/backends/cpu/kernels/* mpillama/comm/native/*)
 
 $(VENV)/.run: $(VENV)/.venv pyproject.toml $(KERNELS)
 	@echo "Building mpillama and installing it with $(MPI) into $(VENV) (a minute or two) ..."

@@ -44,3 +44,13 @@ class PeerFailure(UserError):
     def __init__(self, exit_code: int = 1) -> None:
         super().__init__(exit_code)
         self.exit_code = exit_code
+
+
+class JobError(Exception):
+    """The ranks of a job no longer work together: one of them is stuck, has died, or computes something else.
+
+    Not a `UserError`: whoever handles one of those goes on to tell the other ranks, and would wait for them for ever.
+    """
+
+    told = False
+    """Whether all ranks have raised it, and can leave in peace."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.comm.virtual import Crew
 from mpillama.config import Config
 from mpillama.models import forward
 from mpillama.models.weights import Weights
@@ -52,6 +57,40 @@ class Runner:
                 self._ops.backend.copy_blocks(cache, batch.copies)
         logits = forward(self._ops, self._weights, self.cfg, self._caches, batch)
         return self._ops.backend.to_host(logits.data)
+
+
+class VirtualRunner(Runner):
+    """Runs batches on several virtual ranks of this process, each in a thread of its own (see `comm.virtual`).
+
+    Args:
+        runners: of the virtual ranks; the first runs in the thread that calls.
+        crew: of the groups that they use.
+    """
+
+    def __init__(self, runners: Sequence[Runner], crew: Crew) -> None:
+        self._runners, self._crew = tuple(runners), crew
+        self.cfg, self.n_blocks = runners[0].cfg, runners[0].n_blocks
+        self._threads = ThreadPoolExecutor(max(1, len(runners) - 1), "virtual-rank")
+
+    def run(self, batch: Batch) -> np.ndarray:
+        """Return the logits of the wanted tokens, float32 (L, n_vocab), the same on every rank."""
+        others = [self._threads.submit(self._one, runner, batch) for runner in self._runners[1:]]
+        try:
+            logits = self._one(self._runners[0], batch)
+        except threading.BrokenBarrierError:
+            for other in others:
+                other.result()
+            raise
+        for other in others:
+            other.result()
+        return logits
+
+    def _one(self, runner: Runner, batch: Batch) -> np.ndarray:
+        try:
+            return runner.run(batch)
+        except BaseException:
+            self._crew.barrier.abort()
+            raise
 
 
 def kv_bytes(cfg: Config, sharding: Sharding, rank: int, n_ctx: int, type_k: str, type_v: str) -> int:

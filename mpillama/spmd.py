@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import TextIO
 import numpy as np
 
 from mpillama.backends.base import Batch
-from mpillama.comm.base import World
+from mpillama.comm.base import World, check_agreement
 from mpillama.comm.solo import SoloWorld
-from mpillama.errors import PeerFailure, UsageError, UserError
+from mpillama.comm.watch import DEFAULT_LIMIT
+from mpillama.errors import JobError, PeerFailure, UsageError, UserError
 from mpillama.runner import Runner, pack, unpack
 
 # Launchers by the variables that they set for each process: rank, size, name.
@@ -33,6 +35,8 @@ _GRACE = 0.3
 _GRACE_AT_START = 1.0
 # Launchers forward a signal that the terminal has already delivered; a second one within this time is the same one.
 _SAME_SIGNAL = 1.0
+# Steps between two comparisons of what the ranks have been told and what they have computed.
+_AGREE_EVERY = 64
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ def launch(environ: Mapping[str, str]) -> Launch:
     return Launch(0, 1, "")
 
 
-def start(place: Launch) -> World:
-    """Join the other ranks.
+def start(place: Launch, limit: float = DEFAULT_LIMIT) -> World:
+    """Join the other ranks; ``limit``: seconds that they may keep each other waiting inside a step, 0 for ever.
 
     Raises:
         UsageError: there is no MPI library, or it belongs to another launcher, so that N ranks would be N runs of one.
@@ -83,7 +87,7 @@ def start(place: Launch) -> World:
             "MPI library do not match; use the mpirun of that library (with srun, try --mpi=pmi2 for MPICH, --mpi=pmix "
             "for Open MPI), or name another library in MPI4PY_LIBMPI"
         )
-    return MPIWorld()
+    return MPIWorld(limit)
 
 
 class StrandedWorld(SoloWorld):
@@ -134,9 +138,10 @@ class Stopped(BaseException):
         self.exit_code = exit_code
 
 
-def run(main: Callable[[World, Interrupts], int], stranded: bool = False) -> int:
+def run(main: Callable[[World, Interrupts], int], limit: float = DEFAULT_LIMIT, stranded: bool = False) -> int:
     """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once.
 
+    So does a rank that keeps the others waiting for more than ``limit`` seconds inside a step (0: no limit).
     With ``stranded``, where the ranks cannot join, the first runs it alone in a `StrandedWorld`.
     """
     place = launch(os.environ)
@@ -145,7 +150,7 @@ def run(main: Callable[[World, Interrupts], int], stranded: bool = False) -> int
     world: World | None = None
     try:
         try:
-            world = start(place)
+            world = start(place, limit)
         except UserError as error:
             if not stranded:
                 raise
@@ -166,6 +171,12 @@ def run(main: Callable[[World, Interrupts], int], stranded: bool = False) -> int
             let_rank_0_speak()
         if world is not None and not error.told:
             _abort(world, code)
+    except JobError as error:
+        code = 1
+        if world is None or not error.told or place.rank == 0:
+            _say(place, world, str(error), alone=True)
+        if world is not None and not error.told:
+            _abort(world, code)
     except Stopped as stopped:
         code = stopped.exit_code
         if world is not None:
@@ -183,7 +194,10 @@ def run(main: Callable[[World, Interrupts], int], stranded: bool = False) -> int
         if world is not None:
             _abort(world, code)
     if world is not None:
-        world.close()
+        try:
+            world.close()
+        except JobError:
+            _abort(world, code)
     return code
 
 
@@ -235,8 +249,10 @@ class Leader:
 
     def run(self, batch: Batch) -> np.ndarray:
         """Return the logits (L, n_vocab)."""
-        self._world.send(pack(batch))
-        return self._runner.run(batch)
+        self._world.watch.begin_step()
+        message = pack(batch)
+        self._world.send(message)
+        return _run(self._world, self._runner, message, batch)
 
     def stop(self, exit_code: int = 0) -> None:
         """End the loop of the others, who then return ``exit_code``."""
@@ -249,4 +265,15 @@ def follow(world: World, runner: Runner) -> int:
         message = world.receive()
         if message[0] < 0:
             return int(message[1])
-        runner.run(unpack(message))
+        world.watch.begin_step()
+        _run(world, runner, message, unpack(message))
+
+
+def _run(world: World, runner: Runner, message: np.ndarray, batch: Batch) -> np.ndarray:
+    """Run a batch; the first step, and every so many after it, all ranks compare plan and result."""
+    logits = runner.run(batch)
+    step = world.watch.step
+    if world.size > 1 and step % _AGREE_EVERY == 1:
+        signature = zlib.crc32(np.ascontiguousarray(logits[-1:]).tobytes())
+        check_agreement(world, zlib.crc32(message.tobytes()) << 32 | signature ^ step)
+    return logits

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpillama.bench.output import FORMATS
-from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, TIMEOUT, Option
 from mpillama.cli.values import BadValueError, choice, integer, number, path
 from mpillama.errors import UsageError
 
@@ -165,6 +165,7 @@ _OUTPUT = (
 BENCH = (
     *(replace(option, group="what is measured") for option in _TEST),
     *(replace(option, group="what is measured") for option in BACKEND),
+    *(replace(option, group="what is measured") for option in TIMEOUT),
     *(replace(option, excludes=(), env="") for option in MODEL if option.dest in _HUGGING_FACE),
     *(replace(option, group="how") for option in _RUN),
     *(replace(option, group="output") for option in _OUTPUT),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpillama.cli import values
-from mpillama.cli.options import BACKEND, LOGGING, Option
+from mpillama.cli.options import BACKEND, LOGGING, TIMEOUT, Option
 
 DOCTOR = (
     Option(
@@ -42,5 +42,6 @@ DOCTOR = (
         group="doctor",
     ),
     *BACKEND,
+    *TIMEOUT,
     *LOGGING,
 )

@@ -156,7 +156,7 @@ UNSUPPORTED = """
 --api-key-file FNAME
 --ssl-key-file FNAME
 --ssl-cert-file FNAME
--to --timeout N
+-to N
 --threads-http N
 --cache-prompt
 --no-cache-prompt

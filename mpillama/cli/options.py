@@ -176,6 +176,18 @@ BACKEND = _grouped(
     ),
 )
 
+TIMEOUT = _grouped(
+    "parallelism",
+    Option(
+        ("--timeout", "--rank-timeout"),
+        "end the job when a rank keeps the others waiting this long inside a step, 0 = never",
+        values.seconds,
+        60.0,
+        "SECONDS",
+        dest="rank_timeout",
+    ),
+)
+
 PARALLEL = (
     *_grouped(
         "parallelism",
@@ -197,6 +209,16 @@ PARALLEL = (
     ),
     *BACKEND,
     *TENSOR_SPLIT,
+    *TIMEOUT,
+    *_grouped(
+        "parallelism",
+        Option(
+            ("--deterministic",),
+            "compute the same numbers on any number of ranks up to 12, at a price in speed",
+            None,
+            False,
+        ),
+    ),
 )
 
 ROPE = _grouped(

@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,15 +20,16 @@ from mpillama.backends.base import Backend
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
-from mpillama.comm.base import World, from_root
+from mpillama.comm.base import Group, World, from_root
+from mpillama.comm.virtual import VIRTUAL_RANKS, Crew
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
 from mpillama.errors import UsageError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
-from mpillama.layout import check_weights
+from mpillama.layout import apportion, check_weights
 from mpillama.loader import check_types, load_weights
 from mpillama.ops import Ops
-from mpillama.runner import Runner, kv_bytes
+from mpillama.runner import Runner, VirtualRunner, kv_bytes
 from mpillama.sharding import Sharding
 from mpillama.tensors import model_tensors
 
@@ -117,18 +119,38 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         return model
 
     model = from_root(world, describe)
-    backend, threads = open_backend(args, world)
-    sharding = Sharding(model.cfg, model.weights)
+    virtual = virtual_ranks(model.weights) if args.deterministic else None
+    backend, threads = open_backend(args, world, one_thread=virtual is not None)
+    sharding = Sharding(model.cfg, (1.0,) * VIRTUAL_RANKS if virtual else model.weights)
+    slices = virtual or [range(rank, rank + 1) for rank in range(world.size)]
     infos = list(model.tensors.values())
-    shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
+    shares = [sum(sharding.bytes_of(infos, i) for i in here) for here in slices]
     kv_types = (args.cache_type_k, args.cache_type_v)
-    kv = [kv_bytes(model.cfg, sharding, rank, model.n_kv, *kv_types) for rank in range(world.size)]
-    n_kv = fit_memory(world, shares, kv, model.n_kv, model.n_kv_min)
-    kv = [kv_bytes(model.cfg, sharding, rank, n_kv, *kv_types) for rank in range(world.size)]
+
+    def kv_shares(n_kv: int) -> list[int]:
+        """Return the bytes of each rank's KV cache."""
+        return [sum(kv_bytes(model.cfg, sharding, i, n_kv, *kv_types) for i in here) for here in slices]
+
+    n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min)
+    kv = kv_shares(n_kv)
     with JointProgress(world, shares, enabled=log.interactive) as bar:
-        weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update)
-        n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
-        runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, n_kv, *kv_types)
+        n_read = 0
+
+        def open_runner(i: int, backend: Backend, group: Group) -> Runner:
+            """Load the slice of a rank, or of a virtual one."""
+            nonlocal n_read
+            weights, n = load_weights(model.paths, model.tensors, sharding, i, backend, bar.update)
+            n_read += n
+            n_head_kv = sharding.cuts["k"].width(i) // model.cfg.n_embd_head_k
+            return Runner(model.cfg, weights, Ops(backend, group), n_head_kv, n_kv, *kv_types)
+
+        if virtual:
+            crew = Crew(world.group(), [len(here) for here in virtual])
+            others = [open_backend(args, world, one_thread=True)[0] for _ in virtual[world.rank][1:]]
+            places = zip(virtual[world.rank], [backend, *others], crew.groups(), strict=True)
+            runner: Runner = VirtualRunner([open_runner(*place) for place in places], crew)
+        else:
+            runner = open_runner(world.rank, backend, world.group())
     everyone = world.bcast(world.gather((n_read, peak_memory())))
     log.info(_layout_line(world, backend.name, threads, model, shares, kv, n_kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
@@ -163,15 +185,31 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
-def open_backend(args: Namespace, world: World) -> tuple[Backend, int]:
-    """Return this rank's backend and its number of threads.
+def virtual_ranks(weights: tuple[float, ...]) -> list[range]:
+    """Return the virtual ranks of each rank.
+
+    Raises:
+        UsageError: there are none for some rank.
+    """
+    counts = apportion(VIRTUAL_RANKS, weights)
+    if 0 in counts:
+        raise UsageError(
+            f"--deterministic cuts the model into {VIRTUAL_RANKS} parts, and leaves none for rank {counts.index(0)}; "
+            "start fewer ranks, or give it a larger share with -ts"
+        )
+    ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    return [range(a, b) for a, b in pairwise(ends)]
+
+
+def open_backend(args: Namespace, world: World, one_thread: bool = False) -> tuple[Backend, int]:
+    """Return this rank's backend and its number of threads; with ``one_thread``, of one that has to share the rank.
 
     ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use.
 
     Raises:
         UsageError: the backend or the level is not there.
     """
-    threads, cores = place_threads(world, args.threads)
+    threads, cores = (1, ()) if one_thread else place_threads(world, args.threads)
     threadpool_limits(threads)
     return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", "")), threads
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from mpillama.errors import PeerFailure, UserError
+from mpillama.comm.watch import Watch
+from mpillama.errors import JobError, PeerFailure, UserError
 from mpillama.layout import Cut
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ class World(Protocol):
     hosts: tuple[str, ...]
     local_rank: int
     local_size: int
+    watch: Watch
 
     def group(self) -> Group:
         """Return the group of all ranks for tensors in host memory."""
@@ -60,6 +62,10 @@ class World(Protocol):
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's ``value`` on rank 0, and an empty list elsewhere."""
+        ...
+
+    def agree(self, signature: int) -> list[int]:
+        """Return the 64-bit signatures of all ranks."""
         ...
 
     def send(self, message: np.ndarray) -> None:
@@ -85,6 +91,21 @@ class World(Protocol):
     def close(self) -> None:
         """Leave in peace, after all ranks have got here."""
         ...
+
+
+def check_agreement(world: World, signature: int) -> None:
+    """Make sure that all ranks have come to the same point with the same signature.
+
+    Raises:
+        JobError: on every rank, if some differ from rank 0.
+    """
+    step = world.watch.step
+    everyone = world.agree(signature)
+    others = [f"rank {rank} on {world.hosts[rank]}" for rank, own in enumerate(everyone) if own != everyone[0]]
+    if others:
+        error = JobError(f"the ranks have diverged by step {step}: {', '.join(others)} differs from rank 0")
+        error.told = True
+        raise error
 
 
 def from_root(world: World, make: Callable[[], T]) -> T:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mpillama.comm.board import Board
+from mpillama.comm.watch import Watch
 from mpillama.layout import Cut
 
 
@@ -37,6 +39,7 @@ class SoloWorld:
 
     def __init__(self) -> None:
         self.hosts: tuple[str, ...] = (socket.gethostname(),)
+        self.watch = Watch((0,), self.hosts, Board(bytearray(Board.nbytes(1)), None, 0, 1), 0.0)
 
     def group(self) -> SoloGroup:
         """Return the group of one."""
@@ -49,6 +52,10 @@ class SoloWorld:
     def gather(self, value: Any) -> list[Any]:
         """Return the one value."""
         return [value]
+
+    def agree(self, signature: int) -> list[int]:
+        """Return the one signature."""
+        return [signature]
 
     def send(self, message: np.ndarray) -> None:
         """Nobody else is there to take it."""

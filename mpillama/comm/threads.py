@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mpillama.comm.board import Board
+from mpillama.comm.watch import Watch
+from mpillama.errors import JobError
 from mpillama.layout import Cut
 
 T = TypeVar("T")
@@ -18,7 +21,10 @@ class _Board:
     """What the threads share: a slot for each rank, and a barrier that breaks when one of them fails."""
 
     def __init__(self, size: int, timeout: float) -> None:
-        self.size = size
+        self.size, self.timeout = size, timeout
+        self.counts = [0] * size
+        self.failed = False
+        self.memory = bytearray(Board.nbytes(size))
         self.slots: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.messages = [queue.Queue[np.ndarray]() for _ in range(size)]
@@ -26,10 +32,31 @@ class _Board:
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self.slots[rank] = value
-        self.barrier.wait()
+        self.wait(rank)
         values = list(self.slots)
-        self.barrier.wait()
+        self.wait(rank)
         return values
+
+    def wait(self, rank: int) -> None:
+        """Wait for all ranks.
+
+        Raises:
+            JobError: some have not come in time.
+            BrokenBarrierError: another rank has failed.
+        """
+        self.counts[rank] += 1
+        try:
+            self.barrier.wait()
+        except threading.BrokenBarrierError:
+            if self.failed:
+                raise
+            late = [f"rank {r}" for r, n in enumerate(self.counts) if n < self.counts[rank]]
+            raise JobError(f"{', '.join(late)} has not come within {self.timeout:g} s") from None
+
+    def abort(self) -> None:
+        """Let no rank wait for one that has failed."""
+        self.failed = True
+        self.barrier.abort()
 
 
 class ThreadGroup:
@@ -50,13 +77,13 @@ class ThreadGroup:
         for value in values[1:]:
             total += value
         # A rank may overwrite its ``x`` only after all have read it.
-        self._board.barrier.wait()
+        self._board.wait(self.rank)
         return total
 
     def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
         """Return the slices joined along the last axis."""
         joined = np.concatenate(self._board.exchange(self.rank, x), axis=-1)
-        self._board.barrier.wait()
+        self._board.wait(self.rank)
         return joined
 
 
@@ -67,6 +94,8 @@ class ThreadWorld:
         self._board, self.rank, self.size = board, rank, board.size
         self.hosts = ("threads",) * board.size
         self.local_rank, self.local_size = rank, board.size
+        own = Board(board.memory, None, rank, board.size)
+        self.watch = Watch(range(board.size), self.hosts, own, board.timeout)
 
     def group(self) -> ThreadGroup:
         """Return the group of all threads."""
@@ -81,6 +110,10 @@ class ThreadWorld:
         values = self._board.exchange(self.rank, value)
         return values if self.rank == 0 else []
 
+    def agree(self, signature: int) -> list[int]:
+        """Return the signatures of all ranks."""
+        return self._board.exchange(self.rank, signature)
+
     def send(self, message: np.ndarray) -> None:
         """Put a message into every other rank's queue."""
         for box in self._board.messages[1:]:
@@ -88,7 +121,7 @@ class ThreadWorld:
 
     def receive(self) -> np.ndarray:
         """Take the next message."""
-        return self._board.messages[self.rank].get(timeout=self._board.barrier._timeout)  # type: ignore[attr-defined]
+        return self._board.messages[self.rank].get(timeout=self._board.timeout)
 
     def report(self, amount: int) -> None:
         """Note some progress."""
@@ -104,7 +137,7 @@ class ThreadWorld:
 
     def abort(self, exit_code: int) -> None:
         """Break the barrier, so that no thread waits for this one."""
-        self._board.barrier.abort()
+        self._board.abort()
 
     def close(self) -> None:
         """Nothing is held."""
@@ -125,7 +158,7 @@ def run_threads(size: int, main: Callable[[ThreadWorld], T], timeout: float = 60
             results[rank] = main(ThreadWorld(board, rank))
         except BaseException as error:
             errors.append(error)
-            board.barrier.abort()
+            board.abort()
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:

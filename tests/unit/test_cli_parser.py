@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "threads": -1,
     "backend": "auto",
     "tensor_split": None,
+    "timeout": 60.0,  # mpillama's own
+    "deterministic": False,  # mpillama's own
     "rope_scaling": None,
     "rope_freq_base": 0.0,
     "rope_freq_scale": 0.0,
