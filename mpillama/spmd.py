@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -16,7 +17,7 @@ from typing import TextIO
 import numpy as np
 
 from mpillama.backends.base import Batch
-from mpillama.comm.base import World
+from mpillama.comm.base import Arrival, World
 from mpillama.comm.solo import SoloWorld
 from mpillama.errors import PeerFailure, UsageError, UserError
 from mpillama.runner import Runner, pack, unpack
@@ -200,15 +201,44 @@ def _abort(world: World, code: int) -> None:
 
 
 class Leader:
-    """Rank 0's side of the step loop: runs a batch on all ranks."""
+    """Rank 0's side of the step loop: runs batches on all ranks.
 
-    def __init__(self, world: World, runner: Runner) -> None:
+    Args:
+        world: of all ranks.
+        runner: of rank 0.
+        max_in_flight: batches whose logits may be under way at a time; a pipeline of n stages is busy with n.
+    """
+
+    def __init__(self, world: World, runner: Runner, max_in_flight: int = 1) -> None:
         self._world, self._runner = world, runner
+        self.max_in_flight = max_in_flight
+        self._in_flight: deque[Arrival] = deque()
+
+    @property
+    def in_flight(self) -> int:
+        """Batches that are submitted and not collected."""
+        return len(self._in_flight)
+
+    def submit(self, batch: Batch) -> None:
+        """Begin a batch on all ranks; batches end in the order in which they began.
+
+        Returns as soon as rank 0's own stage is through with it.
+        """
+        if len(self._in_flight) >= self.max_in_flight:
+            raise AssertionError(f"{len(self._in_flight)} batches are in flight; collect one before the next")
+        self._world.send(pack(batch))
+        self._in_flight.append(self._runner.begin(batch))
+
+    def collect(self) -> np.ndarray:
+        """Return the logits (L, n_vocab) of the batch that began first; one without logits is not waited for."""
+        return self._in_flight.popleft().wait()
 
     def run(self, batch: Batch) -> np.ndarray:
-        """Return the logits (L, n_vocab)."""
-        self._world.send(pack(batch))
-        return self._runner.run(batch)
+        """Return the logits (L, n_vocab) of a batch, when no other is in flight."""
+        if self._in_flight:
+            raise AssertionError("collect what is in flight before running a batch")
+        self.submit(batch)
+        return self.collect()
 
     def stop(self, exit_code: int = 0) -> None:
         """End the loop of the others, who then return ``exit_code``."""

@@ -12,6 +12,7 @@ from mpillama.cli import values
 from mpillama.cli.bench_options import BENCH, check_bench
 from mpillama.cli.options import (
     CONTEXT,
+    GRID,
     LOGGING,
     MODEL,
     PARALLEL,
@@ -122,6 +123,7 @@ COMMANDS = (
             'mpillama -m model.gguf -p "Once upon a time" -n 64',
             'mpirun -n 4 mpillama generate -m model.gguf -p "The capital of France is" -n 32 --temp 0',
             "mpirun -n 2 mpillama generate -m model.gguf -ts 3,1 -f prompt.txt -c 4096",
+            "mpirun -n 8 mpillama generate -m model.gguf --tp 4 --pp 2 -f prompt.txt",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
         ),
         (*MODEL, *PROMPT, *CONTEXT, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
@@ -145,9 +147,10 @@ COMMANDS = (
         (
             "mpillama inspect model.gguf",
             "mpillama inspect model.gguf -n 4 -ts 3,1,1,1",
+            "mpillama inspect model.gguf -n 8 --tp 4 --pp 2",
             "mpillama inspect model.gguf --json",
         ),
-        (*INSPECT, *TENSOR_SPLIT, *MODEL, *LOGGING),
+        (*INSPECT, *GRID, *TENSOR_SPLIT, *MODEL, *LOGGING),
         "mpillama.cli.inspect:run",
         check_model,
         positional="model",

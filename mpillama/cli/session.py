@@ -6,8 +6,8 @@ import os
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,16 +18,18 @@ from mpillama.backends.base import Backend
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import check_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
+from mpillama.cli.shares import choose_shares
 from mpillama.comm.base import World, from_root
+from mpillama.comm.pipeline import open_pipe
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
 from mpillama.errors import UsageError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
-from mpillama.layout import check_weights
+from mpillama.grid import Grid, choose_grid
 from mpillama.loader import check_types, load_weights
 from mpillama.ops import Ops
+from mpillama.partition import Partition
 from mpillama.runner import Runner, kv_bytes
-from mpillama.sharding import Sharding
 from mpillama.tensors import model_tensors
 
 T = TypeVar("T")
@@ -35,13 +37,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Model:
-    """What every rank must know of a model to load its slices; small, and broadcast by rank 0."""
+    """What every rank must know of a model to load its slices; small, and broadcast by rank 0.
+
+    ``grid`` and ``weights`` (a share for each rank) become known when the ranks have met.
+    """
 
     paths: tuple[str, ...]
     cfg: Config
     tensors: dict[str, TensorInfo]
-    weights: tuple[float, ...]
     n_ctx: int
+    grid: Grid = Grid()
+    weights: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,6 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     Raises:
         UserError: the file, a flag, or their combination is wrong.
     """
-    if args.split_mode == "none" and n_ranks > 1:
-        raise UsageError(f"-sm none runs on one rank but there are {n_ranks}; start one, or use -sm tensor")
-    weights = check_weights(args.tensor_split or (), n_ranks)
     header = read_header(model_path(args))
     for key, value in args.override_kv:
         header.metadata[key] = value  # type: ignore[index]
@@ -87,7 +90,7 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     cfg = read_config(header, args.ctx_size, overrides)
     tensors = model_tensors(header, cfg)
     check_types(tensors.values(), ReferenceBackend())
-    return header, Model(header.paths, cfg, tensors, weights, args.ctx_size or cfg.n_ctx_train)
+    return header, Model(header.paths, cfg, tensors, args.ctx_size or cfg.n_ctx_train)
 
 
 def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]]) -> tuple[Loaded, T | None]:
@@ -102,35 +105,69 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     def describe() -> Model:
         model, other = make()
         own.append(other)
-        return model
+        return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer))
 
     model = from_root(world, describe)
     backend, threads = open_backend(args, world)
-    sharding = Sharding(model.cfg, model.weights)
-    infos = list(model.tensors.values())
-    shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
+    weights = choose_shares(args.tensor_split, world, backend)
+    model = replace(model, weights=weights)
+    partition = from_root(world, lambda: Partition(model.cfg, model.tensors, model.grid, weights, args.expert_parallel))
+    shares = [partition.bytes_of(rank) for rank in range(world.size)]
     kv_types = (args.cache_type_k, args.cache_type_v)
-    kv = [kv_bytes(model.cfg, sharding, rank, model.n_ctx, *kv_types) for rank in range(world.size)]
+    kv = [kv_bytes(model.cfg, *partition.of(rank), model.n_ctx, *kv_types) for rank in range(world.size)]
     check_memory(world, shares, kv, model.n_ctx)
     with JointProgress(world, shares, enabled=log.interactive) as bar:
-        weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update)
-        n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
-        runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, model.n_ctx, *kv_types)
+        runner, n_read = open_runner(model, partition, world, backend, kv_types, bar.update)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
-    log.info(_layout_line(world, backend.name, threads, model, shares, kv))
+    log.info(_layout_line(world, backend.name, threads, model, partition, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
         log.verbose(
             f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
             f"read {format_bytes(n_read_there)}, KV {format_bytes(kv[rank])}, peak memory {format_bytes(peak)}"
         )
-    n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in infos}.values())
+    n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in model.tensors.values()}.values())
     log.verbose(
         f"read in all: {format_bytes(sum(n for n, _ in everyone))} of {format_bytes(n_file)} of tensors in the file"
     )
     return Loaded(model, runner, time.perf_counter() - began), own[0] if own else None
 
 
-def _layout_line(world: World, backend: str, threads: int, model: Model, shares: list[int], kv: list[int]) -> str:
+def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
+    """Return the grid of a command that runs a single replica.
+
+    Raises:
+        UsageError: there is no such grid of these ranks, or the flags ask for several replicas.
+    """
+    grid = choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
+    if grid.dp > 1:
+        raise UsageError(f"--dp {grid.dp}: replicas serve batch and serve; this command runs a single one, leave --dp out")
+    return grid
+
+
+def open_runner(
+    model: Model,
+    partition: Partition,
+    world: World,
+    backend: Backend,
+    kv_types: tuple[str, str],
+    progress: Callable[[int], None] = lambda n: None,
+) -> tuple[Runner, int]:
+    """Load this rank's weights and join it with the others of its stage and the stages next to it.
+
+    Returns:
+        The runner, and the bytes that were read.
+    """
+    sharding, index = partition.of(world.rank)
+    weights, n_read = load_weights(model.paths, model.tensors, sharding, index, backend, progress)
+    ops = Ops(backend, world.group(model.grid.stage_ranks(world.rank)))
+    pipe = open_pipe(world, model.grid)
+    n_head_kv = partition.n_head_kv(world.rank)
+    return Runner(model.cfg, weights, ops, n_head_kv, model.n_ctx, *kv_types, sharding.blocks, pipe), n_read
+
+
+def _layout_line(
+    world: World, backend: str, threads: int, model: Model, partition: Partition, shares: list[int], kv: list[int]
+) -> str:
     n_hosts = len(set(world.hosts))
     total = sum(model.weights)
     split = ",".join(f"{100 * weight / total:.3g}" for weight in model.weights)
@@ -138,10 +175,19 @@ def _layout_line(world: World, backend: str, threads: int, model: Model, shares:
     per_rank = format_bytes(high) if low == high else f"{format_bytes(low)} to {format_bytes(high)}"
     each = " each" if world.size > 1 else ""
     return (
-        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {backend} backend with "
-        f"{_count(threads, 'thread')}{each}, tensor split {split} %, weights {per_rank} per rank, "
+        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {_grid_words(partition)}{backend} backend "
+        f"with {_count(threads, 'thread')}{each}, tensor split {split} %, weights {per_rank} per rank, "
         f"KV {format_bytes(max(kv))} for {model.n_ctx} tokens"
     )
+
+
+def _grid_words(partition: Partition) -> str:
+    grid, words = partition.grid, ""
+    if grid.pp > 1:
+        blocks = "+".join(str(len(stage.blocks)) for stage in partition.stages)
+        words = f"{grid.pp} stages of {_count(grid.tp, 'rank')} with {blocks} blocks, "
+    whole = len(partition.whole_experts)
+    return words + (f"whole experts in {_count(whole, 'block')}, " if whole else "")
 
 
 def _count(n: int, noun: str) -> str:

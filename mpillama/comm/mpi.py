@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.comm.mpi_link import MPILink
 from mpillama.layout import Cut
 
 # A decode step's plan fits into one broadcast of this many int32; longer ones take a second.
@@ -53,15 +55,22 @@ class MPIWorld:
         self.rank, self.size = world.rank, world.size
         self._control = world.Dup()
         self._progress = world.Dup()
+        self._links = world.Dup()
         self._requests: list[MPI.Request] = []
         self.hosts = tuple(self._control.allgather(MPI.Get_processor_name()))
         local = world.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = local.rank, local.size
         local.Free()
 
-    def group(self) -> MPIGroup:
-        """Return the group of all ranks, on a communicator of its own."""
-        return MPIGroup(MPI.COMM_WORLD.Dup())
+    def group(self, ranks: Sequence[int] | None = None) -> MPIGroup:
+        """Return the group of all ranks, or of these, on a communicator of its own."""
+        if ranks is None or len(ranks) == self.size:
+            return MPIGroup(MPI.COMM_WORLD.Dup())
+        return MPIGroup(MPI.COMM_WORLD.Split(ranks[0], ranks.index(self.rank)))
+
+    def link(self, partner: int) -> MPILink:
+        """Return the channel to another rank."""
+        return MPILink(self._links, partner)
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value; the others wait without occupying a core."""

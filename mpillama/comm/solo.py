@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mpillama.comm.base import Link
 from mpillama.layout import Cut
 
 
@@ -38,9 +40,13 @@ class SoloWorld:
     def __init__(self) -> None:
         self.hosts: tuple[str, ...] = (socket.gethostname(),)
 
-    def group(self) -> SoloGroup:
+    def group(self, ranks: Sequence[int] | None = None) -> SoloGroup:
         """Return the group of one."""
         return SoloGroup()
+
+    def link(self, partner: int) -> Link:
+        """Raise: there is no other rank."""
+        raise RuntimeError(f"a run of one rank has no rank {partner}")
 
     def bcast(self, value: Any) -> Any:
         """Return ``value``."""

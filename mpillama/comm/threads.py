@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from mpillama.layout import Cut
 
 T = TypeVar("T")
+# How often one who waits looks whether another has failed, seconds.
+_GLANCE = 0.1
 
 
 class _Board:
@@ -23,6 +26,45 @@ class _Board:
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.messages = [queue.Queue[np.ndarray]() for _ in range(size)]
         self.progress: queue.Queue[int] = queue.Queue()
+        self.channels: defaultdict[tuple[int, int], queue.Queue[np.ndarray]] = defaultdict(queue.Queue)
+        self.lock = threading.Lock()
+        self._parts: dict[tuple[int, ...], _Board] = {}
+        self._timeout = timeout
+
+    def part(self, ranks: tuple[int, ...]) -> _Board:
+        """Return the board of some of the threads."""
+        with self.lock:
+            if ranks not in self._parts:
+                self._parts[ranks] = _Board(len(ranks), self._timeout)
+            if self.barrier.broken:
+                self._parts[ranks].abort()
+            return self._parts[ranks]
+
+    def channel(self, source: int, target: int) -> queue.Queue[np.ndarray]:
+        """Return the queue of what one thread sends to another."""
+        with self.lock:
+            return self.channels[source, target]
+
+    def abort(self) -> None:
+        """Let no thread wait any more, here or on the board of a part."""
+        self.barrier.abort()
+        with self.lock:
+            for part in self._parts.values():
+                part.abort()
+
+    def take(self, box: queue.Queue[np.ndarray]) -> np.ndarray:
+        """Return the next item of a queue.
+
+        Raises:
+            threading.BrokenBarrierError: another thread has failed, or nothing has come in time.
+        """
+        for _ in range(max(1, int(self._timeout / _GLANCE))):
+            try:
+                return box.get(timeout=_GLANCE)
+            except queue.Empty:
+                if self.barrier.broken:
+                    break
+        raise threading.BrokenBarrierError
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self.slots[rank] = value
@@ -60,6 +102,40 @@ class ThreadGroup:
         return joined
 
 
+class ThreadArrival:
+    """The next array of a channel."""
+
+    def __init__(self, board: _Board, box: queue.Queue[np.ndarray], shape: tuple[int, ...]) -> None:
+        self._board, self._box, self._shape = board, box, shape
+
+    def wait(self) -> np.ndarray:
+        """Return it."""
+        x = self._board.take(self._box)
+        if x.shape != self._shape:
+            raise AssertionError(f"expected an array of shape {self._shape}, got {x.shape}")
+        return x
+
+
+class ThreadLink:
+    """Two queues between two threads."""
+
+    def __init__(self, board: _Board, rank: int, partner: int) -> None:
+        self._board = board
+        self._out, self._in = board.channel(rank, partner), board.channel(partner, rank)
+
+    def send(self, x: np.ndarray) -> None:
+        """Put the array into the partner's queue."""
+        self._out.put(x)
+
+    def expect(self, shape: tuple[int, ...]) -> ThreadArrival:
+        """Return the place of the next array."""
+        return ThreadArrival(self._board, self._in, shape)
+
+    def receive(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Wait for the next array."""
+        return self.expect(shape).wait()
+
+
 class ThreadWorld:
     """A run whose ranks are threads."""
 
@@ -68,9 +144,15 @@ class ThreadWorld:
         self.hosts = ("threads",) * board.size
         self.local_rank, self.local_size = rank, board.size
 
-    def group(self) -> ThreadGroup:
-        """Return the group of all threads."""
-        return ThreadGroup(self._board, self.rank)
+    def group(self, ranks: Sequence[int] | None = None) -> ThreadGroup:
+        """Return the group of all threads, or of some."""
+        if ranks is None or len(ranks) == self.size:
+            return ThreadGroup(self._board, self.rank)
+        return ThreadGroup(self._board.part(tuple(ranks)), ranks.index(self.rank))
+
+    def link(self, partner: int) -> ThreadLink:
+        """Return the channel to another thread."""
+        return ThreadLink(self._board, self.rank, partner)
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value."""
@@ -88,7 +170,7 @@ class ThreadWorld:
 
     def receive(self) -> np.ndarray:
         """Take the next message."""
-        return self._board.messages[self.rank].get(timeout=self._board.barrier._timeout)  # type: ignore[attr-defined]
+        return self._board.take(self._board.messages[self.rank])
 
     def report(self, amount: int) -> None:
         """Note some progress."""
@@ -104,7 +186,7 @@ class ThreadWorld:
 
     def abort(self, exit_code: int) -> None:
         """Break the barrier, so that no thread waits for this one."""
-        self._board.barrier.abort()
+        self._board.abort()
 
     def close(self) -> None:
         """Nothing is held."""
@@ -125,7 +207,7 @@ def run_threads(size: int, main: Callable[[ThreadWorld], T], timeout: float = 60
             results[rank] = main(ThreadWorld(board, rank))
         except BaseException as error:
             errors.append(error)
-            board.barrier.abort()
+            board.abort()
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
