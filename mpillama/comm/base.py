@@ -55,8 +55,8 @@ class Link(Protocol):
     def send(self, x: np.ndarray) -> None:
         """Begin to send ``x``, which must not change any more.
 
-        Returns before the partner has taken it, but not before the partner has taken the array before it: a rank that
-        runs ahead of the next one waits here.
+        Returns before the partner has taken it, but may wait until the partner has taken the array before it: a rank
+        that runs ahead of the next one waits here.
         """
         ...
 

@@ -26,7 +26,8 @@ class _Board:
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.messages = [queue.Queue[np.ndarray]() for _ in range(size)]
         self.progress: queue.Queue[int] = queue.Queue()
-        self.channels: defaultdict[tuple[int, int], queue.Queue[np.ndarray]] = defaultdict(queue.Queue)
+        # Room for one: a sender runs ahead by no more.
+        self.channels: defaultdict[tuple[int, int], queue.Queue[np.ndarray]] = defaultdict(lambda: queue.Queue(1))
         self.lock = threading.Lock()
         self._parts: dict[tuple[int, ...], _Board] = {}
         self._timeout = timeout
@@ -58,10 +59,17 @@ class _Board:
         Raises:
             threading.BrokenBarrierError: another thread has failed, or nothing has come in time.
         """
+        return self._patiently(lambda: box.get(timeout=_GLANCE))
+
+    def put(self, box: queue.Queue[np.ndarray], x: np.ndarray) -> None:
+        """Add to a queue that has room for it, at some time; raises as `take` does."""
+        self._patiently(lambda: box.put(x, timeout=_GLANCE))
+
+    def _patiently(self, attempt: Callable[[], T]) -> T:
         for _ in range(max(1, int(self._timeout / _GLANCE))):
             try:
-                return box.get(timeout=_GLANCE)
-            except queue.Empty:
+                return attempt()
+            except (queue.Empty, queue.Full):
                 if self.barrier.broken:
                     break
         raise threading.BrokenBarrierError
@@ -124,8 +132,8 @@ class ThreadLink:
         self._out, self._in = board.channel(rank, partner), board.channel(partner, rank)
 
     def send(self, x: np.ndarray) -> None:
-        """Put the array into the partner's queue."""
-        self._out.put(x)
+        """Put the array into the partner's queue, once the one before is taken."""
+        self._board.put(self._out, x)
 
     def expect(self, shape: tuple[int, ...]) -> ThreadArrival:
         """Return the place of the next array."""
