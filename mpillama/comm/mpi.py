@@ -55,7 +55,9 @@ class MPIWorld:
         self.rank, self.size = world.rank, world.size
         self._control = world.Dup()
         self._progress = world.Dup()
-        self._links = world.Dup()
+        self._link_comm = world.Dup()
+        # Kept to the end: what a link is still sending must not be freed with its user.
+        self._links: dict[int, MPILink] = {}
         self._requests: list[MPI.Request] = []
         self.hosts = tuple(self._control.allgather(MPI.Get_processor_name()))
         local = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -70,7 +72,7 @@ class MPIWorld:
 
     def link(self, partner: int) -> MPILink:
         """Return the channel to another rank."""
-        return MPILink(self._links, partner)
+        return self._links.setdefault(partner, MPILink(self._link_comm, partner))
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value; the others wait without occupying a core."""
