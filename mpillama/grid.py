@@ -68,7 +68,9 @@ class Grid:
         stages = tuple(tuple(weights[stage * self.tp : (stage + 1) * self.tp]) for stage in range(self.pp))
         for stage, shares in enumerate(stages):
             if sum(shares) <= 0:
-                raise UsageError(f"-ts gives stage {stage} of the pipeline no share; one of its ranks needs one above 0")
+                raise UsageError(
+                    f"-ts gives stage {stage} of the pipeline no share; one of its ranks needs one above 0"
+                )
         return stages
 
 

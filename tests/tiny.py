@@ -12,8 +12,8 @@ import numpy as np
 from mpillama.backends.base import Backend, Batch
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.base import World
-from mpillama.comm.threads import run_threads
 from mpillama.comm.pipeline import open_pipe
+from mpillama.comm.threads import run_threads
 from mpillama.config import read_config
 from mpillama.engine.sequence import Sequence as TokenSequence
 from mpillama.gguf.reader import read_header

@@ -10,9 +10,9 @@ from typing import cast
 
 from mpillama.cli import values
 from mpillama.cli.bench_options import BENCH, check_bench
+from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import (
     CONTEXT,
-    GRID,
     LOGGING,
     MODEL,
     PARALLEL,
@@ -126,7 +126,7 @@ COMMANDS = (
             "mpirun -n 8 mpillama generate -m model.gguf --tp 4 --pp 2 -f prompt.txt",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
         ),
-        (*MODEL, *PROMPT, *CONTEXT, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
+        (*MODEL, *PROMPT, *CONTEXT, *GRID, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
         "mpillama.cli.generate:run",
         check_generate,
     ),
@@ -137,7 +137,7 @@ COMMANDS = (
             "mpillama logits -m model.gguf --tokens 1,15043,29991 --out logits.npy",
             "mpirun -n 4 mpillama logits -m model.gguf --tokens-file ids.txt --out logits.npy",
         ),
-        (*LOGITS, *MODEL, *CONTEXT, *PARALLEL, *ROPE, *LOGGING),
+        (*LOGITS, *MODEL, *CONTEXT, *GRID, *PARALLEL, *ROPE, *LOGGING),
         "mpillama.cli.logits:run",
         check_logits,
     ),
@@ -163,6 +163,7 @@ COMMANDS = (
             "mpillama bench -m model.gguf -p 512 -n 128",
             "mpirun -n 4 mpillama bench --shape llama-8b:Q4_K_M -n 64 -d 0,4096 -v",
             "mpirun -n 2 mpillama bench -m a.gguf,b.gguf -t 1,2 -ts 1/1,2/1 -o json",
+            "mpirun -n 4 mpillama bench -m model.gguf --tp 2 --pp 2 -p 2048",
             "mpillama bench --shape llama-1b:Q4_0 --compare llama.cpp",
         ),
         BENCH,

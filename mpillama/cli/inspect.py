@@ -47,7 +47,7 @@ def _ranks(header: GGUFHeader, args: Namespace) -> dict[str, Any]:
     tensors = model_tensors(header, cfg)
     grid = grid_of(args, ("",) * args.n_ranks, cfg.n_layer)
     weights = check_weights(given_shares(args.tensor_split), args.n_ranks)
-    partition = Partition(cfg, tensors, grid, weights, args.expert_parallel)
+    partition = Partition(cfg, tensors, grid, weights, args.ep)
     totals = [partition.bytes_of(rank) for rank in range(args.n_ranks)]
     ideal = sum(totals) / sum(weights)
     return {

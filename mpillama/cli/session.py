@@ -109,9 +109,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
 
     model = from_root(world, describe)
     backend, threads = open_backend(args, world)
-    weights = choose_shares(args.tensor_split, world, backend)
-    model = replace(model, weights=weights)
-    partition = from_root(world, lambda: Partition(model.cfg, model.tensors, model.grid, weights, args.expert_parallel))
+    model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
+    partition = Partition(model.cfg, model.tensors, model.grid, model.weights, args.ep)
     shares = [partition.bytes_of(rank) for rank in range(world.size)]
     kv_types = (args.cache_type_k, args.cache_type_v)
     kv = [kv_bytes(model.cfg, *partition.of(rank), model.n_ctx, *kv_types) for rank in range(world.size)]
@@ -140,7 +139,9 @@ def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
     """
     grid = choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
     if grid.dp > 1:
-        raise UsageError(f"--dp {grid.dp}: replicas serve batch and serve; this command runs a single one, leave --dp out")
+        raise UsageError(
+            f"--dp {grid.dp}: replicas serve batch and serve; this command runs a single one, leave --dp out"
+        )
     return grid
 
 
