@@ -2,14 +2,15 @@
 
 Cut into slices, the ranks read the same share of every chosen expert: even work, but a slice that ends inside a quant
 block reads the whole block. Kept whole, nothing is read twice, but the chosen experts of a token may fall on few ranks.
-Both are counted in bytes that the slowest rank reads for one token, relative to its share of the model; many tokens in a
-step even out whole experts, so one token is the case in which slices should win if they ever do.
+Both are counted in bytes that the slowest rank reads for one token, relative to its share of the model. Many tokens in
+a step even out whole experts, so one token is the case in which slices should win if they ever do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from mpillama.config import Config
 from mpillama.gguf.reader import TensorInfo
@@ -35,7 +36,7 @@ def expected_max(counts: Sequence[int], n_used: int, weights: Sequence[float]) -
             ways = [sum(row[j] * ways[k - j] for j in range(min(k + 1, len(row)))) for k in range(n_used + 1)]
         return ways[n_used] / n_all
 
-    steps = zip(values, values[1:], strict=False)
+    steps = pairwise(values)
     return sum((high - low) * (1.0 - at_most(low)) for low, high in steps)
 
 

@@ -1,4 +1,4 @@
-"""The grid of a run: which rank belongs to which replica, pipeline stage and tensor-parallel group. Sizes in, places out.
+"""The grid of a run: which rank belongs to which replica, stage and tensor-parallel group. Sizes in, places out.
 
 A run of ``dp * pp * tp`` ranks is ``dp`` replicas of the model; a replica is a pipeline of ``pp`` stages, each with a
 range of the model's blocks; the ``tp`` ranks of a stage share the slices of its weights. Ranks are numbered with the
@@ -68,10 +68,11 @@ class Grid:
         stages = tuple(tuple(weights[stage * self.tp : (stage + 1) * self.tp]) for stage in range(self.pp))
         for stage, shares in enumerate(stages):
             if sum(shares) <= 0:
-                raise UsageError(
-                    f"-ts gives stage {stage} of the pipeline no share; one of its ranks needs one above 0"
-                )
+                raise UsageError(f"-ts gives stage {stage} of the pipeline no share; give one of its ranks some")
         return stages
+
+
+ONE_RANK = Grid()
 
 
 def cut_blocks(n_layer: int, stages: Sequence[Sequence[float]]) -> tuple[Range, ...]:

@@ -26,7 +26,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix or a stack of them: ``axis`` is "" (replicated), ``out``, ``in`` or ``expert``, ``cut`` how it is cut."""
+    """A matrix or a stack of them, cut along ``axis`` by ``cut``: ``out``, ``in``, ``expert``, or "" (replicated)."""
 
     name: str
     handle: Handle

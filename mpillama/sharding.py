@@ -63,7 +63,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank holds of a tensor: rows [row_start, row_stop) of some matrices, bytes [col_start, col_stop) of each.
+    """What one rank holds of a tensor: rows [row_start, row_stop) of matrices, and bytes [col_start, col_stop) of these.
 
     Attributes:
         n_mats: matrices (experts) of the slice, the first of which is ``mat_start`` of the tensor.
@@ -93,7 +93,7 @@ class Sharding:
     Args:
         cfg: of the model.
         weights: the shares of the ranks.
-        blocks: the blocks of the stage; all by default. The embedding comes with the first block, the head with the last.
+        blocks: of the stage; all by default. The embedding comes with the first block, the head with the last.
         whole_experts: blocks whose experts are cut into whole experts.
     """
 

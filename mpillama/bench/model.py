@@ -13,7 +13,7 @@ from mpillama.bench.weights import random_weights
 from mpillama.config import Config, read_config
 from mpillama.errors import UsageError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
-from mpillama.grid import Grid
+from mpillama.grid import ONE_RANK, Grid
 from mpillama.layout import check_weights
 from mpillama.loader import check_types, load_weights
 from mpillama.models.weights import Weights
@@ -44,7 +44,7 @@ class BenchModel:
     tensors: dict[str, TensorInfo]
     shares: tuple[float, ...]
     n_ctx: int
-    grid: Grid = Grid()
+    grid: Grid = ONE_RANK
 
 
 def describe(

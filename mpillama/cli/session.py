@@ -25,7 +25,7 @@ from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
 from mpillama.errors import UsageError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
-from mpillama.grid import Grid, choose_grid
+from mpillama.grid import ONE_RANK, Grid, choose_grid
 from mpillama.loader import check_types, load_weights
 from mpillama.ops import Ops
 from mpillama.partition import Partition
@@ -46,7 +46,7 @@ class Model:
     cfg: Config
     tensors: dict[str, TensorInfo]
     n_ctx: int
-    grid: Grid = Grid()
+    grid: Grid = ONE_RANK
     weights: tuple[float, ...] = (1.0,)
 
 
@@ -139,9 +139,7 @@ def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
     """
     grid = choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
     if grid.dp > 1:
-        raise UsageError(
-            f"--dp {grid.dp}: replicas serve batch and serve; this command runs a single one, leave --dp out"
-        )
+        raise UsageError(f"--dp {grid.dp}: replicas serve batch and serve, but this command runs one; leave --dp out")
     return grid
 
 

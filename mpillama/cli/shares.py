@@ -17,8 +17,8 @@ def choose_shares(
     """Return a share for each rank; all ranks call this together.
 
     Args:
-        given: the shares; ``auto`` for shares by measured speed, ``memory`` by what is free on the rank's host, None for
-            equal ones.
+        given: the shares; ``auto`` for shares by measured speed, ``memory`` by what is free on the rank's host, None
+            for equal ones.
         world: of all ranks.
         grid: of the ranks.
         backend: of this rank.

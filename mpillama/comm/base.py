@@ -1,8 +1,8 @@
 """The protocols of this package.
 
 `Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `Link`
-hands tensors from one rank to one other. `World` carries small control messages between all ranks of a run, and knows how to end it. `tests/unit/test_comm_contract.py`
-holds every implementation to the same contract.
+hands tensors from one rank to another. `World` carries small control messages between all ranks of a run, and knows how
+to end it. `tests/unit/test_comm_contract.py` holds every implementation to the same contract.
 """
 
 from __future__ import annotations
