@@ -1,9 +1,15 @@
-"""Whole experts or slices of each: which of the two lets a token wait less for the weights of its experts.
+"""Whole experts or slices of each: which of the two costs the slowest rank of a stage less.
 
 Cut into slices, the ranks read the same share of every chosen expert: even work, but a slice that ends inside a quant
-block reads the whole block. Kept whole, nothing is read twice, but the chosen experts of a token may fall on few ranks.
-Both are counted in bytes that the slowest rank reads for one token, relative to its share of the model. Many tokens in
-a step even out whole experts, so one token is the case in which slices should win if they ever do.
+block is computed with the whole block. Kept whole, no block is computed twice, but the experts of a token may fall on
+few ranks. Costs are those of the slowest rank, relative to a perfectly even division of the same work by shares:
+
+- slices: the largest share of the bytes of an expert that a rank holds, for one token as for many;
+- whole experts, one token: the mean, over all choices of experts, of the most that fall on one rank;
+- whole experts, many tokens: the largest number of experts that a rank holds.
+
+Generating (one token) and reading a prompt (many) count the same: whole experts are taken where the sum of their two
+costs is less than twice that of slices. In practice that is where slices are narrower than the blocks of a type.
 """
 
 from __future__ import annotations
@@ -48,23 +54,25 @@ def whole_expert_blocks(
         return frozenset()
     if mode == "on":
         return frozenset(range(cfg.n_layer))
-    shares = [w * len(weights) / sum(weights) for w in weights]
+    shares = [w / sum(weights) for w in weights]
     sliced = Sharding(cfg, weights)
     counts = [sliced.cuts["expert"].width(rank) for rank in range(len(weights))]
     if any(n and not share for n, share in zip(counts, shares, strict=True)):
         return frozenset()
-    whole_load = expected_max(counts, cfg.n_expert_used, shares)
+    one = expected_max(counts, cfg.n_expert_used, shares) / cfg.n_expert_used
+    many = max(n / share for n, share in zip(counts, shares, strict=True) if n) / cfg.n_expert
     by_block: dict[int, list[TensorInfo]] = {}
     for info in tensors:
         if "_exps.weight" in info.name:
             by_block.setdefault(int(info.name.split(".")[1]), []).append(info)
     found = set()
     for il, infos in by_block.items():
-        slices = (
-            sum(sliced.slice_of(info, rank).nbytes for info in infos) / share if share else 0.0
+        total = sum(info.nbytes for info in infos)
+        slices = max(
+            sum(sliced.slice_of(info, rank).nbytes for info in infos) / share / total
             for rank, share in enumerate(shares)
+            if share
         )
-        whole = sum(info.nbytes for info in infos) / cfg.n_expert * whole_load
-        if whole < max(slices) * cfg.n_expert_used / cfg.n_expert:
+        if one + many < 2 * slices:
             found.add(il)
     return frozenset(found)

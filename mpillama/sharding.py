@@ -63,7 +63,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank holds of a tensor: rows [row_start, row_stop) of matrices, and bytes [col_start, col_stop) of these.
+    """What one rank holds of a tensor: rows [row_start, row_stop) of matrices, and bytes [col_start, col_stop).
 
     Attributes:
         n_mats: matrices (experts) of the slice, the first of which is ``mat_start`` of the tensor.
