@@ -31,7 +31,7 @@ def test_expected_load_is_the_mean_over_all_choices(rng):
     [
         ("mixtral-8x7b:Q4_0", 2, False),
         ("mixtral-8x7b:Q4_0", 8, False),  # 2 of 8 experts: 6 ranks would wait
-        ("qwen3-30b-a3b:Q4_K_M", 2, False),
+        ("qwen3-30b-a3b:Q4_0", 2, False),
         ("gpt-oss-20b", 4, False),
         ("qwen3-30b-a3b:Q8_0", 4, False),
         ("qwen3-30b-a3b:Q4_K_M", 4, True),  # 192 of 768 columns, in blocks of 256
