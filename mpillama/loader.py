@@ -14,7 +14,6 @@ import numpy as np
 from mpillama.backends.base import Backend, RawWeight
 from mpillama.errors import GGUFError, ModelError
 from mpillama.gguf.reader import TensorInfo
-from mpillama.layout import REPLICATE, Shard
 from mpillama.models.weights import Weights
 from mpillama.ops import Value, Weight
 from mpillama.sharding import Sharding, Slice
@@ -48,19 +47,20 @@ class SliceReader:
         out = np.empty((part.n_mats, n_rows, n_cols), np.uint8)
         if out.size == 0:
             return out
-        stride = info.nbytes // (part.n_mats * (info.shape[1] if len(info.shape) > 1 else 1))
-        mat_bytes = info.nbytes // part.n_mats
+        mat_bytes = info.nbytes // (info.shape[2] if len(info.shape) > 2 else 1)
+        stride = mat_bytes // (info.shape[1] if len(info.shape) > 1 else 1)
+        first = info.offset + part.mat_start * mat_bytes
         try:
             if n_cols < stride:
                 for mat in range(part.n_mats):
-                    start = info.offset + mat * mat_bytes + part.row_start * stride + part.col_start
+                    start = first + mat * mat_bytes + part.row_start * stride + part.col_start
                     for row in range(n_rows):
                         self._fill(info, out[mat, row], start + row * stride)
             elif n_rows * stride < mat_bytes:
                 for mat in range(part.n_mats):
-                    self._fill(info, out[mat].reshape(-1), info.offset + mat * mat_bytes + part.row_start * stride)
+                    self._fill(info, out[mat].reshape(-1), first + mat * mat_bytes + part.row_start * stride)
             else:
-                self._fill(info, out.reshape(-1), info.offset)
+                self._fill(info, out.reshape(-1), first)
         except OSError as error:
             raise GGUFError(f"{self._paths[info.part]}: cannot read {info.name}: {error.strerror}") from error
         return out
@@ -108,7 +108,7 @@ def load_weights(
     vectors: dict[str, Value] = {}
     by_place: dict[tuple[int, int], Weight] = {}
     with SliceReader(paths, progress) as reader:
-        for info in tensors.values():
+        for info in filter(sharding.holds, tensors.values()):
             place = sharding.placement(info)
             is_matrix = info.name.endswith(".weight") and len(info.shape) > 1
             known = by_place.get((info.part, info.offset))
@@ -123,5 +123,5 @@ def load_weights(
             else:
                 rows = backend.vector(raw)
                 data = rows if len(info.shape) > 1 else rows[0]
-                vectors[info.name] = Value(data, Shard(place.cut) if place.cut else REPLICATE)
+                vectors[info.name] = Value(data, place.layout)
         return Weights(matrices, vectors), reader.bytes_read

@@ -13,7 +13,7 @@ import numpy as np
 from mpillama.backends.base import Array, AttentionParams, Backend, Batch, Handle
 from mpillama.comm.base import Group
 from mpillama.config import Rope
-from mpillama.layout import PARTIAL, REPLICATE, Cut, Layout, Partial, Replicate, Shard
+from mpillama.layout import PARTIAL, REPLICATE, Cut, Layout, Partial, Replicate, Routed, Shard
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix or a stack of them: ``axis`` is "" (replicated), ``out`` or ``in``, ``cut`` how that axis is cut."""
+    """A matrix or a stack of them, cut along ``axis`` by ``cut``: ``out``, ``in``, ``expert``, or "" (replicated)."""
 
     name: str
     handle: Handle
@@ -215,8 +215,19 @@ class Ops:
         """Choose experts by the router's logits."""
         return Experts(*self.backend.route(self.whole(logits), n_used, gating, normalize))
 
+    def _held(self, cut: Cut, experts: Experts) -> Array:
+        """Return which of this rank's experts the chosen ones are, (T, K), -1 for those of other ranks."""
+        start, stop = cut.ranges[self._group.rank]
+        index = experts.index
+        return (index - start + 1) * ((index >= start) & (index < stop)) - 1
+
     def expert_linear(self, x: Value, w: Weight, experts: Experts) -> Value:
         """Multiply each token, or each token's K activations, by its experts' matrices."""
+        if w.axis == "expert":
+            cut = _some(w.cut)
+            if x.layout != Routed(cut):
+                self.whole(x)
+            return Value(self.backend.expert_linear(x.data, w.handle, self._held(cut, experts)), Routed(cut))
         layout = self._linear_layout(x, w)
         return Value(self.backend.expert_linear(x.data, w.handle, experts.index), layout)
 
@@ -227,11 +238,19 @@ class Ops:
 
     def expert_bias(self, x: Value, bias: Value, experts: Experts) -> Value:
         """Add each expert's bias."""
+        if isinstance(x.layout, Routed):
+            if x.layout.cut.width(self._group.rank) == 0:
+                return x
+            index = self._held(x.layout.cut, experts)
+            held = index >= 0
+            rows = self.backend.mul(self.backend.take(bias.data, index * held), held[..., None].astype("f4"))
+            return Value(self.backend.add(x.data, rows), self._pair(x, bias))
         return self.add(x, Value(self.backend.take(bias.data, experts.index), bias.layout))
 
     def expert_sum(self, x: Value, experts: Experts) -> Value:
-        """Sum the experts' answers by their weights."""
-        return Value(self.backend.sum_experts(x.data, experts.weights), x.layout)
+        """Sum the experts' answers by their weights; answers that are elsewhere leave a partial sum."""
+        layout = PARTIAL if isinstance(x.layout, Routed) else x.layout
+        return Value(self.backend.sum_experts(x.data, experts.weights), layout)
 
 
 def _some(cut: Cut | None) -> Cut:

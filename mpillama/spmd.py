@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TextIO
 import numpy as np
 
 from mpillama.backends.base import Batch
-from mpillama.comm.base import World, check_agreement
+from mpillama.comm.base import Arrival, World, check_agreement
 from mpillama.comm.solo import SoloWorld
 from mpillama.comm.watch import DEFAULT_LIMIT
 from mpillama.errors import JobError, PeerFailure, UsageError, UserError
@@ -242,17 +243,46 @@ def _abort(world: World, code: int) -> None:
 
 
 class Leader:
-    """Rank 0's side of the step loop: runs a batch on all ranks."""
+    """Rank 0's side of the step loop: runs batches on all ranks.
 
-    def __init__(self, world: World, runner: Runner) -> None:
+    Args:
+        world: of all ranks.
+        runner: of rank 0.
+        max_in_flight: batches whose logits may be under way at a time; a pipeline of n stages is busy with n.
+    """
+
+    def __init__(self, world: World, runner: Runner, max_in_flight: int = 1) -> None:
         self._world, self._runner = world, runner
+        self.max_in_flight = max_in_flight
+        self._in_flight: deque[Arrival] = deque()
 
-    def run(self, batch: Batch) -> np.ndarray:
-        """Return the logits (L, n_vocab)."""
+    @property
+    def in_flight(self) -> int:
+        """Batches that are submitted and not collected."""
+        return len(self._in_flight)
+
+    def submit(self, batch: Batch) -> None:
+        """Begin a batch on all ranks; batches end in the order in which they began.
+
+        Returns as soon as rank 0's own stage is through with it.
+        """
+        if len(self._in_flight) >= self.max_in_flight:
+            raise AssertionError(f"{len(self._in_flight)} batches are in flight; collect one before the next")
         self._world.watch.begin_step()
         message = pack(batch)
         self._world.send(message)
-        return _run(self._world, self._runner, message, batch)
+        self._in_flight.append(_begin(self._world, self._runner, message, batch))
+
+    def collect(self) -> np.ndarray:
+        """Return the logits (L, n_vocab) of the batch that began first; one without logits is not waited for."""
+        return self._in_flight.popleft().wait()
+
+    def run(self, batch: Batch) -> np.ndarray:
+        """Return the logits (L, n_vocab) of a batch, when no other is in flight."""
+        if self._in_flight:
+            raise AssertionError("collect what is in flight before running a batch")
+        self.submit(batch)
+        return self.collect()
 
     def stop(self, exit_code: int = 0) -> None:
         """End the loop of the others, who then return ``exit_code``."""
@@ -266,14 +296,15 @@ def follow(world: World, runner: Runner) -> int:
         if message[0] < 0:
             return int(message[1])
         world.watch.begin_step()
-        _run(world, runner, message, unpack(message))
+        _begin(world, runner, message, unpack(message))
 
 
-def _run(world: World, runner: Runner, message: np.ndarray, batch: Batch) -> np.ndarray:
-    """Run a batch; the first step, and every so many after it, all ranks compare plan and result."""
-    logits = runner.run(batch)
+def _begin(world: World, runner: Runner, message: np.ndarray, batch: Batch) -> Arrival:
+    """Begin a batch; at the first step, and at every so many, all ranks compare the plan and what they computed."""
+    logits = runner.begin(batch)
     step = world.watch.step
     if world.size > 1 and step % _AGREE_EVERY == 1:
-        signature = zlib.crc32(np.ascontiguousarray(logits[-1:]).tobytes())
+        last = logits.wait()[-1:] if runner.has_all_blocks else np.zeros(0, np.float32)
+        signature = zlib.crc32(np.ascontiguousarray(last).tobytes())
         check_agreement(world, zlib.crc32(message.tobytes()) << 32 | signature ^ step)
     return logits

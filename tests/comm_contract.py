@@ -150,7 +150,50 @@ def an_error_of_rank_0_reaches_everyone(world: World) -> None:
     assert from_root(world, lambda: 7) == 7
 
 
+def parts_of_the_world_are_groups(world: World) -> None:
+    n_lower = max(1, world.size // 2)
+    ranks = range(n_lower) if world.rank < n_lower else range(n_lower, world.size)
+    group = world.group(ranks)
+    assert (group.rank, group.size) == (world.rank - ranks[0], len(ranks))
+    assert group.leader == (world.rank == ranks[0])
+    total = group.allreduce(np.full((2, 3), 10.0**world.rank, "f4"))
+    np.testing.assert_array_equal(total, np.full((2, 3), sum(10.0**rank for rank in ranks), "f4"))
+    cut = split(5, [1.0] * group.size)
+    start, stop = cut.ranges[group.rank]
+    whole = np.arange(10, dtype="f4").reshape(2, 5) + 100 * ranks[0]
+    np.testing.assert_array_equal(group.allgather(whole[:, start:stop], cut), whole)
+
+
+def links_keep_the_order_of_arrays_of_any_size(world: World) -> None:
+    if world.size == 1:
+        return
+    after, before = world.link((world.rank + 1) % world.size), world.link((world.rank - 1) % world.size)
+    shapes = [(1, 1), (3, 7), (512, 2048), (0, 5), (1, 4096)]
+    for number, shape in enumerate(shapes):
+        arrival = before.expect(shape)
+        after.send(np.full(shape, 10 * world.rank + number, "f4"))
+        got = arrival.wait()
+        assert (got.shape, got.dtype) == (shape, np.float32)
+        assert (got == 10 * ((world.rank - 1) % world.size) + number).all()
+
+
+def a_sender_does_not_wait_for_a_busy_partner(world: World) -> None:
+    x = np.arange(2_000_000, dtype="f4").reshape(1000, 2000)
+    for first in range(0, world.size - 1, 2):
+        if world.rank == first:
+            began = time.monotonic()
+            world.link(first + 1).send(x)
+            assert time.monotonic() - began < 0.4
+        elif world.rank == first + 1:
+            time.sleep(0.6)
+            np.testing.assert_array_equal(world.link(first).receive((1000, 2000)), x)
+    world.bcast(None)
+
+
 CONTRACT = (
+    parts_of_the_world_are_groups,
+    links_keep_the_order_of_arrays_of_any_size,
+    a_sender_does_not_wait_for_a_busy_partner,
     allreduce_sums_to_the_same_bits,
     allreduce_takes_any_array,
     many_small_collectives_keep_their_order,

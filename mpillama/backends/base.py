@@ -120,7 +120,7 @@ class Backend(Protocol):
         Args:
             x: (T, n_in) the same for all experts, or (T, K, n_in).
             w: a stack of E matrices.
-            experts: int (T, K).
+            experts: int (T, K); the result is zero where one is negative.
 
         Returns:
             (T, K, n_rows)

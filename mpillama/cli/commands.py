@@ -12,6 +12,7 @@ from mpillama.cli import values
 from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
 from mpillama.cli.doctor_options import DOCTOR
+from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import (
     CONTEXT,
     LOGGING,
@@ -127,9 +128,10 @@ COMMANDS = (
             'mpillama -m model.gguf -p "Once upon a time" -n 64',
             'mpirun -n 4 mpillama generate -m model.gguf -p "The capital of France is" -n 32 --temp 0',
             "mpirun -n 2 mpillama generate -m model.gguf -ts 3,1 -f prompt.txt -c 4096",
+            "mpirun -n 8 mpillama generate -m model.gguf --tp 4 --pp 2 -f prompt.txt",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
         ),
-        (*MODEL, *PROMPT, *CONTEXT, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
+        (*MODEL, *PROMPT, *CONTEXT, *GRID, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
         "mpillama.cli.generate:run",
         check_generate,
     ),
@@ -140,7 +142,7 @@ COMMANDS = (
             "mpillama logits -m model.gguf --tokens 1,15043,29991 --out logits.npy",
             "mpirun -n 4 mpillama logits -m model.gguf --tokens-file ids.txt --out logits.npy",
         ),
-        (*LOGITS, *MODEL, *CONTEXT, *PARALLEL, *ROPE, *LOGGING),
+        (*LOGITS, *MODEL, *CONTEXT, *GRID, *PARALLEL, *ROPE, *LOGGING),
         "mpillama.cli.logits:run",
         check_logits,
     ),
@@ -150,9 +152,10 @@ COMMANDS = (
         (
             "mpillama inspect model.gguf",
             "mpillama inspect model.gguf -n 4 -ts 3,1,1,1",
+            "mpillama inspect model.gguf -n 8 --tp 4 --pp 2",
             "mpillama inspect model.gguf --json",
         ),
-        (*INSPECT, *TENSOR_SPLIT, *MODEL, *LOGGING),
+        (*INSPECT, *GRID, *TENSOR_SPLIT, *MODEL, *LOGGING),
         "mpillama.cli.inspect:run",
         check_model,
         positional="model",
@@ -165,6 +168,7 @@ COMMANDS = (
             "mpillama bench -m model.gguf -p 512 -n 128",
             "mpirun -n 4 mpillama bench --shape llama-8b:Q4_K_M -n 64 -d 0,4096 -v",
             "mpirun -n 2 mpillama bench -m a.gguf,b.gguf -t 1,2 -ts 1/1,2/1 -o json",
+            "mpirun -n 4 mpillama bench -m model.gguf --tp 2 --pp 2 -p 2048",
             "mpillama bench --shape llama-1b:Q4_0 --compare llama.cpp",
         ),
         BENCH,

@@ -6,8 +6,8 @@ import os
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -20,17 +20,20 @@ from mpillama.backends.base import Backend
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
-from mpillama.comm.base import Group, World, from_root
+from mpillama.cli.shares import choose_shares
+from mpillama.comm.base import World, from_root
+from mpillama.comm.pipeline import Pipe, open_pipe
 from mpillama.comm.virtual import VIRTUAL_RANKS, Crew
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
 from mpillama.errors import UsageError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
-from mpillama.layout import apportion, check_weights
+from mpillama.grid import ONE_RANK, Grid, choose_grid
+from mpillama.layout import apportion
 from mpillama.loader import check_types, load_weights
 from mpillama.ops import Ops
+from mpillama.partition import Partition
 from mpillama.runner import Runner, VirtualRunner, kv_bytes
-from mpillama.sharding import Sharding
 from mpillama.tensors import model_tensors
 
 T = TypeVar("T")
@@ -41,18 +44,20 @@ class Model:
     """What every rank must know of a model to load its slices; small, and broadcast by rank 0.
 
     Attributes:
-        weights: each rank's share.
         n_ctx: tokens of one sequence at most.
         n_kv: tokens that the KV cache should hold; with less than ``n_kv_min`` the model is not loaded.
+        grid: of the ranks; it and ``weights``, a share for each rank, become known when the ranks have met.
+        weights: see ``grid``.
     """
 
     paths: tuple[str, ...]
     cfg: Config
     tensors: dict[str, TensorInfo]
-    weights: tuple[float, ...]
     n_ctx: int
     n_kv: int
     n_kv_min: int
+    grid: Grid = ONE_RANK
+    weights: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,6 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     Raises:
         UserError: the file, a flag, or their combination is wrong.
     """
-    if args.split_mode == "none" and n_ranks > 1:
-        raise UsageError(f"-sm none runs on one rank but there are {n_ranks}; start one, or use -sm tensor")
-    weights = check_weights(args.tensor_split or (), n_ranks)
     header = read_header(model_path(args))
     for key, value in args.override_kv:
         header.metadata[key] = value  # type: ignore[index]
@@ -101,7 +103,7 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     tensors = model_tensors(header, cfg)
     check_types(tensors.values(), ReferenceBackend())
     n_ctx = args.ctx_size or cfg.n_ctx_train
-    return header, Model(header.paths, cfg, tensors, weights, n_ctx, n_ctx, n_ctx)
+    return header, Model(header.paths, cfg, tensors, n_ctx, n_ctx, n_ctx)
 
 
 def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]]) -> tuple[Loaded, T | None]:
@@ -116,57 +118,103 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     def describe() -> Model:
         model, other = make()
         own.append(other)
-        return model
+        return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer))
 
     model = from_root(world, describe)
+    backend, threads = open_backend(args, world, one_thread=args.deterministic)
+    model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
     virtual = virtual_ranks(model.weights) if args.deterministic else None
-    backend, threads = open_backend(args, world, one_thread=virtual is not None)
-    sharding = Sharding(model.cfg, (1.0,) * VIRTUAL_RANKS if virtual else model.weights)
+    if virtual:
+        partition = Partition(model.cfg, model.tensors, Grid(VIRTUAL_RANKS), (1.0,) * VIRTUAL_RANKS, args.ep)
+    else:
+        partition = Partition(model.cfg, model.tensors, model.grid, model.weights, args.ep)
     slices = virtual or [range(rank, rank + 1) for rank in range(world.size)]
-    infos = list(model.tensors.values())
-    shares = [sum(sharding.bytes_of(infos, i) for i in here) for here in slices]
+    shares = [sum(partition.bytes_of(i) for i in here) for here in slices]
     kv_types = (args.cache_type_k, args.cache_type_v)
 
     def kv_shares(n_kv: int) -> list[int]:
         """Return the bytes of each rank's KV cache."""
-        return [sum(kv_bytes(model.cfg, sharding, i, n_kv, *kv_types) for i in here) for here in slices]
+        return [sum(kv_bytes(model.cfg, *partition.of(i), n_kv, *kv_types) for i in here) for here in slices]
 
     n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min)
+    model = replace(model, n_kv=n_kv)
     kv = kv_shares(n_kv)
     with JointProgress(world, shares, enabled=log.interactive) as bar:
-        n_read = 0
-
-        def open_runner(i: int, backend: Backend, group: Group) -> Runner:
-            """Load the slice of a rank, or of a virtual one."""
-            nonlocal n_read
-            weights, n = load_weights(model.paths, model.tensors, sharding, i, backend, bar.update)
-            n_read += n
-            n_head_kv = sharding.cuts["k"].width(i) // model.cfg.n_embd_head_k
-            return Runner(model.cfg, weights, Ops(backend, group), n_head_kv, n_kv, *kv_types)
-
         if virtual:
             crew = Crew(world.group(), [len(here) for here in virtual])
-            others = [open_backend(args, world, one_thread=True)[0] for _ in virtual[world.rank][1:]]
-            places = zip(virtual[world.rank], [backend, *others], crew.groups(), strict=True)
-            runner: Runner = VirtualRunner([open_runner(*place) for place in places], crew)
+            backends = [backend, *(open_backend(args, world, one_thread=True)[0] for _ in virtual[world.rank][1:])]
+            members = [
+                open_runner(model, partition, i, Ops(own, group), Pipe(), kv_types, bar.update)
+                for i, own, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
+            ]
+            runner: Runner = VirtualRunner([member for member, _ in members], crew)
+            n_read = sum(n for _, n in members)
         else:
-            runner = open_runner(world.rank, backend, world.group())
+            ops = Ops(backend, world.group(model.grid.stage_ranks(world.rank)))
+            pipe = open_pipe(world, model.grid)
+            runner, n_read = open_runner(model, partition, world.rank, ops, pipe, kv_types, bar.update)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
-    log.info(_layout_line(world, backend.name, threads, model, shares, kv, n_kv))
+    log.info(_layout_line(world, backend.name, threads, model, partition, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
         log.verbose(
             f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
             f"read {format_bytes(n_read_there)}, KV {format_bytes(kv[rank])}, peak memory {format_bytes(peak)}"
         )
-    n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in infos}.values())
+    n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in model.tensors.values()}.values())
     log.verbose(
         f"read in all: {format_bytes(sum(n for n, _ in everyone))} of {format_bytes(n_file)} of tensors in the file"
     )
     return Loaded(model, runner, time.perf_counter() - began), own[0] if own else None
 
 
+def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
+    """Return the grid of a command that runs a single replica.
+
+    Raises:
+        UsageError: there is no such grid of these ranks, or the flags ask for several replicas.
+    """
+    mode = args.split_mode
+    if args.deterministic and mode is None and args.tp is None and args.pp is None:
+        mode = "tensor"
+    grid = choose_grid(hosts, n_layer, split_mode=mode, tp=args.tp, pp=args.pp, dp=args.dp)
+    if grid.dp > 1:
+        raise UsageError(f"--dp {grid.dp}: replicas serve batch and serve, but this command runs one; leave --dp out")
+    if args.deterministic and grid.pp > 1:
+        raise UsageError("--deterministic is for tensor parallelism alone; leave --pp and -sm layer out")
+    return grid
+
+
+def open_runner(
+    model: Model,
+    partition: Partition,
+    rank: int,
+    ops: Ops,
+    pipe: Pipe,
+    kv_types: tuple[str, str],
+    progress: Callable[[int], None] = lambda n: None,
+) -> tuple[Runner, int]:
+    """Load the weights of a rank, or of a virtual one.
+
+    Args:
+        model: what is loaded.
+        partition: of the model.
+        rank: in the partition.
+        ops: over the rank's backend and the group of its stage.
+        pipe: to the stages next to it.
+        kv_types: of keys and values.
+        progress: called with each number of bytes read.
+
+    Returns:
+        The runner, and the bytes that were read.
+    """
+    sharding, index = partition.of(rank)
+    weights, n_read = load_weights(model.paths, model.tensors, sharding, index, ops.backend, progress)
+    n_head_kv = partition.n_head_kv(rank)
+    return Runner(model.cfg, weights, ops, n_head_kv, model.n_kv, *kv_types, sharding.blocks, pipe), n_read
+
+
 def _layout_line(
-    world: World, backend: str, threads: int, model: Model, shares: list[int], kv: list[int], n_kv: int
+    world: World, backend: str, threads: int, model: Model, partition: Partition, shares: list[int], kv: list[int]
 ) -> str:
     n_hosts = len(set(world.hosts))
     total = sum(model.weights)
@@ -175,10 +223,19 @@ def _layout_line(
     per_rank = format_bytes(high) if low == high else f"{format_bytes(low)} to {format_bytes(high)}"
     each = " each" if world.size > 1 else ""
     return (
-        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {backend} backend with "
-        f"{_count(threads, 'thread')}{each}, tensor split {split} %, weights {per_rank} per rank, "
-        f"KV {format_bytes(max(kv))} for {n_kv} tokens"
+        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {_grid_words(model.grid, partition)}"
+        f"{backend} backend with {_count(threads, 'thread')}{each}, tensor split {split} %, "
+        f"weights {per_rank} per rank, KV {format_bytes(max(kv))} for {model.n_kv} tokens"
     )
+
+
+def _grid_words(grid: Grid, partition: Partition) -> str:
+    words = ""
+    if grid.pp > 1:
+        blocks = "+".join(str(len(stage.blocks)) for stage in partition.stages)
+        words = f"{grid.pp} stages of {_count(grid.tp, 'rank')} with {blocks} blocks, "
+    whole = len(partition.whole_experts)
+    return words + (f"whole experts in {_count(whole, 'block')}, " if whole else "")
 
 
 def _count(n: int, noun: str) -> str:

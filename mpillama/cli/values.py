@@ -124,6 +124,11 @@ def proportions(text: str) -> tuple[float, ...]:
     return shares
 
 
+def shares(text: str) -> tuple[float, ...] | str:
+    """Parse `proportions`, or one of the words ``auto`` and ``memory``."""
+    return text if text in ("auto", "memory") else proportions(text)
+
+
 def token_ids(text: str) -> tuple[int, ...]:
     """Parse token ids separated by commas or white space."""
     parts = [part for part in re.split(r"[,\s]+", text) if part]

@@ -1,13 +1,13 @@
-"""The two protocols of this package.
+"""The protocols of this package.
 
-`Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `World`
-carries small control messages between all ranks of a run, and knows how to end it. `tests/unit/test_comm_contract.py`
-holds every implementation to the same contract.
+`Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `Link`
+hands tensors from one rank to another. `World` carries small control messages between all ranks of a run, and knows how
+to end it. `tests/unit/test_comm_contract.py` holds every implementation to the same contract.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -42,6 +42,34 @@ class Group(Protocol):
         ...
 
 
+class Arrival(Protocol):
+    """An array that is on its way to this rank."""
+
+    def wait(self) -> np.ndarray:
+        """Return it, once it is here; waiting occupies no core for long."""
+        ...
+
+
+class Link(Protocol):
+    """This rank's end of a channel between two ranks: float32 arrays, in order, each way independent of the other."""
+
+    def send(self, x: np.ndarray) -> None:
+        """Begin to send ``x``, which must not change any more.
+
+        Returns before the partner has taken it, but may wait until the partner has taken the array before it: a rank
+        that runs ahead of the next one waits here.
+        """
+        ...
+
+    def expect(self, shape: tuple[int, ...]) -> Arrival:
+        """Begin to receive the next array, of this shape; it can come in while this rank waits for other things."""
+        ...
+
+    def receive(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Wait for the next array, of this shape."""
+        ...
+
+
 class World(Protocol):
     """All ranks of one run, and the host each lives on."""
 
@@ -52,8 +80,15 @@ class World(Protocol):
     local_size: int
     watch: Watch
 
-    def group(self) -> Group:
-        """Return the group of all ranks for tensors in host memory."""
+    def group(self, ranks: Sequence[int] | None = None) -> Group:
+        """Return a group for tensors in host memory: of all ranks, or of these, which include this one.
+
+        All ranks of the world call this together, each with the ranks (in order) of its own group.
+        """
+        ...
+
+    def link(self, partner: int) -> Link:
+        """Return this rank's end of the channel to another rank; there is one for each pair."""
         ...
 
     def bcast(self, value: Any) -> Any:

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from mpillama.comm.base import Group
 from mpillama.comm.board import Board, share_file
 from mpillama.comm.exchange import BUSY, IDLE, MPIExchange, poll
+from mpillama.comm.mpi_link import MPILink
 from mpillama.comm.shared import (
     CAPACITY,
     CAPACITY_NETWORK,
@@ -76,6 +77,9 @@ class MPIWorld:
         world = MPI.COMM_WORLD
         self.rank, self.size = world.rank, world.size
         self._control, self._progress, self._pulse = world.Dup(), world.Dup(), world.Dup()
+        self._link_comm = world.Dup()
+        # Kept to the end: what a link is still sending must not be freed with its user.
+        self._links: dict[int, MPILink] = {}
         self._requests: list[MPI.Request] = []
         self._pulses: list[MPI.Request] = []
         self._n_beats = 0
@@ -122,26 +126,36 @@ class MPIWorld:
         cores = self._local.allgather(os.sched_getaffinity(0))
         return len(set().union(*cores))
 
-    def group(self) -> Group:
-        """Return the group of all ranks."""
-        everyone = MPI.COMM_WORLD.Dup()
-        if not self._shared:
-            return MPIGroup(everyone, range(self.size), self.watch)
-        here = next(i for i, ranks in enumerate(self._by_host) if self.rank in ranks)
-        capacity = CAPACITY if len(self._by_host) == 1 else CAPACITY_NETWORK
-        nbytes = segment_bytes(self.local_size, capacity)
-        fd = share_file(self._local, nbytes)
-        if not all(self._control.allgather(fd is not None)) or fd is None:
-            return MPIGroup(everyone, range(self.size), self.watch)
-        segment = open_segment(mmap.mmap(fd, nbytes), self.local_rank, self.local_size, capacity, self._crowded)
+    def group(self, ranks: Sequence[int] | None = None) -> Group:
+        """Return the group of all ranks, or of these; each rank names those of its own group."""
+        members = tuple(range(self.size)) if ranks is None else tuple(ranks)
+        comm = MPI.COMM_WORLD.Split(members[0], members.index(self.rank))
+        if not self._shared or len(members) == 1:
+            return MPIGroup(comm, members, self.watch)
+        by_host = [[rank for rank in host if rank in members] for host in self._by_host]
+        by_host = [host for host in by_host if host]
+        here = next(i for i, host in enumerate(by_host) if self.rank in host)
+        local = comm.Split(here, comm.rank)
+        capacity = CAPACITY if len(by_host) == 1 else CAPACITY_NETWORK
+        nbytes = segment_bytes(local.size, capacity)
+        fd = share_file(local, nbytes)
+        if not all(comm.allgather(fd is not None)) or fd is None:
+            return MPIGroup(comm, members, self.watch)
+        segment = open_segment(mmap.mmap(fd, nbytes), local.rank, local.size, capacity, self._crowded)
         os.close(fd)
         exchange = None
-        if len(self._by_host) > 1:
-            counterparts = everyone.Split(self.local_rank, here)
-            n_carriers = min(map(len, self._by_host))
-            if self.local_rank < n_carriers:
-                exchange = MPIExchange(counterparts, [ranks[self.local_rank] for ranks in self._by_host], self.watch)
-        return SharedGroup(self.rank, self._by_host, segment, exchange, self.watch)
+        if len(by_host) > 1:
+            counterparts = comm.Split(local.rank, here)
+            if local.rank < min(map(len, by_host)):
+                exchange = MPIExchange(counterparts, [host[local.rank] for host in by_host], self.watch)
+        everyone_here = next(host for host in self._by_host if self.rank in host)
+        places = [everyone_here.index(rank) for rank in by_host[here]]
+        numbers = [[members.index(rank) for rank in host] for host in by_host]
+        return SharedGroup(comm.rank, numbers, segment, exchange, self.watch, places)
+
+    def link(self, partner: int) -> MPILink:
+        """Return the channel to another rank."""
+        return self._links.setdefault(partner, MPILink(self._link_comm, partner, self.watch))
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value; the others wait without occupying a core."""

@@ -65,11 +65,18 @@ class SharedGroup:
         hosts: for each host, the group's ranks there, in the order of the segment.
         segment: of this rank's host.
         exchange: with the counterparts on the other hosts; None if there is only one host, or this is no carrier.
-        watch: over the ranks that keep this one waiting; its board has the ranks in the order of the segment.
+        watch: over the ranks that keep this one waiting.
+        places: of the ranks of the segment on the watch's board, in order; the same order by default.
     """
 
     def __init__(
-        self, rank: int, hosts: Sequence[Sequence[int]], segment: Segment, exchange: Exchange | None, watch: Watch
+        self,
+        rank: int,
+        hosts: Sequence[Sequence[int]],
+        segment: Segment,
+        exchange: Exchange | None,
+        watch: Watch,
+        places: Sequence[int] | None = None,
     ) -> None:
         self.rank, self.size = rank, sum(map(len, hosts))
         self._hosts = tuple(tuple(ranks) for ranks in hosts)
@@ -77,14 +84,15 @@ class SharedGroup:
         self._n_local = len(self._hosts[self._here])
         self.n_carriers = min(map(len, self._hosts))
         self._segment, self._exchange, self._watch = segment, exchange, watch
+        self._places = tuple(range(self._n_local) if places is None else places)
         # What all read from all costs more than two rounds of shares as soon as there is much of it.
         self._direct = sys.maxsize if self._n_local <= 3 else (1 << 17) // self._n_local
         self._late: Callable[[list[int], bool], None] = self._look
 
     def _look(self, late: list[int], differs: bool) -> None:
         if differs:
-            raise self._watch.differs(late[0])
-        self._watch.late(late)
+            raise self._watch.differs(self._places[late[0]])
+        self._watch.late([self._places[i] for i in late])
 
     @property
     def leader(self) -> bool:

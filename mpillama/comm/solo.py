@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mpillama.comm.base import Link
 from mpillama.comm.board import Board
 from mpillama.comm.watch import Watch
 from mpillama.layout import Cut
@@ -41,9 +43,13 @@ class SoloWorld:
         self.hosts: tuple[str, ...] = (socket.gethostname(),)
         self.watch = Watch((0,), self.hosts, Board(bytearray(Board.nbytes(1)), None, 0, 1), 0.0)
 
-    def group(self) -> SoloGroup:
+    def group(self, ranks: Sequence[int] | None = None) -> SoloGroup:
         """Return the group of one."""
         return SoloGroup()
+
+    def link(self, partner: int) -> Link:
+        """Raise: there is no other rank."""
+        raise RuntimeError(f"a run of one rank has no rank {partner}")
 
     def bcast(self, value: Any) -> Any:
         """Return ``value``."""

@@ -265,7 +265,7 @@ class ShapeBackend:
         """Rotate."""
         return self._light("rope", x.shape, x, flops=3.0)
 
-    def copy_blocks(self, cache: Handle, copies: np.ndarray) -> None:
+    def copy_blocks(self, cache: ShapeCache, copies: np.ndarray) -> None:
         """Do nothing: a cache of shapes has no content."""
 
     def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> Any:

@@ -7,6 +7,7 @@ from mpi4py import MPI
 from comm_contract import CONTRACT
 from mpillama.comm.mpi import MPIGroup, MPIWorld
 from mpillama.comm.shared import SharedGroup, native_module_is_built
+from mpillama.grid import Grid
 from shared import shared
 from tiny import logits_of, nmse, open_runner, write_llama
 
@@ -57,3 +58,17 @@ def test_each_rank_reads_its_share(world, tmp_path, rng):
     _, n_read = open_runner(world, path, [1.0] * world.size)
     total = world.bcast(sum(world.gather(n_read)))
     assert n_read < 1.2 * total / world.size
+
+
+@pytest.mark.parametrize("name", ["gemma3-dense", "gpt-oss-moe"])
+def test_golden_logits_of_two_stages(name, world):
+    if world.size % 2:
+        pytest.skip("two stages need an even number of ranks")
+    reference = np.load(shared("golden", f"{name}.npz"))
+    grid = Grid(world.size // 2, 2)
+    path, weights = shared("golden", f"{name}.gguf"), [5.0, 2.0, 1.0, 3.0][: world.size]
+    runner, _ = open_runner(world, path, weights, grid=grid, experts="on")
+    for chunk in (24, 3):
+        logits = logits_of(runner, reference["tokens"].tolist(), chunk)
+        if world.rank == 0 or grid.place(world.rank).stage == 1:
+            assert nmse(logits, reference["logits"]) <= 1e-6

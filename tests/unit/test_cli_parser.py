@@ -32,7 +32,11 @@ DEFAULTS: dict[str, Any] = {
     "ubatch_size": 512,
     "cache_type_k": "f16",
     "cache_type_v": "f16",
-    "split_mode": "tensor",  # llama.cpp: layer
+    "split_mode": None,  # llama.cpp: layer; here by where the ranks are
+    "tp": None,
+    "pp": None,
+    "dp": 1,
+    "ep": "auto",
     "threads": -1,
     "backend": "auto",
     "tensor_split": None,
@@ -228,7 +232,7 @@ def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> Non
     results: list[Namespace] = []
     samples = (
         *("0.5", "3", "1", "none", "reference", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"),
-        "llama.cpp",
+        *("llama.cpp", "on"),
     )
     for sample in samples:
         try:
@@ -324,7 +328,9 @@ def test_the_last_of_a_flag_wins_and_repeatable_ones_add_up() -> None:
         (["-l", "x"], "--logit-bias"),
         (["-ctk", "q5_1"], "-ctk: 'q5_1' is not supported yet; use f32, f16, bf16, q8_0 or q4_0"),
         (["-ctv", "f8"], "-ctv: expected f32, f16, bf16, q8_0 or q4_0, got 'f8'"),
-        (["-sm", "layer"], "-sm: 'layer' is not supported yet; use none or tensor"),
+        (["-sm", "row"], "-sm: 'row' is not supported yet; use none, layer or tensor"),
+        (["--ep", "maybe"], "--ep: expected auto, on or off, got 'maybe'"),
+        (["--pp", "0"], "--pp: expected an integer of at least 1"),
         (["-ts", "0,0"], "-ts: expected one non-negative number per rank"),
         (["-sm", "none", "-ts", "1,1"], "--tensor-split cuts the model"),
         (["-m", "x", "-hf", "a/b"], "-m and -hf exclude each other"),

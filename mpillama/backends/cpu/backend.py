@@ -84,6 +84,13 @@ class CpuBackend(AttentionOps, ElementwiseOps):
         """Multiply each token by the matrices of its experts."""
         if isinstance(w, Matrix):
             return super().expert_linear(x, w, experts)
+        if (experts < 0).any():
+            # The kernel takes no gaps: a token for each expert that is here.
+            at = np.nonzero(experts >= 0)
+            out = np.zeros((*experts.shape, w.packed.n_rows), np.float32)
+            if len(at[0]):
+                out[at] = self.expert_linear(x[at] if x.ndim == 3 else x[at[0]], w, experts[at][:, None])[:, 0]
+            return out
         out = np.empty((*experts.shape, w.packed.n_rows), np.float32)
         index = np.ascontiguousarray(experts, np.int64)
         _cpu.expert_linear(self.pool, w.packed, np.ascontiguousarray(x), w.pad, index, out)
