@@ -245,9 +245,8 @@ def job_script(planner: Planner, layout: Layout, model: str, program: str = "mpi
             "#SBATCH --time=01:00:00",
             "#SBATCH --output=%x-%j.out",
             "# pmix is for Open MPI, pmi2 for MPICH, MVAPICH and Intel MPI.",
-            'srun -K --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --mpi="${MPILLAMA_PMI:-pmix}" \\'
-            if not is_gpu
-            else 'srun -K --mpi="${MPILLAMA_PMI:-pmix}" \\',
+            "# Without -K ranks wait for one that was killed; srun does not inherit --cpus-per-task.",
+            'srun -K1 --mpi="${MPILLAMA_PMI:-pmix}" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\',
             f"    {program} generate {model} {layout_flags}-c {planner.work.n_ctx} \\",
             f'    -p "${{PROMPT:-Once upon a time}}" -n {planner.work.n_gen}',
             "",
