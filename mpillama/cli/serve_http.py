@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import resource
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mpillama.server.thread import HttpThread, listen
 from mpillama.spmd import Interrupts
 
 _MAX_FILES = 16384
+# A thread that tokenizes keeps the engine waiting for this long after each of its calls into native code.
+_SWITCH_SECONDS = 0.0005
 
 
 class HttpServer:
@@ -34,6 +37,7 @@ class HttpServer:
             grace=args.grace,
         )
         _allow_many_files()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         sock, self._url = listen(args.host, args.port)
         self._bridge = Bridge(self._settings.max_queue)
         self._api = Api(self._bridge, self._settings, log.verbose)
