@@ -6,6 +6,7 @@ import ipaddress
 import resource
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from mpillama import __version__
@@ -15,6 +16,7 @@ from mpillama.cli.progress import Log
 from mpillama.errors import UsageError
 from mpillama.server.app import Api, Served
 from mpillama.server.bridge import Bridge
+from mpillama.server.encoder import Encoder
 from mpillama.server.settings import Settings
 from mpillama.server.thread import HttpThread, listen
 from mpillama.spmd import Interrupts
@@ -57,11 +59,13 @@ class HttpServer:
             "size": sum(info.nbytes for info in model.tensors.values()),
             "build": f"mpillama {__version__}",
         }
-        context = api_context(service, self._args.alias)
+        encoder = Encoder(service.tokenizer, service.metadata)
+        context = api_context(replace(service, tokenizer=encoder.proxy()), self._args.alias)
         self._api.served = Served(context, meta, model.paths[0])
         self._log.report(f"mpillama serve: {context.name} is ready at {self._url}")
         self._bridge.run(service.engine, interrupts, self._settings.grace, self._on_drain)
         self._thread.stop()
+        encoder.close()
         left = len(self._bridge.tickets)
         self._log.report("mpillama serve: stopped" + (f"; {left} requests were not finished in time" if left else ""))
         return 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -17,8 +18,36 @@ from mpillama.openai.context import Context
 from mpillama.server import app as app_module
 from mpillama.server.app import Api, Served
 from mpillama.server.bridge import Bridge
+from mpillama.server.encoder import Encoder
 from mpillama.server.settings import Settings
 from mpillama.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def metadata():
+    return read_header(demo_model_path()).metadata
+
+
+def test_long_texts_are_encoded_elsewhere(metadata, rng):
+    tokenizer = load_tokenizer(metadata)
+    encoder = Encoder(tokenizer, metadata)
+    proxy = encoder.proxy()
+    words = ["Lily", " and", " the", "\n", "<|endoftext|>", " é", "\ud800", "🙂", " dragon"]
+    text = "".join(rng.choice(words, 20_000))
+    for asked in ((text, True, True), (text, False, False), (text[:50],)):
+        assert proxy.encode(*asked) == tokenizer.encode(*asked)
+    process = encoder._process
+    process.send_signal(signal.SIGTERM)  # a launcher's, which is for the ranks
+    assert proxy.encode(text) == tokenizer.encode(text)
+    assert encoder._process is process
+    process.kill()
+    process.wait()
+    assert proxy.encode(text) == tokenizer.encode(text)
+    assert proxy.encode(text) == tokenizer.encode(text)
+    replaced = encoder._process
+    assert replaced is not process
+    replaced.stdin.close()  # what happens when the server is killed
+    assert replaced.wait(10) == 0
 
 
 class Stand:
