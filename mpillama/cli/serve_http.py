@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import resource
+import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from mpillama import __version__
@@ -14,11 +16,14 @@ from mpillama.cli.progress import Log
 from mpillama.errors import UsageError
 from mpillama.server.app import Api, Served
 from mpillama.server.bridge import Bridge
+from mpillama.server.encoder import Encoder
 from mpillama.server.settings import Settings
 from mpillama.server.thread import HttpThread, listen
 from mpillama.spmd import Interrupts
 
 _MAX_FILES = 16384
+# A thread that tokenizes keeps the engine waiting for this long after each of its calls into native code.
+_SWITCH_SECONDS = 0.0005
 
 
 class HttpServer:
@@ -34,6 +39,7 @@ class HttpServer:
             grace=args.grace,
         )
         _allow_many_files()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         sock, self._url = listen(args.host, args.port)
         self._bridge = Bridge(self._settings.max_queue)
         self._api = Api(self._bridge, self._settings, log.verbose)
@@ -53,11 +59,13 @@ class HttpServer:
             "size": sum(info.nbytes for info in model.tensors.values()),
             "build": f"mpillama {__version__}",
         }
-        context = api_context(service, self._args.alias)
+        encoder = Encoder(service.tokenizer, service.metadata)
+        context = api_context(replace(service, tokenizer=encoder.proxy()), self._args.alias)
         self._api.served = Served(context, meta, model.paths[0])
         self._log.report(f"mpillama serve: {context.name} is ready at {self._url}")
         self._bridge.run(service.engine, interrupts, self._settings.grace, self._on_drain)
         self._thread.stop()
+        encoder.close()
         left = len(self._bridge.tickets)
         self._log.report("mpillama serve: stopped" + (f"; {left} requests were not finished in time" if left else ""))
         return 0
