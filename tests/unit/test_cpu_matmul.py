@@ -172,19 +172,11 @@ def test_nothing_to_do(level, rng):
 def test_memory_is_that_of_the_file(type, rng):
     raw = random_blocks(rng, type, (2, 64, 2048))
     w = CpuBackend(1).weight(RawWeight("w", type, raw, 2048))
-    # Q3_K: its 6-bit factors become bytes.
-    assert 0.999 * raw.nbytes <= w.nbytes <= (1.056 if type == GGMLType.Q3_K else 1.03) * raw.nbytes
+    assert 0.999 * raw.nbytes <= w.nbytes <= 1.05 * raw.nbytes
 
 
-def test_other_types_work_too(rng):
-    backend = CpuBackend(2)
-    for type in sorted(SUPPORTED - PACKED):
-        assert backend.supports(type)
-        w, floats = make_weight(rng, backend, type, 3, 10, 2 * type.block_size)
-        x = rng.standard_normal((4, 2 * type.block_size)).astype(np.float32)
-        assert error(backend.linear(x, w), x @ floats[0].T) < 1e-5
-        y = backend.expert_linear(x, w, np.array([[2], [1], [0], [2]]))
-        assert error(y[3, 0], x[3] @ floats[2].T) < 1e-5
+def test_every_type_has_kernels():
+    assert PACKED == SUPPORTED
 
 
 def test_arrays_that_are_not_contiguous(rng):
@@ -208,6 +200,6 @@ def test_wrong_shapes_are_refused(rng):
     with pytest.raises(ValueError, match="out has"):
         _cpu.linear(backend.pool, w.packed, x, 0, np.zeros((2, 21), np.float32))
     with pytest.raises(ValueError, match="whole blocks"):
-        _cpu.pack(backend.pool, int(GGMLType.Q8_0), np.zeros((1, 4, 33), np.uint8), 32)
+        _cpu.pack(backend.pool, int(GGMLType.Q8_0), np.zeros((1, 4, 33), np.uint8), 32, np.zeros(0, np.uint16))
     with pytest.raises(ValueError, match="cannot be packed"):
-        _cpu.pack(backend.pool, int(GGMLType.I32), np.zeros((1, 4, 32), np.uint8), 8)
+        _cpu.pack(backend.pool, int(GGMLType.I32), np.zeros((1, 4, 32), np.uint8), 8, np.zeros(0, np.uint16))

@@ -10,6 +10,7 @@ import numpy as np
 from mpillama import _cpu
 from mpillama.backends.base import Handle, RawWeight
 from mpillama.backends.cpu.attention import AttentionOps
+from mpillama.backends.cpu.codebooks import codebook
 from mpillama.backends.cpu.elementwise import ElementwiseOps
 from mpillama.backends.reference import Matrix
 from mpillama.errors import UsageError
@@ -61,7 +62,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
         """Pack the slice; its bytes are not kept."""
         if raw.type not in PACKED:
             return super().weight(raw)
-        packed = _cpu.pack(self.pool, int(raw.type), np.ascontiguousarray(raw.raw), raw.n_in)
+        packed = _cpu.pack(self.pool, int(raw.type), np.ascontiguousarray(raw.raw), raw.n_in, codebook(raw.type))
         return PackedMatrix(packed, raw.pad[0])
 
     def embedding(self, tokens: np.ndarray, w: PackedMatrix | Matrix, first: int) -> np.ndarray:

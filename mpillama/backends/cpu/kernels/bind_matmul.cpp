@@ -19,6 +19,7 @@ namespace {
 using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ConstFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
+using Words = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Raw = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 void check(bool ok, const char* what) {
@@ -34,12 +35,13 @@ Input input_of(const ConstFloats& x, const PackedWeight& w, size_t pad) {
   return {x.data(), rows, width, pad};
 }
 
-std::unique_ptr<PackedWeight> pack(Pool& pool, int type, const Raw& raw, size_t n_in) {
+std::unique_ptr<PackedWeight> pack(Pool& pool, int type, const Raw& raw, size_t n_in, const Words& codebook) {
   check(is_packed(type), "this type cannot be packed");
   const Format f = format_of(type);
   check(n_in % size_t(f.block) == 0 && raw.shape(2) == file_row_bytes(f, n_in), "raw is not rows of whole blocks");
+  check(codebook.size() == size_t(f.n_vectors), "this is not the codebook of the type");
   const nb::gil_scoped_release released;
-  return std::make_unique<PackedWeight>(pool, type, raw.data(), raw.shape(0), raw.shape(1), n_in);
+  return std::make_unique<PackedWeight>(pool, type, raw.data(), raw.shape(0), raw.shape(1), n_in, codebook.data());
 }
 
 void bind_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t pad, const Floats& out) {
@@ -86,8 +88,9 @@ void bind_matmul(nb::module_& m) {
         return types;
       },
       "Numbers of the tensor types that `pack` takes.");
-  m.def("pack", pack, nb::arg("pool"), nb::arg("type"), nb::arg("raw"), nb::arg("n_in"),
-        "Pack raw blocks, uint8 (n_mats, n_rows, row bytes), whose rows have n_in weights; raw is not kept.");
+  m.def("pack", pack, nb::arg("pool"), nb::arg("type"), nb::arg("raw"), nb::arg("n_in"), nb::arg("codebook"),
+        "Pack raw blocks, uint8 (n_mats, n_rows, row bytes), whose rows have n_in weights; nothing of the arguments is "
+        "kept. codebook: uint16, empty for types without one.");
   m.def("linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
         "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
   m.def("expert_linear", bind_expert_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),

@@ -11,26 +11,43 @@ uint16_t half_at(const uint8_t* p) {
   return bits;
 }
 
+// Eight codes at a time, each in a byte.
+constexpr uint64_t each_byte(unsigned value) { return 0x0101010101010101u * value; }
+
+uint64_t load8(const uint8_t* p) {
+  uint64_t value;
+  std::memcpy(&value, p, 8);
+  return value;
+}
+
+void store8(uint8_t* p, uint64_t value) { std::memcpy(p, &value, 8); }
+
 // n bytes: their low halves are the first n codes, their high halves the next n.
 void nibbles(const uint8_t* p, int n, uint8_t* code) {
-  for (int i = 0; i < n; i++) {
-    code[i] = p[i] & 15;
-    code[n + i] = p[i] >> 4;
+  for (int i = 0; i < n; i += 8) {
+    const uint64_t both = load8(p + i);
+    store8(code + i, both & each_byte(15));
+    store8(code + n + i, both >> 4 & each_byte(15));
   }
 }
 
-// 32 bits: bit i goes to code i, at position `at`.
+// Bit i of a byte as byte i, 0 or 1.
+uint64_t spread(uint8_t bits) {
+  return (((each_byte(bits) & 0x8040201008040201u) + each_byte(0x7f)) >> 7) & each_byte(1);
+}
+
+// 32 bits: bit i is the fifth of code i.
 void fifth_bits(const uint8_t* p, uint8_t* code) {
-  for (int i = 0; i < 32; i++) code[i] |= uint8_t((p[i / 8] >> (i % 8) & 1) << 4);
+  for (int i = 0; i < 4; i++) store8(code + 8 * i, load8(code + 8 * i) | spread(p[i]) << 4);
 }
 
 // 64 bytes: of each 32, bits 2i and 2i+1 are the i-th run of 32 codes, to be put at position `at`.
 template <int at>
 void two_bits(const uint8_t* p, uint8_t* code) {
   for (int run = 0; run < 8; run++)
-    for (int i = 0; i < 32; i++) {
-      const int pair = p[run / 4 * 32 + i] >> (2 * (run % 4)) & 3;
-      code[32 * run + i] = uint8_t(at ? code[32 * run + i] | pair << at : pair);
+    for (int i = 0; i < 32; i += 8) {
+      const uint64_t pairs = (load8(p + run / 4 * 32 + i) >> (2 * (run % 4)) & each_byte(3)) << at;
+      store8(code + 32 * run + i, at ? load8(code + 32 * run + i) | pairs : pairs);
     }
 }
 
@@ -38,7 +55,19 @@ void two_bits(const uint8_t* p, uint8_t* code) {
 template <int at>
 void one_bit(const uint8_t* p, uint8_t* code) {
   for (int run = 0; run < 8; run++)
-    for (int i = 0; i < 32; i++) code[32 * run + i] |= uint8_t((p[i] >> run & 1) << at);
+    for (int i = 0; i < 32; i += 8)
+      store8(code + 32 * run + i, load8(code + 32 * run + i) | (load8(p + i) >> run & each_byte(1)) << at);
+}
+
+// n bytes are fractions in base 3, times 256: runs of n codes are their first digits, their second ones and so on.
+void ternary_digits(const uint8_t* p, int n, int n_digits, uint8_t* code) {
+  for (int i = 0; i < n; i++) {
+    uint8_t fraction = p[i];
+    for (int digit = 0; digit < n_digits; digit++) {
+      code[n * digit + i] = uint8_t(fraction * 3 >> 8);
+      fraction = uint8_t(fraction * 3);
+    }
+  }
 }
 
 // 6-bit factors of Q4_K and Q5_K: four of each kind in the low bits of 8 bytes; the others have their low halves in the
@@ -54,8 +83,7 @@ void six_bit_factors(const uint8_t* p, Block& out) {
 
 }  // namespace
 
-void read_block(int type, const uint8_t* p, Block& out) {
-  uint8_t* code = out.code;
+void read_block(int type, const uint8_t* p, Block& out, uint8_t* code) {
   switch (type) {
     case Q4_0:
     case IQ4_NL:
@@ -80,7 +108,7 @@ void read_block(int type, const uint8_t* p, Block& out) {
       break;
     case Q8_0:
       out.d = half_at(p);
-      for (int i = 0; i < 32; i++) code[i] = p[2 + i] ^ 0x80;
+      for (int i = 0; i < 32; i += 8) store8(code + i, load8(p + 2 + i) ^ each_byte(0x80));
       break;
     case MXFP4:
       out.sc[0] = p[0];
@@ -101,7 +129,7 @@ void read_block(int type, const uint8_t* p, Block& out) {
       one_bit<2>(p, code);
       for (int i = 0; i < 16; i++) {
         const int low = p[96 + i % 8] >> (i < 8 ? 0 : 4) & 15, high = p[104 + i % 4] >> (2 * (i / 4)) & 3;
-        out.sc[i] = uint8_t((low | high << 4) - 32);
+        out.sc[i] = uint8_t(low | high << 4);
       }
       out.d = half_at(p + 108);
       break;
@@ -131,6 +159,29 @@ void read_block(int type, const uint8_t* p, Block& out) {
         out.sc[i] = uint8_t((low | high << 4) - 32);
       }
       for (int i = 0; i < 8; i++) nibbles(p + 8 + 16 * i, 16, code + 32 * i);
+      break;
+    case NVFP4:
+      // The top bit of a factor does not count, and what is not a number counts as zero.
+      for (int i = 0; i < 4; i++) out.sc[i] = (p[i] & 127) == 127 ? 0 : p[i] & 127;
+      for (int i = 0; i < 4; i++) nibbles(p + 4 + 8 * i, 8, code + 16 * i);
+      break;
+    case Q1_0:
+      out.d = half_at(p);
+      for (int i = 0; i < 16; i++) store8(code + 8 * i, spread(p[2 + i]));
+      break;
+    case Q2_0:
+      out.d = half_at(p);
+      for (int i = 0; i < 64; i++) code[i] = p[2 + i / 4] >> (2 * (i % 4)) & 3;
+      break;
+    case TQ1_0:
+      ternary_digits(p, 32, 5, code);
+      ternary_digits(p + 32, 16, 5, code + 160);
+      ternary_digits(p + 48, 4, 4, code + 240);
+      out.d = half_at(p + 52);
+      break;
+    case TQ2_0:
+      two_bits<0>(p, code);
+      out.d = half_at(p + 64);
       break;
     default: break;
   }

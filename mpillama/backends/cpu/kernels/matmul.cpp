@@ -7,12 +7,6 @@
 #include "plan.h"
 
 namespace mpillama {
-namespace {
-
-// Prepared tokens that stay in a core's cache while panels pass by.
-constexpr size_t token_bytes = 256 << 10;
-// A piece of work: large enough to be worth handing out, small enough to leave something for the other threads.
-constexpr size_t least_bytes = 16 << 10, most_bytes = 256 << 10;
 
 const Kernels& kernels_of(Level level) {
 #if MPILLAMA_X86
@@ -22,6 +16,13 @@ const Kernels& kernels_of(Level level) {
   (void)level;
   return scalar_kernels;
 }
+
+namespace {
+
+// Prepared tokens that stay in a core's cache while panels pass by.
+constexpr size_t token_bytes = 256 << 10;
+// A piece of work: large enough to be worth handing out, small enough to leave something for the other threads.
+constexpr size_t least_bytes = 16 << 10, most_bytes = 256 << 10;
 
 // Tokens that go through a kernel together.
 struct TokenBlock {
@@ -78,7 +79,9 @@ class PanelProduct {
   }
 
   void prepare() {
-    const PrepareFn fn = is_float(w_.format) ? kernels_.copy : kernels_.quantize;
+    const PrepareFn fn = is_float(w_.format)      ? kernels_.copy
+                         : is_permuted(w_.format) ? kernels_.quantize_permuted
+                                                  : kernels_.quantize;
     constexpr size_t worth = 1 << 15;  // values that are prepared faster than a thread is told of them
     size_t n = 0;
     for (const TokenBlock& block : blocks_) n += block.n;
@@ -110,7 +113,7 @@ class PanelProduct {
         for (size_t i = b; i < stop; i++) {
           const TokenBlock& block = blocks_[i];
           for (size_t t = 0; t < block.n; t++) out[t] = y + plan_.y_rows[block.first + t] * w_.n_rows + 16 * p;
-          kernels_.panel[w_.type][block.log](panel, w_.n_units, block.data, out, n_rows);
+          kernels_.panel[w_.type][block.log](w_.codebook(), panel, w_.n_units, block.data, out, n_rows);
         }
       }
       b = stop;
@@ -184,11 +187,12 @@ void expert_linear(Pool& pool, const PackedWeight& w, const Input& x, size_t n_t
 
 void embedding(Pool& pool, const PackedWeight& w, const int64_t* index, size_t n, float* y) {
   const auto lock = pool.lock();
+  const RowFn read_row = kernels_of(pool.level()).row[w.type];
   pool.parallel_for(n, 8, [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; i++) {
       float* row = y + i * w.n_in;
       if (index[i] >= 0 && size_t(index[i]) < w.n_rows) {
-        w.read_row(size_t(index[i]), row);
+        read_row(w.codebook(), w.panel(0, size_t(index[i]) / 16), int(index[i] % 16), w.n_in, row);
       } else {
         std::fill(row, row + w.n_in, 0.0f);
       }
