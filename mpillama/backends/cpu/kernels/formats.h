@@ -29,6 +29,8 @@ enum Type {
   IQ1_M = 29, BF16 = 30, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, NVFP4 = 40, Q1_0 = 41, Q2_0 = 42
 };
 
+constexpr int n_types = 64;  // larger than all of them
+
 // How the factors of a unit are stored, for 16 rows each.
 enum class Factors {
   none,      // floating point

@@ -17,7 +17,9 @@ namespace {
 constexpr size_t huge = size_t(2) << 20;
 
 // The factors of one block of row r, whose first column is `column`; unit is where its unit begins.
-void write_factors(const Format& f, const Block& block, size_t column, int r, uint8_t* unit) {
+template <int type>
+inline void write_factors(const Block& block, size_t column, int r, uint8_t* unit) {
+  constexpr Format f = format_of(type);
   const size_t at = column % size_t(f.unit), group = at / 32;
   const auto put_half = [&](size_t offset, uint16_t bits) { std::memcpy(unit + offset + 2 * r, &bits, 2); };
   switch (f.factors) {
@@ -70,16 +72,15 @@ void write_factors(const Format& f, const Block& block, size_t column, int r, ui
 struct Group {
   uint64_t v[8][8];
 
-  Group(const uint8_t* code, size_t stride) {
+  void fill(const uint8_t* code, size_t stride) {
     for (int r = 0; r < 16; r++)
       for (int j = 0; j < 8; j++)
         std::memcpy(reinterpret_cast<uint8_t*>(v[j]) + 4 * r, code + size_t(r) * stride + 4 * j, 4);
   }
 };
 
-constexpr uint64_t each_byte(unsigned value) { return 0x0101010101010101u * value; }
-
-void write_codes(int bits, const Group& g, uint8_t* out) {
+template <int bits>
+inline void write_codes(const Group& g, uint8_t* out) {
   const auto put = [&](int plane, int i, uint64_t value) { std::memcpy(out + plane + 8 * i, &value, 8); };
   // Bits [from, from + n) of vector j, at position `to`.
   const auto some = [&](int j, int i, int from, int n, int to) {
@@ -115,7 +116,8 @@ uint8_t ternary(const uint8_t* digits) {
 }
 
 // 256 codes of row r of TQ1_0.
-void write_ternary(const uint8_t* code, int r, uint8_t* unit, const Format& f) {
+void write_ternary(const uint8_t* code, int r, uint8_t* unit) {
+  constexpr Format f = format_of(TQ1_0);
   uint8_t rest[4][25] = {};
   for (int g = 0; g < 8; g++)
     for (int c = 0; c < 4; c++) {
@@ -126,6 +128,63 @@ void write_ternary(const uint8_t* code, int r, uint8_t* unit, const Format& f) {
     }
   for (int i = 0; i < 5; i++)
     for (int c = 0; c < 4; c++) unit[64 + 64 * i + 4 * r + c] = ternary(rest[c] + 5 * i);
+}
+
+// n rows of whole blocks become a panel, which is zero so far.
+template <int type>
+void pack_panel(const uint8_t* rows, size_t n, size_t n_in, uint8_t* out) {
+  constexpr Format f = format_of(type);
+  constexpr size_t block = size_t(f.block), unit_columns = size_t(f.unit);
+  const size_t row_bytes = file_row_bytes(f, n_in);
+  const auto raw = [&](size_t r, size_t column) { return rows + r * row_bytes + column / block * size_t(f.block_bytes); };
+  const auto unit = [&](size_t column) { return out + column / unit_columns * unit_bytes(f); };
+  if constexpr (is_float(f)) {
+    constexpr size_t bytes = size_t(f.bits / 8);
+    for (size_t first = 0; first < n_in; first += 32)
+      for (size_t r = 0; r < n; r++)
+        for (size_t k = first; k < std::min(n_in, first + 32); k++) {
+          const size_t at = type == BF16 ? (k / 2 * 16 + r) * 2 + k % 2 : k * 16 + r;
+          std::memcpy(out + at * bytes, raw(r, k), bytes);
+        }
+  } else if constexpr (f.n_vectors != 0) {
+    for (size_t column = 0; column < n_in; column += block)
+      for (size_t r = 0; r < n; r++) pack_codebook_block(type, raw(r, column), int(r), unit(column));
+  } else {
+    // Whole units, as many columns as the largest have: all of them go through one step before any goes through the next,
+    // which would else wait for memory that was just written in pieces of another size.
+    constexpr size_t span = 256;
+    alignas(64) uint8_t code[16][span] = {};
+    for (size_t first = 0; first < n_in; first += span) {
+      const size_t last = std::min(n_in, first + span);
+      for (size_t r = 0; r < n; r++)
+        for (size_t column = first; column < last; column += block) {
+          Block factors;
+          read_block<type>(raw(r, column), factors, code[r] + (column - first));
+          write_factors<type>(factors, column, int(r), unit(column));
+        }
+      if constexpr (type == TQ1_0) {
+        for (size_t r = 0; r < n; r++) write_ternary(code[r], int(r), unit(first));
+      } else {
+        Group groups[span / 32];
+        for (size_t g = 0; first + 32 * g < last; g++) groups[g].fill(code[0] + 32 * g, span);
+        for (size_t column = first; column < last; column += 32)
+          write_codes<f.bits>(groups[(column - first) / 32],
+                              unit(column) + f.factor_bytes + column % unit_columns / 32 * group_bytes(f));
+      }
+    }
+  }
+}
+
+using PackFn = void (*)(const uint8_t* rows, size_t n, size_t n_in, uint8_t* out);
+
+template <int type = 0>
+PackFn pack_fn(int wanted) {
+  if constexpr (type < n_types) {
+    if constexpr (is_packed(type))
+      if (type == wanted) return pack_panel<type>;
+    return pack_fn<type + 1>(wanted);
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -175,46 +234,15 @@ PackedWeight::PackedWeight(Pool& pool, int type_, const uint8_t* raw, size_t n_m
       codebook_(size_t(format.n_vectors + 2) * sizeof *codebook) {
   std::memcpy(codebook_.data(), codebook, size_t(format.n_vectors) * sizeof *codebook);
   const size_t row_bytes = file_row_bytes(format, n_in);
+  const PackFn pack_panel = pack_fn(type);
   const auto lock = pool.lock();
   pool.parallel_for(n_mats * n_panels, 4, [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; i++) {
       const size_t mat = i / n_panels, row = i % n_panels * 16;
-      pack_panel(raw + (mat * n_rows + row) * row_bytes, std::min<size_t>(16, n_rows - row),
+      pack_panel(raw + (mat * n_rows + row) * row_bytes, std::min<size_t>(16, n_rows - row), n_in,
                  pages_.data() + i * panel_bytes);
     }
   });
-}
-
-void PackedWeight::pack_panel(const uint8_t* rows, size_t n, uint8_t* out) const {
-  const size_t row_bytes = file_row_bytes(format, n_in), block = size_t(format.block), unit_columns = size_t(format.unit);
-  if (is_float(format)) {
-    const size_t bytes = size_t(format.bits / 8);
-    for (size_t r = 0; r < n; r++, rows += row_bytes)
-      for (size_t k = 0; k < n_in; k++) {
-        const size_t at = type == BF16 ? (k / 2 * 16 + r) * 2 + k % 2 : k * 16 + r;
-        std::memcpy(out + at * bytes, rows + k * bytes, bytes);
-      }
-    return;
-  }
-  alignas(64) uint8_t code[16][256] = {};
-  for (size_t first = 0; first < n_in; first += unit_columns, out += unit_bytes(format)) {
-    const size_t last = std::min(n_in, first + unit_columns);
-    for (int r = 0; r < int(n); r++)
-      for (size_t column = first; column < last; column += block) {
-        const uint8_t* raw = rows + size_t(r) * row_bytes + column / block * size_t(format.block_bytes);
-        if (format.n_vectors) {
-          pack_codebook_block(type, raw, r, out);
-          continue;
-        }
-        Block factors;
-        read_block(type, raw, factors, code[r] + (column - first));
-        write_factors(format, factors, column, r, out);
-        if (type == TQ1_0) write_ternary(code[r], r, out, format);
-      }
-    if (format.n_vectors || type == TQ1_0) continue;
-    for (size_t g = 0; 32 * g < last - first; g++)
-      write_codes(format.bits, Group(code[0] + 32 * g, sizeof code[0]), out + format.factor_bytes + g * group_bytes(format));
-  }
 }
 
 }  // namespace mpillama

@@ -42,8 +42,6 @@ class PackedWeight {
   const uint16_t* codebook() const { return reinterpret_cast<const uint16_t*>(codebook_.data()); }
 
  private:
-  void pack_panel(const uint8_t* rows, size_t n, uint8_t* out) const;
-
   Pages pages_, codebook_;
 };
 
