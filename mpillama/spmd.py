@@ -11,15 +11,17 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
-
-from mpillama.backends.base import Batch
-from mpillama.comm.base import World
-from mpillama.comm.solo import SoloWorld
 from mpillama.errors import PeerFailure, UsageError, UserError
-from mpillama.runner import Runner, pack, unpack
+
+if TYPE_CHECKING:
+    # Help and version must not wait for NumPy.
+    import numpy as np
+
+    from mpillama.backends.base import Batch
+    from mpillama.comm.base import World
+    from mpillama.runner import Runner
 
 # Launchers by the variables that they set for each process: rank, size, name.
 _LAUNCHERS = (
@@ -58,6 +60,8 @@ def start(place: Launch) -> World:
         UsageError: there is no MPI library, or it belongs to another launcher, so that N ranks would be N runs of one.
     """
     if place.size == 1:
+        from mpillama.comm.solo import SoloWorld
+
         return SoloWorld()
     # MPICH's words at an abort would follow ours, which already say what happened.
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")
@@ -203,20 +207,26 @@ class Leader:
     """Rank 0's side of the step loop: runs a batch on all ranks."""
 
     def __init__(self, world: World, runner: Runner) -> None:
-        self._world, self._runner = world, runner
+        from mpillama.runner import pack
+
+        self._world, self._runner, self._pack = world, runner, pack
 
     def run(self, batch: Batch) -> np.ndarray:
         """Return the logits (L, n_vocab)."""
-        self._world.send(pack(batch))
+        self._world.send(self._pack(batch))
         return self._runner.run(batch)
 
     def stop(self, exit_code: int = 0) -> None:
         """End the loop of the others, who then return ``exit_code``."""
+        import numpy as np
+
         self._world.send(np.array([-1, exit_code], np.int32))
 
 
 def follow(world: World, runner: Runner) -> int:
     """The other ranks' side: run what rank 0 says until it says stop; returns the exit code it gives."""
+    from mpillama.runner import unpack
+
     while True:
         message = world.receive()
         if message[0] < 0:

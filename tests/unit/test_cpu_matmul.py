@@ -203,3 +203,24 @@ def test_wrong_shapes_are_refused(rng):
         _cpu.pack(backend.pool, int(GGMLType.Q8_0), np.zeros((1, 4, 33), np.uint8), 32, np.zeros(0, np.uint16))
     with pytest.raises(ValueError, match="cannot be packed"):
         _cpu.pack(backend.pool, int(GGMLType.I32), np.zeros((1, 4, 32), np.uint8), 8, np.zeros(0, np.uint16))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_fused_products_are_those_of_each_matrix(level, rng):
+    """To the bit, whether the matrices can share the rounded activations or not, and whatever tokens are together."""
+    backend = CpuBackend(3, (), level)
+    types = [GGMLType.Q4_0, GGMLType.Q6_K, GGMLType.IQ2_S, GGMLType.F16, GGMLType.Q4_0]
+    raws = [random_blocks(rng, type, (1, int(rng.integers(1, 90)), 512)) for type in types]
+    pad = (int(rng.integers(0, 60)), 7)
+    ws = [backend.weight(RawWeight("w", type, raw, 512, pad)) for type, raw in zip(types, raws, strict=True)]
+    gate, up, other = (make_weight(rng, backend, type, 1, 77, 512, pad)[0] for type in (*types[:2], types[3]))
+    for n_tokens in (0, 1, 5, 40):
+        x = rng.standard_normal((n_tokens, 512 - sum(pad))).astype(np.float32)
+        for y, w in zip(backend.linears(x, ws), ws, strict=True):
+            np.testing.assert_array_equal(y, backend.linear(x, w))
+        for activation in ("silu", "gelu", "swiglu_oai"):
+            for second in (up, other):
+                expected = backend.gated(activation, backend.linear(x, gate), backend.linear(x, second))
+                np.testing.assert_allclose(
+                    backend.gated_linear(activation, x, gate, second), expected, rtol=1e-5, atol=1e-6
+                )

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillama import _cpu
 from mpillama.backends.base import AttentionParams, Batch
+from mpillama.backends.cpu.elementwise import CpuRopeTable
 from mpillama.errors import UsageError
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -55,8 +56,9 @@ class AttentionOps:
         batch: Batch,
         params: AttentionParams,
         sinks: np.ndarray | None,
+        rope: CpuRopeTable | None = None,
     ) -> np.ndarray:
-        """Store k and v of the step's tokens, then attend; see `Backend.attention`."""
+        """Rotate q and k, store k and v of the step's tokens, then attend; see `Backend.attention`."""
         out = np.empty((q.shape[0], q.shape[1], v.shape[2]), np.float32)
         _cpu.attention(
             self.pool,
@@ -72,6 +74,9 @@ class AttentionOps:
             params.softcap,
             params.window,
             sinks,
+            rope and rope.cos,
+            rope and rope.sin,
+            rope is not None and rope.neox,
             out,
         )
         return out

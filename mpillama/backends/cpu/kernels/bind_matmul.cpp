@@ -52,6 +52,31 @@ void bind_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t
   linear(pool, w, input, out.data());
 }
 
+void bind_linears(Pool& pool, const std::vector<const PackedWeight*>& ws, const ConstFloats& x, size_t pad,
+                  const std::vector<Floats>& outs) {
+  check(!ws.empty() && ws.size() == outs.size(), "there is not one out for each matrix");
+  const Input input = input_of(x, *ws[0], pad);
+  std::vector<Product> products;
+  for (size_t i = 0; i < ws.size(); i++) {
+    check(ws[i]->n_mats > 0 && ws[i]->n_in == ws[0]->n_in, "the matrices have rows of different sizes");
+    check(outs[i].size() == input.n_rows * ws[i]->n_rows, "out has the wrong size");
+    products.push_back({ws[i], outs[i].data()});
+  }
+  const nb::gil_scoped_release released;
+  linears(pool, products, input);
+}
+
+void bind_gated_linear(Pool& pool, int activation, const PackedWeight& gate, const PackedWeight& up, const ConstFloats& x,
+                       size_t pad, const Floats& out) {
+  const Input input = input_of(x, gate, pad);
+  check(activation >= 0 && activation <= int(Activation::swiglu_oai), "there is no such activation");
+  check(gate.n_mats > 0 && up.n_mats > 0, "there is no matrix");
+  check(gate.n_in == up.n_in && gate.n_rows == up.n_rows, "the matrices have different shapes");
+  check(out.size() == input.n_rows * gate.n_rows, "out has the wrong size");
+  const nb::gil_scoped_release released;
+  gated_linear(pool, Activation(activation), gate, up, input, out.data());
+}
+
 void bind_expert_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t pad, const Indices& experts,
                         const Floats& out) {
   const Input input = input_of(x, w, pad);
@@ -93,6 +118,11 @@ void bind_matmul(nb::module_& m) {
         "kept. codebook: uint16, empty for types without one.");
   m.def("linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
         "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
+  m.def("linears", bind_linears, nb::arg("pool"), nb::arg("ws"), nb::arg("x"), nb::arg("pad"), nb::arg("outs"),
+        "linear with each of several matrices whose rows have the same size; outs are filled.");
+  m.def("gated_linear", bind_gated_linear, nb::arg("pool"), nb::arg("activation"), nb::arg("gate"), nb::arg("up"),
+        nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
+        "out (T, n_rows) = act(x times gate) * (x times up); activations as in `gated`.");
   m.def("expert_linear", bind_expert_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),
         nb::arg("experts"), nb::arg("out").noconvert(),
         "out (T, K, n_rows) = x (T, width) or (T, K, width) times matrices experts (T, K), int64.");
