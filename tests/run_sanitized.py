@@ -42,7 +42,8 @@ def run_with(extension: str, arguments: list[str]) -> int:
     import mpillama
 
     spec = spec_from_file_location("mpillama._cpu", extension)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["mpillama._cpu"] = module
@@ -53,7 +54,7 @@ def run_with(extension: str, arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """Build, then run the tests in a process that begins with the sanitizers."""
     extension = build()
-    # Python itself leaks on purpose. A stack of its own for each error would take minutes in tests that expect some.
+    # Python itself leaks on purpose.
     environment = os.environ | {
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1",

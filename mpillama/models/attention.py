@@ -30,7 +30,7 @@ def attention(ops: Ops, x: Value, w: Weights, cfg: Config, il: int, cache: Handl
         softcap=cfg.attn_softcap,
         window=cfg.windows[il],
         sinks=w.optional("attn_sinks.weight"),
-        rope=step.ropes.get(cfg.rope_of(il)),
+        rope=step.ropes[il],
     )
     return project(ops, y, w, "attn_output")
 

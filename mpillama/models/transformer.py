@@ -21,12 +21,12 @@ class Step:
 
     Attributes:
         batch: tokens, positions, KV blocks.
-        ropes: the rotations of the step's tokens for each kind of rope.
+        ropes: for each block, the rotations of the step's tokens, or None.
         attn_temperature: factor on each token's queries (T, 1), or None.
     """
 
     batch: Batch
-    ropes: dict[Rope, Handle]
+    ropes: Sequence[Handle | None]
     attn_temperature: Value | None
 
 
@@ -62,13 +62,15 @@ def _block(
     return ops.add(h, ops.scale(x, cfg.residual_scale))
 
 
-def _rope_tables(ops: Ops, w: Weights, cfg: Config, batch: Batch) -> dict[Rope, Handle]:
-    ropes = {cfg.rope_of(il) for il in range(cfg.n_layer)}
-    return {
-        rope: ops.rope_table(batch.positions, rope, w.vector(rope.factors) if rope.factors else None)
-        for rope in ropes
-        if rope.n_rot
+def _rope_tables(ops: Ops, w: Weights, cfg: Config, batch: Batch) -> list[Handle | None]:
+    ropes = [cfg.rope_of(il) for il in range(cfg.n_layer)]
+    # By identity, because a model has one or two and comparing their many fields takes long.
+    kinds: dict[int, Rope] = {id(rope): rope for rope in ropes if rope.n_rot}
+    tables = {
+        kind: ops.rope_table(batch.positions, rope, w.vector(rope.factors) if rope.factors else None)
+        for kind, rope in kinds.items()
     }
+    return [tables.get(id(rope)) for rope in ropes]
 
 
 def _attn_temperature(ops: Ops, cfg: Config, batch: Batch) -> Value | None:

@@ -12,10 +12,14 @@ class Weights:
 
     def __init__(self, matrices: Mapping[str, Weight], vectors: Mapping[str, Value], prefix: str = "") -> None:
         self._matrices, self._vectors, self._prefix = matrices, vectors, prefix
+        self._blocks: dict[int, Weights] = {}
 
     def block(self, il: int) -> Weights:
         """Return the weights of block ``il``, by their names within it."""
-        return Weights(self._matrices, self._vectors, f"blk.{il}.")
+        block = self._blocks.get(il)
+        if block is None:
+            block = self._blocks[il] = Weights(self._matrices, self._vectors, f"blk.{il}.")
+        return block
 
     def matrix(self, name: str) -> Weight:
         """Return the matrix, or stack of matrices, ``name.weight``."""

@@ -74,9 +74,9 @@ class AttentionOps:
             params.softcap,
             params.window,
             sinks,
-            rope and rope.cos,
-            rope and rope.sin,
-            rope is not None and rope.neox,
+            rope.cos if rope else None,
+            rope.sin if rope else None,
+            bool(rope and rope.neox),
             out,
         )
         return out
