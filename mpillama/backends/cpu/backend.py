@@ -49,6 +49,8 @@ class CpuBackend(AttentionOps, ElementwiseOps):
     """
 
     name = "cpu"
+    copies = True
+    """Raw weights are not kept: their memory can be used again."""
 
     def __init__(self, n_threads: int = 1, cores: Sequence[int] = (), level: str = "") -> None:
         super().__init__()
