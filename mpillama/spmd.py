@@ -1,4 +1,4 @@
-"""Who am I, the step loop, and dying together: what makes the processes of one launch into one program."""
+"""Who am I, and dying together: what makes the processes of one launch into one program."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import sys
 import time
 import traceback
 import warnings
-import zlib
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
-
-from mpillama.backends.base import Batch
-from mpillama.comm.base import Arrival, World, check_agreement
-from mpillama.comm.solo import SoloWorld
-from mpillama.comm.watch import DEFAULT_LIMIT
 from mpillama.errors import JobError, PeerFailure, UsageError, UserError
-from mpillama.runner import Runner, pack, unpack
+
+if TYPE_CHECKING:
+    # Help and version must not wait for NumPy.
+    from mpillama.comm.base import World
 
 # Launchers by the variables that they set for each process: rank, size, name.
 _LAUNCHERS = (
@@ -36,8 +31,6 @@ _GRACE = 0.3
 _GRACE_AT_START = 1.0
 # Launchers forward a signal that the terminal has already delivered; a second one within this time is the same one.
 _SAME_SIGNAL = 1.0
-# Steps between two comparisons of what the ranks have been told and what they have computed.
-_AGREE_EVERY = 64
 
 
 @dataclass(frozen=True)
@@ -57,13 +50,15 @@ def launch(environ: Mapping[str, str]) -> Launch:
     return Launch(0, 1, "")
 
 
-def start(place: Launch, limit: float = DEFAULT_LIMIT) -> World:
+def start(place: Launch, limit: float | None = None) -> World:
     """Join the other ranks; ``limit``: seconds that they may keep each other waiting inside a step, 0 for ever.
 
     Raises:
         UsageError: there is no MPI library, or it belongs to another launcher, so that N ranks would be N runs of one.
     """
     if place.size == 1:
+        from mpillama.comm.solo import SoloWorld
+
         return SoloWorld()
     # MPICH's words at an abort would follow ours, which already say what happened.
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")
@@ -88,15 +83,7 @@ def start(place: Launch, limit: float = DEFAULT_LIMIT) -> World:
             "MPI library do not match; use the mpirun of that library (with srun, try --mpi=pmi2 for MPICH, --mpi=pmix "
             "for Open MPI), or name another library in MPI4PY_LIBMPI"
         )
-    return MPIWorld(limit)
-
-
-class StrandedWorld(SoloWorld):
-    """A rank that could not join the others, and why: for commands that find out what is wrong."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__()
-        self.reason = reason
+    return MPIWorld() if limit is None else MPIWorld(limit)
 
 
 class Interrupts:
@@ -139,7 +126,7 @@ class Stopped(BaseException):
         self.exit_code = exit_code
 
 
-def run(main: Callable[[World, Interrupts], int], limit: float = DEFAULT_LIMIT, stranded: bool = False) -> int:
+def run(main: Callable[[World, Interrupts], int], limit: float | None = None, stranded: bool = False) -> int:
     """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once.
 
     So does a rank that keeps the others waiting for more than ``limit`` seconds inside a step (0: no limit).
@@ -158,6 +145,8 @@ def run(main: Callable[[World, Interrupts], int], limit: float = DEFAULT_LIMIT, 
             if place.rank:
                 # Not a failure, for which launchers would end the first rank too.
                 return 0
+            from mpillama.comm.solo import StrandedWorld
+
             world = StrandedWorld(error.line)
         code = main(world, interrupts)
         world.close()
@@ -237,74 +226,3 @@ def _abort(world: World, code: int) -> None:
         sys.stderr.flush()
     finally:
         world.abort(code)
-
-
-# -- the step loop -----------------------------------------------------------------------------------------------------
-
-
-class Leader:
-    """Rank 0's side of the step loop: runs batches on all ranks.
-
-    Args:
-        world: of all ranks.
-        runner: of rank 0.
-        max_in_flight: batches whose logits may be under way at a time; a pipeline of n stages is busy with n.
-    """
-
-    def __init__(self, world: World, runner: Runner, max_in_flight: int = 1) -> None:
-        self._world, self._runner = world, runner
-        self.max_in_flight = max_in_flight
-        self._in_flight: deque[Arrival] = deque()
-
-    @property
-    def in_flight(self) -> int:
-        """Batches that are submitted and not collected."""
-        return len(self._in_flight)
-
-    def submit(self, batch: Batch) -> None:
-        """Begin a batch on all ranks; batches end in the order in which they began.
-
-        Returns as soon as rank 0's own stage is through with it.
-        """
-        if len(self._in_flight) >= self.max_in_flight:
-            raise AssertionError(f"{len(self._in_flight)} batches are in flight; collect one before the next")
-        self._world.watch.begin_step()
-        message = pack(batch)
-        self._world.send(message)
-        self._in_flight.append(_begin(self._world, self._runner, message, batch))
-
-    def collect(self) -> np.ndarray:
-        """Return the logits (L, n_vocab) of the batch that began first; one without logits is not waited for."""
-        return self._in_flight.popleft().wait()
-
-    def run(self, batch: Batch) -> np.ndarray:
-        """Return the logits (L, n_vocab) of a batch, when no other is in flight."""
-        if self._in_flight:
-            raise AssertionError("collect what is in flight before running a batch")
-        self.submit(batch)
-        return self.collect()
-
-    def stop(self, exit_code: int = 0) -> None:
-        """End the loop of the others, who then return ``exit_code``."""
-        self._world.send(np.array([-1, exit_code], np.int32))
-
-
-def follow(world: World, runner: Runner) -> int:
-    """The other ranks' side: run what rank 0 says until it says stop; returns the exit code it gives."""
-    while True:
-        message = world.receive()
-        if message[0] < 0:
-            return int(message[1])
-        world.watch.begin_step()
-        _begin(world, runner, message, unpack(message))
-
-
-def _begin(world: World, runner: Runner, message: np.ndarray, batch: Batch) -> Arrival:
-    """Begin a batch; at the first step, and at every so many, all ranks compare the plan and what they computed."""
-    logits = runner.begin(batch)
-    step = world.watch.step
-    if world.size > 1 and step % _AGREE_EVERY == 1:
-        last = logits.wait()[-1:] if runner.has_all_blocks else np.zeros(0, np.float32)
-        signature = zlib.crc32(np.ascontiguousarray(last).tobytes())
-        check_agreement(world, zlib.crc32(message.tobytes()) << 32 | signature ^ step)
-    return logits

@@ -7,6 +7,7 @@ first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -211,4 +212,19 @@ class Backend(Protocol):
         Returns:
             (T, H, Dv)
         """
+        ...
+
+
+class Fusing(Backend, Protocol):
+    """What a backend may do in one go, where each op by itself takes longer to ask for than to do.
+
+    `Ops` uses it if the backend has all of it; `attention` then takes a rope table too, and rotates q and k first.
+    """
+
+    def linears(self, x: Array, ws: Sequence[Handle]) -> list[Array]:
+        """Return `linear` of each of several matrices."""
+        ...
+
+    def gated_linear(self, activation: str, x: Array, gate: Handle, up: Handle) -> Array:
+        """Return `gated` of the two `linear`."""
         ...

@@ -38,7 +38,8 @@ from mpillama.models.weights import Weights
 from mpillama.ops import Ops
 from mpillama.partition import Partition
 from mpillama.runner import kv_bytes
-from mpillama.spmd import Interrupts, Leader, follow
+from mpillama.spmd import Interrupts
+from mpillama.steps import Leader, follow
 
 # Settings that have a column of their own only if they are given.
 _SETTINGS = {

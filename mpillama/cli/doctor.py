@@ -16,6 +16,7 @@ from mpillama.bench.weights import RANDOM_TYPES
 from mpillama.cli.memory import available_memory
 from mpillama.cli.session import open_backend
 from mpillama.comm.base import World, from_root
+from mpillama.comm.solo import StrandedWorld
 from mpillama.doctor.facts import batch_system, launcher, rank_facts, slurm_seconds_left
 from mpillama.doctor.files import file_system, read_speed
 from mpillama.doctor.findings import Finding, Job, findings
@@ -23,7 +24,7 @@ from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import read_header
 from mpillama.plan.cluster import GIB, as_toml, make_cluster
 from mpillama.plan.measure import fit_link, measure_device
-from mpillama.spmd import Interrupts, StrandedWorld, launch
+from mpillama.spmd import Interrupts, launch
 
 _SMALL, _LARGE = 8, 1 << 20
 _SIZES = (_SMALL, 16 << 10, _LARGE)

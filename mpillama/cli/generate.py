@@ -18,7 +18,8 @@ from mpillama.engine.request import Output, Request, RequestParams
 from mpillama.engine.sampling.chain import Sampler
 from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader
-from mpillama.spmd import Interrupts, Leader, follow
+from mpillama.spmd import Interrupts
+from mpillama.steps import Leader, follow
 from mpillama.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -83,3 +83,11 @@ class SoloWorld:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class StrandedWorld(SoloWorld):
+    """A rank that could not join the others, and why: for commands that find out what is wrong."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason

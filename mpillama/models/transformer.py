@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +21,12 @@ class Step:
 
     Attributes:
         batch: tokens, positions, KV blocks.
-        ropes: the rotations of the step's tokens for each kind of rope.
+        ropes: for each block, the rotations of the step's tokens, or None.
         attn_temperature: factor on each token's queries (T, 1), or None.
     """
 
     batch: Batch
-    ropes: dict[Rope, Handle]
+    ropes: Mapping[int, Handle | None]
     attn_temperature: Value | None
 
 
@@ -93,13 +93,14 @@ def _block(
     return ops.add(h, ops.scale(x, cfg.residual_scale))
 
 
-def _rope_tables(ops: Ops, w: Weights, cfg: Config, blocks: range, batch: Batch) -> dict[Rope, Handle]:
-    ropes = {cfg.rope_of(il) for il in blocks}
-    return {
-        rope: ops.rope_table(batch.positions, rope, w.vector(rope.factors) if rope.factors else None)
-        for rope in ropes
-        if rope.n_rot
+def _rope_tables(ops: Ops, w: Weights, cfg: Config, blocks: range, batch: Batch) -> dict[int, Handle | None]:
+    # By identity, because a model has one or two and comparing their many fields takes long.
+    kinds: dict[int, Rope] = {id(rope): rope for rope in map(cfg.rope_of, blocks) if rope.n_rot}
+    tables = {
+        kind: ops.rope_table(batch.positions, rope, w.vector(rope.factors) if rope.factors else None)
+        for kind, rope in kinds.items()
     }
+    return {il: tables.get(id(cfg.rope_of(il))) for il in blocks}
 
 
 def _attn_temperature(ops: Ops, cfg: Config, batch: Batch) -> Value | None:

@@ -12,7 +12,7 @@ from mpillama.engine.sequence import Sequence
 from mpillama.gguf.reader import read_header
 from mpillama.grid import Grid
 from mpillama.runner import pack, unpack
-from mpillama.spmd import Leader, follow
+from mpillama.steps import Leader, follow
 from mpillama.tokenizer import load_tokenizer
 from shared import shared
 from tiny import open_runner

@@ -14,7 +14,7 @@ from mpillama.gguf.types import GGMLType
 from mpillama.grid import Grid
 from mpillama.partition import Partition
 from mpillama.runner import Runner, kv_bytes
-from mpillama.spmd import Leader, follow
+from mpillama.steps import Leader, follow
 from mpillama.tensors import model_tensors
 from shared import shared
 from tiny import nmse, open_runner, run_on, write_llama
