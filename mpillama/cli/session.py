@@ -118,6 +118,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     def describe() -> Model:
         model, other = make()
         own.append(other)
+        if args.deterministic:
+            return replace(model, grid=_deterministic_grid(args, world.size))
         return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer))
 
     model = from_root(world, describe)
@@ -173,15 +175,16 @@ def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
     Raises:
         UsageError: there is no such grid of these ranks, or the flags ask for several replicas.
     """
-    mode = args.split_mode
-    if args.deterministic and mode is None and args.tp is None and args.pp is None:
-        mode = "tensor"
-    grid = choose_grid(hosts, n_layer, split_mode=mode, tp=args.tp, pp=args.pp, dp=args.dp)
+    grid = choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
     if grid.dp > 1:
         raise UsageError(f"--dp {grid.dp}: replicas serve batch and serve, but this command runs one; leave --dp out")
-    if args.deterministic and grid.pp > 1:
-        raise UsageError("--deterministic is for tensor parallelism alone; leave --pp and -sm layer out")
     return grid
+
+
+def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
+    if args.split_mode == "layer" or (args.pp or 1) * args.dp > 1:
+        raise UsageError("--deterministic is for tensor parallelism alone; leave --pp, --dp and -sm layer out")
+    return Grid(n_ranks)
 
 
 def open_runner(

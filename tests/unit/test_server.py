@@ -72,12 +72,12 @@ class Stand:
             context = Context("demo", tokenizer, template_from(metadata, "chatml"), tokenizer.n_vocab, 512, 4)
             self.api.served = Served(context, {}, "")
 
-    def play(self, scenario):
+    def play(self, scenario, grace=0):
         """Run a coroutine function of this stand, with the engine on a thread."""
 
         async def main():
             self.bridge.open()
-            thread = threading.Thread(target=self.bridge.run, args=(self._engine, self.signals, 0, lambda n: None))
+            thread = threading.Thread(target=self.bridge.run, args=(self._engine, self.signals, grace, lambda n: None))
             if self._loaded:
                 thread.start()
             try:
@@ -137,6 +137,21 @@ def test_a_reader_that_takes_nothing_is_dropped():
         await stand.until_free()
 
     Stand(step_seconds=0.005, timeout=0.3).play(scenario)
+
+
+def test_what_ends_with_the_server_is_still_told():
+    async def scenario(stand):
+        task = asyncio.create_task(stand.ask("/v1/completions", {**ENDLESS, "max_tokens": 9, "stream": False}))
+        while not stand.bridge.stats.running:
+            await asyncio.sleep(0.001)
+        stand.signals.time_is_short = True
+        sent = await task
+        assert status_of(sent) == 200
+        assert json.loads(body_of(sent))["usage"]["completion_tokens"] == 9
+        assert stand.bridge.draining
+
+    for _ in range(5):
+        Stand(step_seconds=0.01).play(scenario, grace=30)
 
 
 def test_a_sender_that_stops_is_told_so():
