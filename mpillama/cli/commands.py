@@ -12,6 +12,7 @@ from mpillama.cli import values
 from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
 from mpillama.cli.doctor_options import DOCTOR
+from mpillama.cli.grammar import GRAMMAR
 from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import (
     CONTEXT,
@@ -131,7 +132,7 @@ COMMANDS = (
             "mpirun -n 8 mpillama generate -m model.gguf --tp 4 --pp 2 -f prompt.txt",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
         ),
-        (*MODEL, *PROMPT, *CONTEXT, *GRID, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
+        (*MODEL, *PROMPT, *CONTEXT, *GRID, *PARALLEL, *SAMPLING, *GRAMMAR, *ROPE, *LOGGING),
         "mpillama.cli.generate:run",
         check_generate,
     ),

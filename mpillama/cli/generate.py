@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillama.chat import encode_chat, template_from
+from mpillama.cli.grammar import constraint_from
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
 from mpillama.cli.session import Loaded, Model, load, open_model
@@ -76,6 +77,7 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Work]:
         stop=args.reverse_prompt,
         ignore_eos=args.ignore_eos,
         special=args.special,
+        constraint=constraint_from(args, tokenizer, model.cfg.n_vocab),
     )
     # Now, and not when the weights have been read: a bias may be wrong.
     Sampler(params.sampling, model.cfg.n_vocab, model.n_ctx, tokenizer.token_bytes)

@@ -22,7 +22,7 @@ class VirtualWorld:
     def __init__(self, group):
         self._group, self.rank, self.size = group, group.rank, group.size
 
-    def group(self):
+    def group(self, ranks=None):
         return self._group
 
 
@@ -54,7 +54,7 @@ def test_the_same_bits_on_any_number_of_processes(backend, type, tmp_path, rng):
 @pytest.mark.parametrize("check", [c for c in CONTRACT if c.__name__.startswith(("all", "many"))])
 def test_contract(check, counts):
     class World(ThreadWorld):
-        def group(self):
+        def group(self, ranks=None):
             return self.virtual
 
     def main(world):
