@@ -12,13 +12,17 @@ from mpillama.backends.quants import dequantize
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
+from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.gguf.types import GGMLType
 from tiny import random_blocks
 
 
 def backends():
-    """Return the reference and the cpu backend at every level that this machine has, with 1 and 3 threads."""
+    """Return the reference, the emulated GPU, and the cpu backend at every level there is, with 1 and 3 threads."""
     found = [pytest.param(ReferenceBackend, id="reference")]
+    for warp, order in VARIANTS:
+        make = functools.partial(emulated, warp, order)
+        found.append(pytest.param(make, id=f"emulated-{warp}-{order}", marks=needs_compiler))
     try:
         from mpillama import _cpu
     except ImportError:
