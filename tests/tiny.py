@@ -12,6 +12,7 @@ import numpy as np
 from mpillama.backends.base import Backend, Batch
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.base import World
+from mpillama.comm.staged import tensor_group
 from mpillama.comm.threads import run_threads
 from mpillama.config import read_config
 from mpillama.engine.sequence import Sequence as TokenSequence
@@ -164,7 +165,9 @@ def open_runner(
     backend = make()
     loaded, n_read = load_weights(header.paths, tensors, sharding, world.rank, backend)
     n_head_kv = sharding.cuts["k"].width(world.rank) // cfg.n_embd_head_k
-    return Runner(cfg, loaded, Ops(backend, world.group()), n_head_kv, n_ctx, kv_type, kv_type), n_read
+    return Runner(
+        cfg, loaded, Ops(backend, tensor_group(world.group(), backend)), n_head_kv, n_ctx, kv_type, kv_type
+    ), n_read
 
 
 def logits_of(runner: Runner, tokens: Sequence[int], chunk: int = 1000) -> np.ndarray:

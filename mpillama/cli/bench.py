@@ -31,6 +31,7 @@ from mpillama.cli.progress import LoadProgress, Log
 from mpillama.cli.session import model_path, open_backend
 from mpillama.comm.base import World, from_root
 from mpillama.comm.metered import MeteredGroup
+from mpillama.comm.staged import tensor_group
 from mpillama.errors import UsageError, UserError
 from mpillama.models.weights import Weights
 from mpillama.ops import Ops
@@ -249,7 +250,7 @@ class _Bench:
             self._cache = None
             model, rank = loaded.model, self._world.rank
             n_head_kv = loaded.sharding.cuts["k"].width(rank) // model.cfg.n_embd_head_k
-            ops = Ops(loaded.backend, self._group)
+            ops = Ops(loaded.backend, tensor_group(self._group, loaded.backend))
             settings = (model.cfg, loaded.weights, ops, n_head_kv, model.n_ctx, *types)
             self._cache = _Cache(types, MeteredRunner(*settings, group=self._group))
         return self._cache

@@ -14,6 +14,8 @@ class GpuBackend(AttentionOps):
     instead (about 3e-4). Products of F32 weights are float32 throughout, as is everything else.
     """
 
+    host_arrays = False
+
     def __init__(self, device: Device) -> None:
         super().__init__(device)
         self.name = device.name

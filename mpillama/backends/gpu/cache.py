@@ -23,7 +23,9 @@ def user_cache() -> Path:
     path.mkdir(mode=0o700, exist_ok=True)
     info = path.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
-        raise UserError(f"{path} is not a folder that only you can write to; remove it, or set TMPDIR to another folder")
+        raise UserError(
+            f"{path} is not a folder that only you can write to; remove it, or set TMPDIR to another folder"
+        )
     return path
 
 

@@ -95,6 +95,7 @@ class MatmulOps(ElementwiseOps):
         """Return x W^T."""
         n_tokens = int(x.shape[0])
         out = self.device.empty((n_tokens, w.n_rows))
+        grid: tuple[int, ...]
         if out.size == 0:
             return out
         if n_tokens <= _MATVEC_TOKENS:
@@ -120,6 +121,7 @@ class MatmulOps(ElementwiseOps):
         share = np.int32(n_used if x.ndim == 2 else 1)
         operand = self._operand(x, w)
         sizes = np.int32(w.n_rows), np.int32(w.n_in)
+        grid: tuple[int, ...]
         if n_tokens <= _MATVEC_TOKENS:
             grid = (-(-w.n_rows // self._warps), n_pairs)
             args = (w.data, w.row_bytes, w.mat_bytes, experts, share, *operand, out, *sizes, np.int32(n_pairs))

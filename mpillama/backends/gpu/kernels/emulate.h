@@ -28,7 +28,7 @@ namespace emulate {
 
 struct Dim { unsigned x, y, z; };
 struct Fiber { jmp_buf at; ucontext_t start; bool made = false, done = false; Dim thread; unsigned lane, warp; };
-struct Warp { unsigned generation = 0, waiting = 0, alive = 0, size = 0; unsigned char slot[2][64][8]; };
+struct Warp { unsigned generation = 0, waiting = 0, alive = 0, size = 0; unsigned char slot[2][64][8]; float reduced[2][64]; unsigned exchanged[2] = {}, reduced_at[2][64] = {}; };
 
 constexpr size_t kStack = 64 * 1024;
 
@@ -59,23 +59,26 @@ struct Machine {
   }
 };
 
-inline thread_local Machine machine;
+inline thread_local Machine owned;
+// Found without a call, and set by each launch.
+inline thread_local __attribute__((tls_model("initial-exec"))) Machine* current_machine = nullptr;
+#define MPL_MACHINE (*emulate::current_machine)
 
 inline void pause() {
-  Machine& m = machine;
+  Machine& m = MPL_MACHINE;
   if (_setjmp(m.fibers[m.current]->at) == 0) _longjmp(m.home, 1);
 }
 
 inline void fiber_main() {
   for (;;) {
-    machine.body(machine.arg);
-    machine.fibers[machine.current]->done = true;
+    MPL_MACHINE.body(MPL_MACHINE.arg);
+    MPL_MACHINE.fibers[MPL_MACHINE.current]->done = true;
     pause();
   }
 }
 
 inline void resume(unsigned i) {
-  Machine& m = machine;
+  Machine& m = MPL_MACHINE;
   m.current = i;
   if (_setjmp(m.home)) return;
   Fiber& f = *m.fibers[i];
@@ -91,7 +94,7 @@ inline void resume(unsigned i) {
 
 // Thread `k` of this round.
 inline unsigned pick(unsigned k, unsigned order) {
-  Machine& m = machine;
+  Machine& m = MPL_MACHINE;
   if (order == 1) return m.n - 1 - k;
   if (order == 0) return k;
   if (k == 0)
@@ -103,7 +106,7 @@ inline unsigned pick(unsigned k, unsigned order) {
 }
 
 inline bool run_block(unsigned order) {
-  Machine& m = machine;
+  Machine& m = MPL_MACHINE;
   for (auto& w : m.warps) w.waiting = 0, w.alive = w.size;
   for (unsigned i = 0; i < m.n; i++) m.fibers[i]->done = false;
   m.alive = m.n;
@@ -128,7 +131,7 @@ inline bool run_block(unsigned order) {
 }
 
 inline void block_barrier() {
-  Machine& m = machine;
+  Machine& m = MPL_MACHINE;
   const unsigned generation = m.generation;
   m.steps++;
   if (++m.waiting == m.alive) m.waiting = 0, m.generation++;
@@ -138,7 +141,7 @@ inline void block_barrier() {
 // Puts a value into this lane's slot and returns the slots of the warp once all lanes have.
 template <class T> inline unsigned char (*exchange(T value))[8] {
   static_assert(sizeof(T) <= 8, "one slot");
-  Machine& m = machine;
+  Machine& m = MPL_MACHINE;
   Fiber& f = *m.fibers[m.current];
   Warp& w = m.warps[f.warp];
   if (w.alive != MPL_WARP) { m.fault = "a shuffle in a warp that has lost lanes"; pause(); }
@@ -147,7 +150,7 @@ template <class T> inline unsigned char (*exchange(T value))[8] {
   auto* slots = w.slot[generation & 1];
   memcpy(slots[f.lane], &value, sizeof value);
   m.steps++;
-  if (++w.waiting == w.alive) w.waiting = 0, w.generation++;
+  if (++w.waiting == w.alive) w.waiting = 0, w.exchanged[generation & 1] = ++w.generation;
   while (w.generation == generation) pause();
   return slots;
 }
@@ -158,16 +161,23 @@ template <class T> inline T shuffle(T value, unsigned from) {
   return result;
 }
 
-inline unsigned lane() { return machine.fibers[machine.current]->lane; }
+inline unsigned lane() { return MPL_MACHINE.fibers[MPL_MACHINE.current]->lane; }
 
-// The butterfly that GPUs run, by each lane for itself: one exchange instead of five or six.
+// The butterfly that GPUs run: one exchange instead of five or six, and worked out by the first lane that gets here.
 template <int W, class F> inline float reduce(float value, F f) {
   auto* slots = exchange(value);
-  float v[W];
-  for (int i = 0; i < W; i++) memcpy(&v[i], slots[lane() / W * W + i], 4);
-  for (int m = W / 2; m > 0; m /= 2)
-    for (int i = 0; i < m; i++) v[i] = f(v[i], v[i ^ m]);
-  return v[0];
+  const Fiber& fiber = *MPL_MACHINE.fibers[MPL_MACHINE.current];
+  Warp& w = MPL_MACHINE.warps[fiber.warp];
+  const unsigned set = slots == w.slot[1], group = fiber.lane / W;
+  if (w.reduced_at[set][group] != w.exchanged[set]) {
+    float v[W];
+    for (int i = 0; i < W; i++) memcpy(&v[i], slots[group * W + i], 4);
+    for (int m = W / 2; m > 0; m /= 2)
+      for (int i = 0; i < m; i++) v[i] = f(v[i], v[i ^ m]);
+    w.reduced[set][group] = v[0];
+    w.reduced_at[set][group] = w.exchanged[set];
+  }
+  return w.reduced[set][group];
 }
 
 // -- launching
@@ -201,7 +211,8 @@ template <class... A, size_t... I> void call(void (*kernel)(A...), void** a, std
 // `how`: grid x y z, block x y z, order, seed.
 template <class... A> const char* launch(void (*kernel)(A...), const unsigned* how, size_t shared, void** args) {
   struct Call { void (*kernel)(A...); void** args; } c{kernel, args};
-  Machine& m = machine;
+  current_machine = &owned;
+  Machine& m = MPL_MACHINE;
   m.grid_dim = {how[0], how[1], how[2]};
   m.block_dim = {how[3], how[4], how[5]};
   m.n = how[3] * how[4] * how[5];
@@ -235,15 +246,15 @@ template <class... A> const char* launch(void (*kernel)(A...), const unsigned* h
 
 }  // namespace emulate
 
-#define threadIdx (emulate::machine.fibers[emulate::machine.current]->thread)
-#define blockIdx (emulate::machine.block)
-#define blockDim (emulate::machine.block_dim)
-#define gridDim (emulate::machine.grid_dim)
+#define threadIdx (MPL_MACHINE.fibers[MPL_MACHINE.current]->thread)
+#define blockIdx (MPL_MACHINE.block)
+#define blockDim (MPL_MACHINE.block_dim)
+#define gridDim (MPL_MACHINE.grid_dim)
 #define __syncthreads() emulate::block_barrier()
 #define __syncwarp() ((void)emulate::exchange(0))
 #define MPL_SHFL_XOR(v, m) emulate::shuffle((v), emulate::lane() ^ (unsigned)(m))
 #define MPL_SHFL(v, from) emulate::shuffle((v), (unsigned)(from))
-#define MPL_DYN_SHARED(T, name) T* name = (T*)(((uintptr_t)emulate::machine.shared.data() + 15) & ~(uintptr_t)15)
+#define MPL_DYN_SHARED(T, name) T* name = (T*)(((uintptr_t)MPL_MACHINE.shared.data() + 15) & ~(uintptr_t)15)
 #define MPL_EXPORT(name)                                                                                  \
   extern "C" const char* name##__launch(const unsigned* how, size_t shared, void** args) {                \
     return emulate::launch(name, how, shared, args);                                                      \
