@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 
+from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
 from mpillama.backends.quants import dequantize
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
-from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.gguf.types import GGMLType
 from tiny import random_blocks
 

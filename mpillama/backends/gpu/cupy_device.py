@@ -66,8 +66,8 @@ class CupyDevice:
         except self._cupy.cuda.memory.OutOfMemoryError:
             free, total = self._cupy.cuda.runtime.memGetInfo()
             raise UserError(
-                f"GPU {self.index} is out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free): use more ranks, "
-                "a smaller quantization, or a smaller -c"
+                f"GPU {self.index} is out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free): use more "
+                "ranks, a smaller quantization, or a smaller -c"
             ) from None
 
     def upload(self, x: np.ndarray) -> Array:

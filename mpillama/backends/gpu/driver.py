@@ -1,4 +1,4 @@
-"""What a GPU needs beside this program: CuPy, a driver, the run-time compiler and its headers; and what to do without."""
+"""What a GPU needs beside this program: CuPy, a driver, the run-time compiler, headers; and what to do without them."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def visible_gpus(cupy: Any) -> int:
     except runtime.CUDARuntimeError as error:
         reason = str(error).split(":")[0]
         raise UserError(
-            f"there is no usable GPU here ({reason}): run on a GPU node, or with another --backend; if this is one, its "
-            "driver may be older than CuPy's CUDA (nvidia-smi shows both)"
+            f"there is no usable GPU here ({reason}): run on a GPU node, or with another --backend; if this is one, "
+            "its driver may be older than CuPy's CUDA (nvidia-smi shows both)"
         ) from None
     if not count:
         raise UserError("no GPU is visible to this process: ask the scheduler for one (srun --gpus-per-task=1)")

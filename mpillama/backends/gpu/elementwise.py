@@ -105,7 +105,7 @@ class ElementwiseOps:
     def _binary(self, op: int, a: Array, b: Array) -> Array:
         shape = np.broadcast_shapes(tuple(a.shape), tuple(b.shape))
         out = self.device.empty(shape)
-        _, n1, n2 = ((1, 1, 1) + shape)[-3:]
+        _, n1, n2 = (1, 1, 1, *shape)[-3:]
         steps = [np.int64(step) for x in (a, b) for step in _steps(tuple(x.shape), shape)]
         size = np.int64(out.size)
         self.run.elements("binary", out.size, np.int32(op), a, b, out, size, np.int32(n1), np.int32(n2), *steps)
@@ -179,5 +179,5 @@ def _steps(shape: tuple[int, ...], out: tuple[int, ...]) -> list[int]:
     """
     if len(out) > 3:
         raise ValueError(f"{len(out)} axes")
-    sizes = ((1, 1, 1) + shape)[-3:]
+    sizes = (1, 1, 1, *shape)[-3:]
     return [0 if size == 1 else product(sizes[axis + 1 :]) for axis, size in enumerate(sizes)]

@@ -1,7 +1,7 @@
 """The CPU in place of a GPU: the same kernels, compiled with g++ and run as fibers (kernels/emulate.h).
 
-For tests: it is slow, and it is strict. Arguments of launches are checked against the kernels' signatures, and arrays of
-the host are refused, which a GPU would only answer with wrong results.
+For tests: it is slow, and it is strict. Arguments of launches are checked against the kernels' signatures, and arrays
+of the host are refused, which a GPU would only answer with wrong results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpillama.backends.gpu.device import Array, Unit
 from mpillama.backends.gpu.source import assemble
 from mpillama.errors import UserError
 
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DMPL_EMULATE")
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DMPL_EMULATE")
 _CODES = {"f": np.float32, "d": np.float64, "i": np.int32, "l": np.int64, "B": np.uint8, "H": np.uint16}
 _PARAMETER = re.compile(r"\*?.")
 

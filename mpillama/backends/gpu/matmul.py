@@ -157,7 +157,7 @@ class MatmulOps(ElementwiseOps):
         return tiles, order
 
     def _operand(self, x: Array, w: GpuMatrix) -> tuple[Any, ...]:
-        """Return the activations as the kernels for ``w`` take them; the last ones are kept, for q, k, v and gate, up."""
+        """Return the activations as the kernels for ``w`` take them; the last are kept, for q, k, v and gate, up."""
         n_own = int(x.shape[-1])
         if w.type in FLOATS and n_own == w.n_in:
             return (x,)

@@ -6,7 +6,12 @@
 #define FORMAT(block, bytes, halves, min) \
   constexpr int kBlock = block, kBytes = bytes; \
   constexpr bool kHalves = halves, kMin = min;
+#ifdef MPL_EMULATE
+// One copy for all kernels, for the sake of the compiler's time.
+#define DECODE static __attribute__((noinline)) void decode(const u8* row, int sub, Sub& s)
+#else
 #define DECODE static __device__ __forceinline__ void decode(const u8* row, int sub, Sub& s)
+#endif
 // The block of a sub-block, and the sub-block's number in it.
 #define BLOCK_OF_32 const u8* b = row + (i64)sub * kBytes
 #define BLOCK_OF(n) const u8* b = row + (i64)(sub / (n)) * kBytes; const int k = sub % (n)
