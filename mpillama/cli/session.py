@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from mpillama.backends import make_backend
+from mpillama.backends import GPU_NAMES, make_backend
 from mpillama.backends.base import Backend
+from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import check_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
@@ -154,14 +155,22 @@ def _count(n: int, noun: str) -> str:
 def open_backend(args: Namespace, world: World) -> tuple[Backend, int]:
     """Return this rank's backend and its number of threads.
 
-    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use.
+    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use; ``MPILLAMA_SHARE_GPUS=1`` lets ranks
+    share a GPU.
 
     Raises:
         UsageError: the backend or the level is not there.
     """
     threads, cores = place_threads(world, args.threads)
     threadpool_limits(threads)
-    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", "")), threads
+    device = 0
+    if args.backend in GPU_NAMES:
+        from mpillama.cli.gpus import choose_gpu
+
+        # CuPy keeps compiled kernels in the home folder, which the nodes of a cluster share, and which is slow.
+        os.environ.setdefault("CUPY_CACHE_DIR", str(user_cache() / "cupy"))
+        device = choose_gpu(args.backend, world, share=os.environ.get("MPILLAMA_SHARE_GPUS", "") == "1")
+    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", ""), device), threads
 
 
 def limit_threads(world: World, wanted: int) -> int:

@@ -105,3 +105,9 @@ def compile_failure(kind: str, file: str, error: Exception) -> UserError:
         return UserError("hipcc is not on PATH, which CuPy asks for the headers; load ROCm's module")
     head = next((line for line in text.splitlines() if "error" in line), text[:200])
     return UserError(f"{file} could not be compiled for this GPU ({head.strip()})")
+
+
+def identify(cupy: Any, index: int) -> str:
+    """Return what tells a GPU from the others of its host: parts of one (MIG) have UUIDs of their own on one PCI bus."""
+    uuid = cupy.cuda.runtime.getDeviceProperties(index).get("uuid")
+    return uuid.hex() if isinstance(uuid, bytes) and any(uuid) else str(cupy.cuda.Device(index).pci_bus_id)
