@@ -20,7 +20,7 @@ from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import check_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.comm.base import World, from_root
-from mpillama.comm.staged import tensor_group
+from mpillama.comm.nccl import device_group
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
 from mpillama.errors import UsageError
@@ -117,9 +117,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     with JointProgress(world, shares, enabled=log.interactive) as bar:
         weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update)
         n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
-        runner = Runner(
-            model.cfg, weights, Ops(backend, tensor_group(world.group(), backend)), n_head_kv, model.n_ctx, *kv_types
-        )
+        group = device_group(world, backend, by_host=os.environ.get("MPILLAMA_COLLECTIVES", "") == "host")
+        runner = Runner(model.cfg, weights, Ops(backend, group), n_head_kv, model.n_ctx, *kv_types)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
     log.info(_layout_line(world, backend.name, threads, model, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):

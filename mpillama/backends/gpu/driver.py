@@ -108,6 +108,6 @@ def compile_failure(kind: str, file: str, error: Exception) -> UserError:
 
 
 def identify(cupy: Any, index: int) -> str:
-    """Return what tells a GPU from the others of its host: parts of one (MIG) have UUIDs of their own on one PCI bus."""
+    """Return what tells a GPU from the others of its host; parts of one (MIG) have UUIDs of their own."""
     uuid = cupy.cuda.runtime.getDeviceProperties(index).get("uuid")
     return uuid.hex() if isinstance(uuid, bytes) and any(uuid) else str(cupy.cuda.Device(index).pci_bus_id)
