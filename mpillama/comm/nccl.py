@@ -122,7 +122,7 @@ def load_nccl() -> Any:
 
 
 def device_group(world: World, backend: Any, by_host: bool) -> Group:
-    """Return a group of all ranks for the arrays of this backend: NCCL's where all have it, else one by way of the host.
+    """Return a group of all ranks for the arrays of this backend: NCCL's where all have it, else by way of the host.
 
     Args:
         world: all ranks.
