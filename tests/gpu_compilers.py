@@ -1,6 +1,6 @@
 """The kernels through the compilers of real GPUs, which need no GPU: NVRTC, hipRTC and clang.
 
-``make compilers`` fetches them; ``python tests/gpu_compilers.py --all`` compiles every kernel for every GPU that they
+``make compilers`` fetches them; ``python tests/gpu_compilers.py`` compiles every kernel for every GPU that they
 know and prints registers and spills.
 """
 
@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from mpillama.backends.gpu.attention import CACHE_TYPES, attention_unit
 from mpillama.backends.gpu.device import Unit
 from mpillama.backends.gpu.matmul import unit_of
 from mpillama.backends.gpu.source import assemble
 from mpillama.backends.quants import SUPPORTED
-from mpillama.gguf.types import GGMLType
 
 ROOT = Path(__file__).parents[1]
 COMPILERS = ROOT / ".compilers"
@@ -37,23 +38,22 @@ def warp_of(arch: str) -> int:
     return 64 if arch.startswith("gfx9") else 32
 
 
-def units(arch: str, full: bool = False) -> Iterator[Unit]:
-    """Return the units for one GPU: all of them, or those with a type of weights and of cache each."""
+def units(arch: str) -> Iterator[Unit]:
+    """Return everything that can be compiled for one GPU."""
     yield from PLAIN
-    warp = warp_of(arch)
+    yield from map(unit_of, sorted(SUPPORTED))
+    for k in CACHE_TYPES.values():
+        for n_v in (64, 128, 256):
+            yield attention_unit(k, k, n_v, warp_of(arch))
+
+
+def some_units(arch: str, rng: np.random.Generator) -> Iterator[Unit]:
+    """Return every kernel once, for types that are chosen at random."""
+    yield from PLAIN
     types = sorted(SUPPORTED)
-    caches = list(CACHE_TYPES.values())
-    number = (*CUDA, *CLANG, *HIPRTC).index(arch)
-    if not full:
-        # Another share of the types for each GPU, so that one vendor's GPUs together have all.
-        share = len(CUDA) if arch in CUDA else len(CLANG)
-        types = types[number % share :: share]
-        caches = [caches[number % len(caches)]]
-    yield from (unit_of(type) for type in types)
-    for cache in caches:
-        for n_v in (64, 128, 256) if full else (128,):
-            yield attention_unit(cache, cache, n_v, warp)
-    yield attention_unit(GGMLType.F16, GGMLType.F16, 128, warp)
+    yield from (unit_of(types[i]) for i in rng.choice(len(types), 2, replace=False))
+    k, v = (CACHE_TYPES[str(name)] for name in rng.choice(list(CACHE_TYPES), 2))
+    yield attention_unit(k, v, int(rng.choice([64, 128, 256])), warp_of(arch))
 
 
 @lru_cache
@@ -177,7 +177,7 @@ def main() -> int:
         (find_clang(), clang, CLANG),
     ):
         for arch in archs if found else ():
-            for unit in units(arch, full="--all" in sys.argv):
+            for unit in units(arch):
                 ok, log = compile_for(unit, arch)
                 failed += not ok
                 spills = {name: use for name, use in resources(log).items() if use[1]}

@@ -35,21 +35,23 @@ def available_memory() -> int:
     return free
 
 
-def check_memory(world: World, weights: list[int], kv: list[int], n_ctx: int) -> None:
-    """Make sure that each host has room for its ranks.
+def check_memory(world: World, weights: list[int], kv: list[int], n_ctx: int, own: int = 0) -> None:
+    """Make sure that each host, or each rank's device, has room.
 
     Args:
         world: of all ranks.
         weights: bytes of each rank's weights.
         kv: bytes of each rank's KV cache for ``n_ctx`` tokens.
         n_ctx: context of the run.
+        own: bytes free on this rank's own device; 0: it computes in the host's memory, as do all others.
 
     Raises:
         UserError: on rank 0, naming the host, what is needed and what would fit; the other ranks raise PeerFailure.
     """
-    free = world.bcast(world.gather(available_memory()))
-    for host in dict.fromkeys(world.hosts):
-        ranks = [rank for rank in range(world.size) if world.hosts[rank] == host]
+    free = world.bcast(world.gather(own or available_memory()))
+    places = [f"the GPU of rank {rank} on {host}" if own else host for rank, host in enumerate(world.hosts)]
+    for place in dict.fromkeys(places):
+        ranks = [rank for rank in range(world.size) if places[rank] == place]
         room = min(free[rank] for rank in ranks)
         fixed = sum(weights[rank] + WORKSPACE for rank in ranks)
         cache = sum(kv[rank] for rank in ranks)
@@ -62,11 +64,12 @@ def check_memory(world: World, weights: list[int], kv: list[int], n_ctx: int) ->
         advice = (
             f"the largest context that fits is -c {largest}"
             if largest >= KV_BLOCK
-            else ("use more hosts, or a model with fewer bits per weight")
+            else f"use more {'GPUs' if own else 'hosts'}, or a model with fewer bits per weight"
         )
         error = UserError(
-            f"{host} has {format_bytes(room)} free, but its ranks need {format_bytes(fixed)} for weights and work and "
-            f"{format_bytes(cache)} for a KV cache of {n_ctx} tokens; {advice}"
+            f"{place} has {format_bytes(room)} free, but {'it needs' if own else 'its ranks need'} "
+            f"{format_bytes(fixed)} for weights and work and {format_bytes(cache)} for a KV cache of {n_ctx} tokens; "
+            f"{advice}"
         )
         error.told = True
         raise error

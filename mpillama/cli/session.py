@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from mpillama.backends import GPU_NAMES, make_backend
 from mpillama.backends.base import Backend
+from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import check_memory
@@ -113,7 +114,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
     kv_types = (args.cache_type_k, args.cache_type_v)
     kv = [kv_bytes(model.cfg, sharding, rank, model.n_ctx, *kv_types) for rank in range(world.size)]
-    check_memory(world, shares, kv, model.n_ctx)
+    check_memory(world, shares, kv, model.n_ctx, backend.free_memory() if isinstance(backend, GpuBackend) else 0)
     with JointProgress(world, shares, enabled=log.interactive) as bar:
         weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update)
         n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k

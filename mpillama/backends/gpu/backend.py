@@ -19,3 +19,7 @@ class GpuBackend(AttentionOps):
     def __init__(self, device: Device) -> None:
         super().__init__(device)
         self.name = device.name
+
+    def free_memory(self) -> int:
+        """Return the bytes that are free on the device; 0 if it has no memory of its own."""
+        return self.device.free_memory()

@@ -95,6 +95,10 @@ class CupyDevice:
         """Return a copy on the host, after all work so far."""
         return np.asarray(self._cupy.asnumpy(x, stream=self._stream))
 
+    def free_memory(self) -> int:
+        """Return the bytes that the driver has free."""
+        return int(self._cupy.cuda.runtime.memGetInfo()[0])
+
     def synchronize(self) -> None:
         """Wait for the stream."""
         self._stream.synchronize()

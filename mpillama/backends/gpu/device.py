@@ -66,6 +66,10 @@ class Device(Protocol):
         """Set out (T, n) float32 = x (T, k) w (n, k)^T; x and w are both float32, float16, or bfloat16 as uint16."""
         ...
 
+    def free_memory(self) -> int:
+        """Return the bytes that are free; 0 where there is no memory of its own."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until all work so far is done."""
         ...

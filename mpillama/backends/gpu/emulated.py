@@ -80,6 +80,10 @@ class EmulatedDevice:
         """Return a copy."""
         return np.array(x, subok=False)
 
+    def free_memory(self) -> int:
+        """Return 0: it is the host's."""
+        return 0
+
     def synchronize(self) -> None:
         """Launches have ended when they return."""
 
