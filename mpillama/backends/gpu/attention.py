@@ -129,7 +129,8 @@ class AttentionOps(MatmulOps):
     def _attend(
         self, q: Array, cache: GpuCache, tables: _Tables, params: AttentionParams, sinks: Array | None, out: Array
     ) -> None:
-        max_rows = _MAX_ROWS if cache.n_v <= 8 * self.device.warp else _MAX_ROWS // 2
+        # More would not fit into registers.
+        max_rows = _MAX_ROWS if cache.n_v <= 4 * self.device.warp else _MAX_ROWS // 2
         groups, heads = _groups(params.kv_heads, max_rows)
         largest = int(groups[:, 2].max())
         positions, seq_lens, _ = tables.source

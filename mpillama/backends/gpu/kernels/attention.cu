@@ -268,7 +268,10 @@ MPL_INLINE void attend(const float* q, const u8* keys, const u8* values, const i
 ATTEND(1)
 ATTEND(2)
 ATTEND(4)
+// With more elements of values, eight rows do not fit into registers.
+#if MPL_PAIRS <= 2
 ATTEND(8)
+#endif
 
 // Joins the splits of each row; grid: groups, tiles, rows.
 extern "C" __global__ void combine(const float* part, int n_split, int n_rows_max, const int* tiles, const int* groups,
