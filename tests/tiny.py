@@ -13,6 +13,7 @@ from mpillama.backends.base import Backend, Batch
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.base import World
 from mpillama.comm.pipeline import open_pipe
+from mpillama.comm.staged import tensor_group
 from mpillama.comm.threads import run_threads
 from mpillama.config import read_config
 from mpillama.engine.sequence import Sequence as TokenSequence
@@ -169,7 +170,7 @@ def open_runner(
     sharding, index = partition.of(world.rank)
     backend = make()
     loaded, n_read = load_weights(header.paths, tensors, sharding, index, backend)
-    ops, pipe = Ops(backend, world.group(grid.stage_ranks(world.rank))), open_pipe(world, grid)
+    ops, pipe = Ops(backend, tensor_group(world.group(grid.stage_ranks(world.rank)), backend)), open_pipe(world, grid)
     sizes = (partition.n_head_kv(world.rank), n_ctx, kv_type, kv_type)
     return Runner(cfg, loaded, ops, *sizes, sharding.blocks, pipe), n_read
 

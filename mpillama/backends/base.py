@@ -83,9 +83,15 @@ class AttentionParams:
 
 
 class Backend(Protocol):
-    """One device of one rank."""
+    """One device of one rank.
+
+    Attributes:
+        name: as the user calls it.
+        host_arrays: its arrays are those of NumPy, which any group of ranks can join.
+    """
 
     name: str
+    host_arrays: bool
 
     def supports(self, type: GGMLType) -> bool:
         """Whether weights of this type can be used."""

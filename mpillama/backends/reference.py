@@ -51,6 +51,7 @@ class ReferenceBackend:
     """NumPy on the host."""
 
     name = "reference"
+    host_arrays = True
 
     def __init__(self) -> None:
         self._expanded = 0

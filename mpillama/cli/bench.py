@@ -32,6 +32,7 @@ from mpillama.cli.session import grid_of, model_path, open_backend
 from mpillama.comm.base import World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.comm.pipeline import open_pipe
+from mpillama.comm.staged import tensor_group
 from mpillama.errors import UsageError, UserError
 from mpillama.grid import Grid
 from mpillama.models.weights import Weights
@@ -258,7 +259,8 @@ class _Bench:
             if grid not in self._groups:
                 self._groups[grid] = MeteredGroup(world.group(grid.stage_ranks(world.rank)))
             group = self._groups[grid]
-            settings = (model.cfg, loaded.weights, Ops(loaded.backend, group), loaded.partition.n_head_kv(world.rank))
+            ops = Ops(loaded.backend, tensor_group(group, loaded.backend))
+            settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
             stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid))
             self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
         return self._cache

@@ -169,7 +169,8 @@ BACKEND = _grouped(
     "parallelism",
     Option(
         ("--backend",),
-        "what computes: cpu (native kernels), reference (NumPy), auto = cpu where it was built",
+        "what computes: cpu (native kernels), cuda or hip (GPU, through CuPy), reference (NumPy), emulated (GPU "
+        "kernels on the CPU, for tests), auto = cpu where it was built",
         values.choice(*BACKENDS),
         "auto",
         "{" + ",".join(BACKENDS) + "}",

@@ -14,15 +14,19 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from mpillama.backends import make_backend
+from mpillama.backends import GPU_NAMES, make_backend
 from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import Backend
+from mpillama.backends.gpu.backend import GpuBackend
+from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.cli.shares import choose_shares
-from mpillama.comm.base import World, from_root
+from mpillama.comm.base import Group, World, from_root
+from mpillama.comm.nccl import device_group
 from mpillama.comm.pipeline import Pipe, open_pipe
+from mpillama.comm.staged import tensor_group
 from mpillama.comm.virtual import VIRTUAL_RANKS, Crew
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
@@ -138,7 +142,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         """Return the bytes of each rank's KV cache."""
         return [sum(kv_bytes(model.cfg, *partition.of(i), n_kv, *kv_types) for i in here) for here in slices]
 
-    n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min)
+    room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
+    n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room)
     model = replace(model, n_kv=n_kv)
     kv = kv_shares(n_kv)
     with JointProgress(world, shares, enabled=log.interactive) as bar:
@@ -146,13 +151,13 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
             crew = Crew(world.group(), [len(here) for here in virtual])
             backends = [backend, *(open_backend(args, world, one_thread=True)[0] for _ in virtual[world.rank][1:])]
             members = [
-                open_runner(model, partition, i, Ops(own, group), Pipe(), kv_types, bar.update)
-                for i, own, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
+                open_runner(model, partition, i, Ops(member, tensor_group(group, member)), Pipe(), kv_types, bar.update)
+                for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
-            runner: Runner = VirtualRunner([member for member, _ in members], crew)
+            runner: Runner = VirtualRunner([runner for runner, _ in members], crew)
             n_read = sum(n for _, n in members)
         else:
-            ops = Ops(backend, world.group(model.grid.stage_ranks(world.rank)))
+            ops = Ops(backend, _stage_group(world, model.grid, backend))
             pipe = open_pipe(world, model.grid)
             runner, n_read = open_runner(model, partition, world.rank, ops, pipe, kv_types, bar.update)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
@@ -185,6 +190,13 @@ def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
     if args.split_mode == "layer" or (args.pp or 1) * args.dp > 1:
         raise UsageError("--deterministic is for tensor parallelism alone; leave --pp, --dp and -sm layer out")
     return Grid(n_ranks)
+
+
+def _stage_group(world: World, grid: Grid, backend: Backend) -> Group:
+    """Return the group of this rank's stage, for arrays of its backend; ``MPILLAMA_COLLECTIVES=host``: without NCCL."""
+    if grid.tp == world.size:
+        return device_group(world, backend, by_host=os.environ.get("MPILLAMA_COLLECTIVES", "") == "host")
+    return tensor_group(world.group(grid.stage_ranks(world.rank)), backend)
 
 
 def open_runner(
@@ -264,14 +276,22 @@ def virtual_ranks(weights: tuple[float, ...]) -> list[range]:
 def open_backend(args: Namespace, world: World, one_thread: bool = False) -> tuple[Backend, int]:
     """Return this rank's backend and its number of threads; with ``one_thread``, of one that has to share the rank.
 
-    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use.
+    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use; ``MPILLAMA_SHARE_GPUS=1`` lets ranks
+    share a GPU.
 
     Raises:
         UsageError: the backend or the level is not there.
     """
     threads, cores = (1, ()) if one_thread else place_threads(world, args.threads)
     threadpool_limits(threads)
-    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", "")), threads
+    device = 0
+    if args.backend in GPU_NAMES:
+        from mpillama.cli.gpus import choose_gpu
+
+        # CuPy keeps compiled kernels in the home folder, which the nodes of a cluster share, and which is slow.
+        os.environ.setdefault("CUPY_CACHE_DIR", str(user_cache() / "cupy"))
+        device = choose_gpu(args.backend, world, share=os.environ.get("MPILLAMA_SHARE_GPUS", "") == "1")
+    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", ""), device), threads
 
 
 def limit_threads(world: World, wanted: int) -> int:

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
+from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
 from mpillama.backends.quants import dequantize
@@ -19,8 +20,11 @@ from tiny import random_blocks
 
 
 def backends():
-    """Return the reference and the cpu backend at every level that this machine has, with 1 and 3 threads."""
+    """Return the reference, the emulated GPU, and the cpu backend at every level there is, with 1 and 3 threads."""
     found = [pytest.param(ReferenceBackend, id="reference")]
+    for warp, order in VARIANTS[:2]:
+        make = functools.partial(emulated, warp, order)
+        found.append(pytest.param(make, id=f"emulated-{warp}-{order}", marks=needs_compiler))
     try:
         from mpillama import _cpu
     except ImportError:
