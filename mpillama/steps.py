@@ -76,11 +76,17 @@ def follow(world: World, runner: Runner) -> int:
 
 
 def _begin(world: World, runner: Runner, message: np.ndarray, batch: Batch) -> Arrival:
-    """Begin a batch; at the first step, and at every so many, all ranks compare the plan and what they computed."""
+    """Begin a batch; at the first step, and at every so many, all ranks compare the plan and what they computed.
+
+    In a pipeline only the plan, and before they begin: whoever has to wait for the last stage's result would hold up
+    the stages before it.
+    """
+    compares = world.size > 1 and world.watch.step % _AGREE_EVERY == 1
+    plan = zlib.crc32(message.tobytes()) << 32
+    if compares and not runner.has_all_blocks:
+        check_agreement(world, plan ^ world.watch.step)
     logits = runner.begin(batch)
-    step = world.watch.step
-    if world.size > 1 and step % _AGREE_EVERY == 1:
-        last = logits.wait()[-1:] if runner.has_all_blocks else np.zeros(0, np.float32)
-        signature = zlib.crc32(np.ascontiguousarray(last).tobytes())
-        check_agreement(world, zlib.crc32(message.tobytes()) << 32 | signature ^ step)
+    if compares and runner.has_all_blocks:
+        signature = zlib.crc32(np.ascontiguousarray(logits.wait()[-1:]).tobytes())
+        check_agreement(world, plan | signature ^ world.watch.step)
     return logits
