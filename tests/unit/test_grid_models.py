@@ -87,7 +87,8 @@ def test_experts_of_other_ranks_are_zero(make, rng):
     gaps = rng.random((9, 3)) < 0.5
     some = backend.expert_linear(x, weight, np.where(gaps, -1, index))
     assert (some[gaps] == 0).all()
-    np.testing.assert_array_equal(some[~gaps], full[~gaps])
+    # BLAS adds up in an order that depends on how many tokens an expert has.
+    np.testing.assert_allclose(some[~gaps], full[~gaps], rtol=1e-5, atol=1e-5)
     own = backend.expert_linear(np.repeat(x[:, None], 3, axis=1), weight, np.where(gaps, -1, index))
     np.testing.assert_array_equal(own, some)
     assert not backend.expert_linear(x, weight, np.full((9, 3), -1)).any()
