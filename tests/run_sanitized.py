@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     tests = [str(ROOT / "tests" / "unit" / name) for name in TESTS]
-    command = [sys.executable, __file__, CHILD, str(extension), "--no-header", *tests, *arguments]
+    command = [sys.executable, __file__, CHILD, str(extension), "--no-header", "--capture=sys", *tests, *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 

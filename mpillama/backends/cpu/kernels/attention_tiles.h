@@ -11,8 +11,9 @@ inline Half quantize_8(const float* x, int8_t* codes) {
   for (int i = 0; i < 32; i += Simd::width) top = Simd::max(top, Simd::abs(Simd::load(x + i)));
   const float factor = Simd::max_of(top) / 127.0f, inverse = factor > 0 ? 1.0f / factor : 0.0f;
   for (int i = 0; i < 32; i++) {
-    const float y = x[i] * inverse;
-    codes[i] = int8_t(int(y + (y < 0 ? -0.5f : 0.5f)));
+    // What is not finite has no integer.
+    const float y = x[i] * inverse, rounded = y + (y < 0 ? -0.5f : 0.5f);
+    codes[i] = int8_t(rounded > -128.0f && rounded < 128.0f ? int(rounded) : 0);
   }
   return Simd::to_half(factor);
 }
@@ -23,8 +24,8 @@ inline Half quantize_4(const float* x, uint8_t* bytes) {
   for (int i = 0; i < 32; i++) most = __builtin_fabsf(x[i]) > __builtin_fabsf(most) ? x[i] : most;
   const float factor = most / -8.0f, inverse = factor != 0 ? 1.0f / factor : 0.0f;
   const auto code = [&](int i) {
-    const int c = int(x[i] * inverse + 8.5f);
-    return c > 15 ? 15 : c;
+    const float c = x[i] * inverse + 8.5f;
+    return c >= 16.0f ? 15 : c > 0.0f ? int(c) : 0;
   };
   for (int i = 0; i < 16; i++) bytes[i] = uint8_t(code(i) | code(i + 16) << 4);
   return Simd::to_half(factor);
