@@ -14,7 +14,7 @@ from mpillama.backends.gpu.cupy_device import CupyDevice
 from mpillama.backends.gpu.driver import compile_failure, list_gpus
 from mpillama.backends.quants import dequantize
 from mpillama.cli.gpus import choose_gpu
-from mpillama.cli.memory import check_memory
+from mpillama.cli.memory import fit_memory
 from mpillama.comm.solo import SoloWorld
 from mpillama.comm.threads import run_threads
 from mpillama.errors import PeerFailure, UsageError, UserError
@@ -134,7 +134,8 @@ def test_a_model_that_does_not_fit_a_gpu_is_refused(install):
     backend = make_backend("cuda")
     assert backend.free_memory() == 8 << 30
     with pytest.raises(UserError, match=r"^the GPU of rank 0 on \S+ has 8\.00 GiB free, but it needs .*use more GPUs"):
-        check_memory(SoloWorld(), [20 << 30], [1 << 20], 4096, backend.free_memory())
+        fit_memory(SoloWorld(), [20 << 30], [1 << 20], 4096, 4096, backend.free_memory())
     with pytest.raises(UserError, match=r"the largest context that fits is -c \d+$"):
-        check_memory(SoloWorld(), [4 << 30], [20 << 30], 1 << 20, backend.free_memory())
-    check_memory(SoloWorld(), [4 << 30], [1 << 30], 4096, backend.free_memory())
+        fit_memory(SoloWorld(), [4 << 30], [20 << 30], 1 << 20, 1 << 20, backend.free_memory())
+    assert fit_memory(SoloWorld(), [4 << 30], [1 << 30], 4096, 4096, backend.free_memory()) == 4096
+    assert 4096 <= fit_memory(SoloWorld(), [4 << 30], [20 << 30], 1 << 20, 4096, backend.free_memory()) < 1 << 18
