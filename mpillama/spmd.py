@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -51,8 +51,8 @@ def launch(environ: Mapping[str, str]) -> Launch:
     return Launch(0, 1, "")
 
 
-def start(place: Launch) -> World:
-    """Join the other ranks.
+def start(place: Launch, embedded: bool = False) -> World:
+    """Join the other ranks; ``embedded`` in a program that keeps MPI for itself.
 
     Raises:
         UsageError: there is no MPI library, or it belongs to another launcher, so that N ranks would be N runs of one.
@@ -82,7 +82,41 @@ def start(place: Launch) -> World:
             "MPI library do not match; use the mpirun of that library (with srun, try --mpi=pmi2 for MPICH, --mpi=pmix "
             "for Open MPI), or name another library in MPI4PY_LIBMPI"
         )
-    return MPIWorld()
+    return MPIWorld(embedded=embedded)
+
+
+def embed(comm: Any = None) -> World:
+    """Return the world of a program that uses mpillama as a library.
+
+    Args:
+        comm: an ``mpi4py.MPI.Comm`` whose ranks share a model; None: all ranks of the launch.
+
+    Raises:
+        UsageError: it is no communicator, or as `start`.
+    """
+    if comm is None:
+        return start(launch(os.environ), embedded=True)
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        MPI = None  # type: ignore[assignment]
+    if MPI is None or not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise UsageError(f"comm must be an mpi4py.MPI.Intracomm such as MPI.COMM_WORLD, got {comm!r}")
+    if comm.size == 1:
+        return SoloWorld()
+    from mpillama.comm.mpi import MPIWorld
+
+    return MPIWorld(comm, embedded=True)
+
+
+def ranks_on_host(environ: Mapping[str, str]) -> int:
+    """Return how many ranks of the launch the launcher says are on this host; 1 if it does not say."""
+    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        # Slurm counts as in 4(x2),3: the most on any host.
+        counts = [int(part.partition("(")[0]) for part in environ.get(name, "").split(",") if part[:1].isdigit()]
+        if counts:
+            return max(counts)
+    return 1
 
 
 class Interrupts:

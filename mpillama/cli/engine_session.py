@@ -13,11 +13,12 @@ from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log
 from mpillama.cli.serving_options import n_sequences
 from mpillama.cli.session import Loaded, Model, load, open_model
-from mpillama.comm.base import World
+from mpillama.comm.base import World, from_root
 from mpillama.engine.embedding import pooling_type
 from mpillama.engine.engine import Engine
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import UsageError, UserError
+from mpillama.runner import Runner
 from mpillama.spmd import Interrupts, Leader, follow
 from mpillama.tokenizer import Tokenizer, load_tokenizer
 
@@ -32,6 +33,7 @@ class Service:
 
     Attributes:
         loaded: the model.
+        leader: of the ranks that follow.
         engine: with this model behind it.
         tokenizer: of the model.
         template: chat template, None if there is neither one in the file nor a flag for one.
@@ -41,6 +43,7 @@ class Service:
     """
 
     loaded: Loaded
+    leader: Leader
     engine: Engine
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -70,23 +73,44 @@ def run_engine(
     ``before`` runs on rank 0 ahead of everything else, so that a mistake it finds costs no loading.
     """
 
+    runner, service = open_service(args, world, log, before)
+    interrupts.deferred = True
+    if service is None:
+        return follow(world, runner)
+    try:
+        code = body(service)
+    except UserError as error:
+        service.leader.stop(error.exit_code)
+        error.told = True
+        raise
+    service.leader.stop(code)
+    return code
+
+
+def open_service(
+    args: Namespace, world: World, log: Log, before: Callable[[], None] = lambda: None
+) -> tuple[Runner, Service | None]:
+    """Load the model on all ranks; returns this rank's part and, on rank 0, what runs requests.
+
+    The other ranks then have to `follow` rank 0's leader.
+
+    Raises:
+        UserError: on rank 0, what is wrong; PeerFailure elsewhere.
+    """
+
     def prepare() -> tuple[Model, _Prepared]:
         before()
         return _prepare(args, world.size)
 
     loaded, prepared = load(args, world, log, prepare)
-    interrupts.deferred = True
-    if prepared is None:
-        return follow(world, loaded.runner)
-    leader = Leader(world, loaded.runner)
-    try:
-        code = body(_service(args, loaded, leader, prepared))
-    except UserError as error:
-        leader.stop(error.exit_code)
-        error.told = True
-        raise
-    leader.stop(code)
-    return code
+    made: list[Service] = []
+
+    def make() -> None:
+        if prepared is not None:
+            made.append(_service(args, loaded, Leader(world, loaded.runner), prepared))
+
+    from_root(world, make)
+    return loaded.runner, made[0] if made else None
 
 
 def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Prepared]:
@@ -119,5 +143,13 @@ def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: _Prepare
     )
     name = str(metadata.get("general.name") or Path(model.paths[0]).stem)
     return Service(
-        loaded, engine, prepared.tokenizer, prepared.template, metadata, name, sampling_params(args), args.ignore_eos
+        loaded,
+        leader,
+        engine,
+        prepared.tokenizer,
+        prepared.template,
+        metadata,
+        name,
+        sampling_params(args),
+        args.ignore_eos,
     )

@@ -19,10 +19,10 @@ from mpillama.backends.base import Backend
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
-from mpillama.comm.base import World, from_root
+from mpillama.comm.base import World, attempt, from_root, settle
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
-from mpillama.errors import UsageError
+from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
 from mpillama.layout import check_weights
 from mpillama.loader import check_types, load_weights
@@ -117,7 +117,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         return model
 
     model = from_root(world, describe)
-    backend, threads = open_backend(args, world)
+    backend, threads = settle(world, attempt(lambda: open_backend(args, world)))
     sharding = Sharding(model.cfg, model.weights)
     infos = list(model.tensors.values())
     shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
@@ -126,9 +126,12 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     n_kv = fit_memory(world, shares, kv, model.n_kv, model.n_kv_min)
     kv = [kv_bytes(model.cfg, sharding, rank, n_kv, *kv_types) for rank in range(world.size)]
     with JointProgress(world, shares, enabled=log.interactive) as bar:
-        weights, n_read = load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update)
-        n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
-        runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, n_kv, *kv_types)
+        reading = attempt(lambda: load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update))
+        if isinstance(reading, UserError):
+            bar.give_up()
+    weights, n_read = settle(world, reading)
+    n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
+    runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, n_kv, *kv_types)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
     log.info(_layout_line(world, backend.name, threads, model, shares, kv, n_kv))
     for rank, (n_read_there, peak) in enumerate(everyone):

@@ -46,13 +46,20 @@ class MPIGroup:
 
 
 class MPIWorld:
-    """All ranks of ``MPI.COMM_WORLD``."""
+    """All ranks of a communicator.
 
-    def __init__(self) -> None:
-        world = MPI.COMM_WORLD
+    Args:
+        comm: whose ranks they are; not used for messages itself.
+        embedded: whether MPI belongs to a program that goes on after `close`.
+    """
+
+    def __init__(self, comm: MPI.Comm = MPI.COMM_WORLD, embedded: bool = False) -> None:
+        self._comm, self._embedded = comm, embedded
+        world = comm
         self.rank, self.size = world.rank, world.size
         self._control = world.Dup()
         self._progress = world.Dup()
+        self._groups: list[MPI.Comm] = []
         self._requests: list[MPI.Request] = []
         self.hosts = tuple(self._control.allgather(MPI.Get_processor_name()))
         local = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -61,7 +68,8 @@ class MPIWorld:
 
     def group(self) -> MPIGroup:
         """Return the group of all ranks, on a communicator of its own."""
-        return MPIGroup(MPI.COMM_WORLD.Dup())
+        self._groups.append(self._comm.Dup())
+        return MPIGroup(self._groups[-1])
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value; the others wait without occupying a core."""
@@ -120,9 +128,14 @@ class MPIWorld:
 
     def abort(self, exit_code: int) -> None:
         """End all ranks now."""
-        MPI.COMM_WORLD.Abort(exit_code)
+        self._comm.Abort(exit_code)
 
     def close(self) -> None:
-        """Wait for all ranks, asleep, and finalize."""
+        """Wait for all ranks, asleep, and finalize MPI, or leave it to the program that it belongs to."""
         self._wait(self._control.Ibarrier())
-        MPI.Finalize()
+        if not self._embedded:
+            MPI.Finalize()
+            return
+        MPI.Request.Waitall(self._requests)
+        for comm in (self._control, self._progress, *self._groups):
+            comm.Free()
