@@ -18,7 +18,7 @@ import numpy as np
 
 from mpillama.cli.api_context import api_context
 from mpillama.cli.engine_session import Service, open_service
-from mpillama.cli.options import default_namespace, set_options
+from mpillama.cli.namespace import default_namespace, set_options
 from mpillama.cli.progress import Log
 from mpillama.cli.serving_options import ENGINE, check_engine
 from mpillama.comm.base import from_root

@@ -123,13 +123,15 @@ class Interrupts:
     """Turns Ctrl-C and SIGTERM into a request to stop between two steps; asked a second time, they stop at once.
 
     As long as nothing is deferred they raise `Stopped` wherever the program is. SIGUSR1, by which a batch system
-    announces the end of a job's time, never stops anything by itself: it sets ``time_is_short``.
+    announces the end of a job's time, never stops anything by itself: it sets ``time_is_short``. If ``on_ctrl_c``
+    is set, Ctrl-C does only that.
     """
 
     def __init__(self) -> None:
         self.deferred = False
         self.exit_code = 0
         self.time_is_short = False
+        self.on_ctrl_c: Callable[[], None] | None = None
         self._since = 0.0
 
     def install(self) -> None:
@@ -142,6 +144,9 @@ class Interrupts:
         self.time_is_short = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.on_ctrl_c is not None:
+            self.on_ctrl_c()
+            return
         now = time.monotonic()
         if self.exit_code and now - self._since < _SAME_SIGNAL:
             return

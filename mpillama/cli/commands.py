@@ -11,6 +11,7 @@ from typing import cast
 from mpillama.cli import values
 from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
+from mpillama.cli.chat_options import CHAT, check_chat
 from mpillama.cli.options import (
     CONTEXT,
     LOGGING,
@@ -129,6 +130,18 @@ COMMANDS = (
         (*MODEL, *PROMPT, *CONTEXT, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
         "mpillama.cli.generate:run",
         check_generate,
+    ),
+    Command(
+        "chat",
+        "talk to a model",
+        (
+            "mpillama chat -m model.gguf",
+            'mpirun -n 4 mpillama chat -m model.gguf -sys "You are brief." -c 8192',
+            'echo "What is MPI?" | mpirun -n 2 mpillama chat -m model.gguf --single-turn',
+        ),
+        CHAT,
+        "mpillama.cli.chat:run",
+        check_chat,
     ),
     Command(
         "logits",

@@ -54,7 +54,10 @@ class Service:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
+    """What rank 0 has made of the header."""
+
+    model: Model
     tokenizer: Tokenizer
     template: ChatTemplate | None
     metadata: Mapping[str, Any]
@@ -67,13 +70,15 @@ def run_engine(
     log: Log,
     body: Callable[[Service], int],
     before: Callable[[], None] = lambda: None,
+    check: Callable[[Prepared], None] = lambda prepared: None,
 ) -> int:
     """Load the model on all ranks, run ``body`` on rank 0 with the others behind its engine; returns its exit code.
 
-    ``before`` runs on rank 0 ahead of everything else, so that a mistake it finds costs no loading.
+    ``before`` runs on rank 0 ahead of everything else, and ``check`` when the header has been read, so that a mistake
+    that they find costs no loading.
     """
 
-    runner, service = open_service(args, world, log, before)
+    runner, service = open_service(args, world, log, before, check)
     interrupts.deferred = True
     if service is None:
         return follow(world, runner)
@@ -88,7 +93,11 @@ def run_engine(
 
 
 def open_service(
-    args: Namespace, world: World, log: Log, before: Callable[[], None] = lambda: None
+    args: Namespace,
+    world: World,
+    log: Log,
+    before: Callable[[], None] = lambda: None,
+    check: Callable[[Prepared], None] = lambda prepared: None,
 ) -> tuple[Runner, Service | None]:
     """Load the model on all ranks; returns this rank's part and, on rank 0, what runs requests.
 
@@ -98,9 +107,11 @@ def open_service(
         UserError: on rank 0, what is wrong; PeerFailure elsewhere.
     """
 
-    def prepare() -> tuple[Model, _Prepared]:
+    def prepare() -> tuple[Model, Prepared]:
         before()
-        return _prepare(args, world.size)
+        model, prepared = _prepare(args, world.size)
+        check(prepared)
+        return model, prepared
 
     loaded, prepared = load(args, world, log, prepare)
     made: list[Service] = []
@@ -113,7 +124,7 @@ def open_service(
     return loaded.runner, made[0] if made else None
 
 
-def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Prepared]:
+def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Prepared]:
     header, model = open_model(args, n_ranks)
     if not args.ctx_size:
         n_kv = min(n_sequences(args) * model.n_ctx, max(model.n_ctx, n_sequences(args) * _TOKENS_PER_SEQUENCE))
@@ -126,10 +137,10 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Prepared]:
             reason = getattr(error, "strerror", None) or "the file is not UTF-8 text"
             raise UsageError(f"--chat-template-file {args.chat_template_file}: {reason}") from None
     template = template_from(header.metadata, override)
-    return model, _Prepared(load_tokenizer(header.metadata), template, header.metadata)
+    return model, Prepared(model, load_tokenizer(header.metadata), template, header.metadata)
 
 
-def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: _Prepared) -> Service:
+def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: Prepared) -> Service:
     model, metadata = loaded.model, prepared.metadata
     engine = Engine(
         leader.run,

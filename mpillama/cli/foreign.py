@@ -83,7 +83,6 @@ UNSUPPORTED = """
 --prompt-cache-all
 --prompt-cache-ro
 -cnv --conversation
--st --single-turn
 -i --interactive
 -if --interactive-first
 -mli --multiline-input

@@ -52,7 +52,7 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
 
 
 def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Work]:
-    text, system = _prompt_texts(args)
+    text, system = prompt_texts(args)
     header, model = open_model(args, n_ranks)
     tokenizer = load_tokenizer(header.metadata)
     text, templated = _templated(args, header, text, system)
@@ -82,7 +82,7 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Work]:
     return model, _Work(tokenizer, Request("generate", tuple(prompt), params), shown)
 
 
-def _prompt_texts(args: Namespace) -> tuple[str, str | None]:
+def prompt_texts(args: Namespace) -> tuple[str, str | None]:
     """Return the prompt and the system prompt, from flags or files; escapes in ``-p`` are replaced already."""
     prompt = _read(args.file, "-f") if args.file else args.prompt or ""
     if args.file and args.escape:

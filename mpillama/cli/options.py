@@ -8,13 +8,12 @@ defaults are those of llama.cpp's ``common/arg.cpp`` and ``common/common.h``. Th
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from mpillama.backends import NAMES as BACKENDS
 from mpillama.cli import values
-from mpillama.errors import UsageError
 
 if TYPE_CHECKING:
     from mpillama.engine.sampling.params import SamplingParams
@@ -395,32 +394,6 @@ LOGGING = _grouped(
     Option(("--no-progress",), "no progress bar (there is none without a terminal either)", None, False),
     Option(("--perf",), "print timings at the end", None, True, env="LLAMA_ARG_PERF", negatives=("--no-perf",)),
 )
-
-
-def default_namespace(options: Iterable[Option]) -> Namespace:
-    """Return what a command line without flags gives."""
-    return Namespace(**{option.dest: option.default for option in options}, notes=[])
-
-
-def set_options(namespace: Namespace, options: Iterable[Option], given: Mapping[str, tuple[str, Any]]) -> None:
-    """Set options as if their flags had been typed.
-
-    Args:
-        namespace: to be changed.
-        options: of the command.
-        given: by dest, what the user calls an option, and its value; None leaves it as it is.
-
-    Raises:
-        UsageError: a value that the flag would not take.
-    """
-    for option in options:
-        name, value = given.get(option.dest, ("", None))
-        if value is None:
-            continue
-        try:
-            setattr(namespace, option.dest, option.parse(str(value)) if option.parse else bool(value))
-        except values.BadValueError as error:
-            raise UsageError(f"{name}: {error}") from error
 
 
 def sampling_params(namespace: Namespace, banned: Iterable[int] = ()) -> SamplingParams:

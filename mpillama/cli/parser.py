@@ -18,7 +18,8 @@ from mpillama import __version__
 from mpillama.cli import values
 from mpillama.cli.commands import COMMANDS, DEFAULT_COMMAND, Command
 from mpillama.cli.foreign import ForeignFlag, foreign_flags
-from mpillama.cli.options import Option, default_namespace
+from mpillama.cli.namespace import default_namespace
+from mpillama.cli.options import Option
 from mpillama.errors import UsageError
 
 HELP = ("-h", "--help", "--usage")
