@@ -35,6 +35,7 @@ class Runner:
         self, cfg: Config, weights: Weights, ops: Ops, n_head_kv: int, n_ctx: int, type_k: str, type_v: str
     ) -> None:
         self.cfg, self._weights, self._ops = cfg, weights, ops
+        self.type_k, self.type_v = type_k, type_v
         self.n_blocks = -(-n_ctx // KV_BLOCK)
         new_cache = ops.backend.new_cache
         self._caches = [
@@ -52,6 +53,14 @@ class Runner:
                 self._ops.backend.copy_blocks(cache, batch.copies)
         logits = forward(self._ops, self._weights, self.cfg, self._caches, batch)
         return self._ops.backend.to_host(logits.data)
+
+    def read_kv(self, il: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return keys and values of KV blocks in block ``il`` of the model; see `Backend.read_blocks`."""
+        return self._ops.backend.read_blocks(self._caches[il], blocks)
+
+    def write_kv(self, il: int, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Put keys and values into whole KV blocks."""
+        self._ops.backend.write_blocks(self._caches[il], blocks, k, v)
 
 
 def kv_bytes(cfg: Config, sharding: Sharding, rank: int, n_ctx: int, type_k: str, type_v: str) -> int:
