@@ -16,6 +16,7 @@ from mpillama.cli.console import Console, history_path
 from mpillama.cli.engine_session import Prepared, Service, run_engine
 from mpillama.cli.generate import prompt_texts
 from mpillama.cli.progress import Log
+from mpillama.cli.prompt_cache import PromptCache
 from mpillama.comm.base import World
 from mpillama.engine.request import Output
 from mpillama.engine.sampling.params import RANDOM_SEED
@@ -46,20 +47,29 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
         # Ctrl-C is rank 0's: it stops an answer, not the job.
         interrupts.on_ctrl_c = lambda: None
 
+    caches: list[PromptCache] = []
+
     def check(prepared: Prepared) -> None:
         if prepared.template is None:
             raise UsageError("the model has no chat template; name one with --chat-template (chatml, llama3, gemma, …)")
+        caches.append(PromptCache(args, prepared.metadata, prepared.model, log))
 
     def body(service: Service) -> int:
         asks = sys.stdin.isatty() or bool(launch(os.environ).launcher)
         console = Console(asks, history_path(os.environ))
         interrupts.on_ctrl_c = console.ctrl_c
+        chat = Chat(args, service, interrupts, console, log, *first[0])
         try:
-            return Chat(args, service, interrupts, console, log, *first[0]).run()
+            caches[0].restore(service.leader, service.engine)
+            code = chat.run()
         except Stopped as stopped:
-            return stopped.exit_code
+            code = stopped.exit_code
         finally:
+            interrupts.deferred = True
             console.close()
+        if chat.tokens:
+            caches[0].save(service.leader, service.engine, chat.tokens)
+        return code
 
     return run_engine(args, world, interrupts, log, body, lambda: first.append(prompt_texts(args)), check)
 

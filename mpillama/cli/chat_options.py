@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import replace
 
 from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PARALLEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
+from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.errors import UsageError
 
 # A chat streams what the model says, without special tokens and without repeating what was typed.
@@ -16,6 +17,7 @@ CHAT = (
     *(replace(option, help=_HELP.get(option.dest, option.help), group="chat") for option in _PROMPT),
     Option(("-st", "--single-turn"), "leave after the first answer", None, False, group="chat"),
     *CONTEXT,
+    *PROMPT_CACHE,
     *MODEL,
     *PARALLEL,
     *SAMPLING,

@@ -24,6 +24,7 @@ from mpillama.cli.options import (
     Option,
     sampling_params,
 )
+from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.cli.serve_options import SERVE, check_serve
 from mpillama.errors import UsageError
 
@@ -125,9 +126,10 @@ COMMANDS = (
             'mpillama -m model.gguf -p "Once upon a time" -n 64',
             'mpirun -n 4 mpillama generate -m model.gguf -p "The capital of France is" -n 32 --temp 0',
             "mpirun -n 2 mpillama generate -m model.gguf -ts 3,1 -f prompt.txt -c 4096",
+            "mpirun -n 4 mpillama generate -m model.gguf -f book.txt --prompt-cache book.kv -n 256",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
         ),
-        (*MODEL, *PROMPT, *CONTEXT, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
+        (*MODEL, *PROMPT, *CONTEXT, *PROMPT_CACHE, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
         "mpillama.cli.generate:run",
         check_generate,
     ),
