@@ -140,7 +140,7 @@ class LLM:
             UserError: a prompt or a parameter is wrong; nothing is computed then. What goes wrong later in one text is
                 told in its ``finish_reason``.
         """
-        return self._complete(_as_prompts(prompts), params, chat=False)
+        return self._complete(lambda: _as_prompts(prompts), params, chat=False)
 
     def chat(self, conversations: Messages | Sequence[Messages] | None, params: Params = None) -> list[Completion]:
         """Answer conversations through the model's chat template; otherwise as `generate`.
@@ -149,10 +149,11 @@ class LLM:
             conversations: one, as a list of OpenAI's messages (``{"role": …, "content": …}``), or a list of such.
             params: for all, or one for each.
         """
-        return self._complete(_as_conversations(conversations), params, chat=True)
+        return self._complete(lambda: _as_conversations(conversations), params, chat=True)
 
-    def _complete(self, prompts: Sequence[Any], params: Params, chat: bool) -> list[Completion]:
+    def _complete(self, read: Callable[[], Sequence[Any]], params: Params, chat: bool) -> list[Completion]:
         def work(service: Service, desk: Desk, context: Context) -> list[Completion]:
+            prompts = read()
             each = _params_of_each(params, len(prompts))
             jobs = [TextJob(context, prompt, own, chat) for prompt, own in zip(prompts, each, strict=True)]
             desk.run(jobs)
@@ -193,10 +194,9 @@ class LLM:
         Raises:
             UserError: a text is too long, or the model's pooling is unknown.
         """
-        prompts = _as_prompts(texts)
 
         def work(service: Service, desk: Desk, context: Context) -> np.ndarray:
-            job = EmbeddingJob(context, prompts)
+            job = EmbeddingJob(context, _as_prompts(texts))
             desk.run([job])
             return job.vectors(service.loaded.model.cfg.n_embd)
 
@@ -217,6 +217,12 @@ class LLM:
         except UserError as error:
             self._service.leader.stop()
             self._world.bcast(PeerFailure(error.exit_code, error.line))
+            raise
+        except Exception as error:
+            if not self._desk.stepping:
+                # The others are between two steps, where they can still be told.
+                self._service.leader.stop()
+                self._world.bcast(PeerFailure(1, f"rank 0 failed: {type(error).__name__}: {error}"))
             raise
         self._service.leader.stop()
         return self._world.bcast(value)
@@ -258,6 +264,8 @@ def _namespace(given: Mapping[str, tuple[str, Any]]) -> Namespace:
 def _params_of_each(params: Params, n: int) -> list[GenerationParams]:
     if params is None or isinstance(params, GenerationParams):
         return [params or GenerationParams()] * n
+    if not isinstance(params, Sequence) or not all(isinstance(own, GenerationParams) for own in params):
+        raise UsageError("params must be a GenerationParams, or a list of these")
     if len(params) != n:
         raise UsageError(f"there are {n} prompts but {len(params)} params; give one for each, or one for all")
     return list(params)
@@ -269,10 +277,14 @@ def _as_prompts(prompts: Any) -> Sequence[Any]:
         return []
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise UsageError("prompts must be a text, a list of token ids, or a list of these")
     return [prompts] if len(prompts) and isinstance(prompts[0], int | np.integer) else list(prompts)
 
 
 def _as_conversations(conversations: Any) -> Sequence[Any]:
     if conversations is None:
         return []
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
+        raise UsageError("a conversation must be a list of messages such as {'role': 'user', 'content': 'Hello'}")
     return [conversations] if len(conversations) and isinstance(conversations[0], Mapping) else list(conversations)

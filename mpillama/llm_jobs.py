@@ -136,11 +136,15 @@ class Desk:
 
     Args:
         engine: whose only user this is.
+
+    Attributes:
+        stepping: whether the engine is in a step, or has failed in one.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._jobs: dict[str, Job] = {}
+        self.stepping = False
 
     def add(self, jobs: Iterable[Job]) -> None:
         """Let jobs begin: all, or with a UserError none."""
@@ -157,7 +161,10 @@ class Desk:
 
     def step(self) -> None:
         """Run a step of all jobs."""
-        for output in self._engine.step():
+        self.stepping = True
+        outputs = self._engine.step()
+        self.stepping = False
+        for output in outputs:
             job = self._jobs[output.request_id]
             if output.last:
                 del self._jobs[output.request_id]

@@ -54,6 +54,11 @@ class Runner:
         logits = forward(self._ops, self._weights, self.cfg, self._caches, batch)
         return self._ops.backend.to_host(logits.data)
 
+    @property
+    def layers(self) -> range:
+        """The blocks of the model whose KV is here."""
+        return range(self.cfg.n_layer)
+
     def read_kv(self, il: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return keys and values of KV blocks in block ``il`` of the model; see `Backend.read_blocks`."""
         return self._ops.backend.read_blocks(self._caches[il], blocks)

@@ -134,7 +134,7 @@ class _Save:
             fd = os.open(self.path, os.O_WRONLY)
             try:
                 digests: dict[int, str] = {}
-                for il in range(self.header.shape.n_layer):
+                for il in runner.layers:
                     digests |= self._write_layer(fd, runner, il, held, owned)
                 os.fsync(fd)
             finally:
@@ -177,7 +177,7 @@ class _Load:
         try:
             fd = os.open(self.path, os.O_RDONLY)
             try:
-                for il in range(self.header.shape.n_layer if held else 0):
+                for il in runner.layers if held else ():
                     self._read_layer(fd, runner, il, held)
             finally:
                 os.close(fd)

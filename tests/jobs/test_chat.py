@@ -57,6 +57,11 @@ class Terminal:
     def type(self, text):
         os.write(self.fd, text.encode())
 
+    def press_ctrl_c(self):
+        """Type Ctrl-C as people do: not within the microseconds in which Python's readline overlooks it."""
+        time.sleep(0.4)
+        self.type("\x03")
+
     def wait_for(self, pattern, limit=30.0):
         """Return what was written up to and including a pattern, and forget it."""
         end = time.monotonic() + limit
@@ -148,13 +153,14 @@ def test_a_terminal_with_history_and_ctrl_c(tmp_path):
         terminal.wait_for("> ")
         terminal.type("A cat\n")
         terminal.wait_for(r"(?s)A cat\r\n.*\w+ \w+")
-        terminal.type("\x03")
+        terminal.press_ctrl_c()
         terminal.wait_for("\n> ", 5)
         terminal.type("/save " + str(tmp_path / "a") + "\n")
         terminal.wait_for("2 messages saved")
         terminal.wait_for("> ")
-        time.sleep(0.4)
-        terminal.type("half a line\x03")
+        terminal.type("half a line")
+        terminal.wait_for("half a line")
+        terminal.press_ctrl_c()
         terminal.wait_for("Ctrl-C again, or Ctrl-D, leaves")
         terminal.wait_for("> ")
         terminal.type("/help\n")
@@ -175,11 +181,9 @@ def test_a_terminal_with_history_and_ctrl_c(tmp_path):
         terminal.wait_for("> ")
         terminal.type("\x1b[A")
         terminal.wait_for("/clear")
-        terminal.type("\x03")
+        terminal.press_ctrl_c()
         terminal.wait_for("Ctrl-C again")
-        # One so soon after another is taken for the launcher's copy.
-        time.sleep(0.4)
-        terminal.type("\x03")
+        terminal.press_ctrl_c()
         assert terminal.leave() == 0
 
 

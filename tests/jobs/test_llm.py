@@ -35,6 +35,12 @@ with LLM(threads=1, chat_template="chatml", n_parallel=4) as llm:
     for completion in llm.generate(own(["Once upon a time", "One day, a dog", [5, 6, 7]]), own(greedy)):
         seen.append([completion.prompt, completion.text, completion.tokens, completion.finish_reason])
     wrong(lambda: llm.generate("a", GenerationParams(temperature="hot")))
+    wrong(lambda: llm.generate(own(5)))
+    wrong(lambda: llm.generate("a", own(5)))
+    try:
+        llm.generate("a", own(GenerationParams(stop=5)))
+    except (UserError, TypeError) as error:
+        errors.append("5")
     wrong(lambda: llm.generate(own("word " * 9999)))
     wrong(lambda: llm.chat(own([{"role": "nobody", "content": "a"}])))
     pieces = []
@@ -52,8 +58,9 @@ wrong(lambda: llm.generate("a"))
 alone = LLM(comm=MPI.COMM_SELF, threads=1)
 seen.append([alone.size, alone.generate(f"Rank {comm.rank}", greedy)[0].text])
 assert comm.allreduce(1) == comm.size
-comm.Barrier()
-print(json.dumps({"rank": comm.rank, "seen": seen, "errors": errors}), flush=True)
+everything = comm.gather({"seen": seen, "errors": errors})
+if comm.rank == 0:
+    print(json.dumps(everything))
 """
 
 
@@ -66,11 +73,22 @@ def alone():
 def test_all_ranks_see_the_same_and_go_on_after_errors(alone):
     ended = run([], 2, program=("-c", PROGRAM))
     assert ended.code == 0, ended.err
-    first, second = sorted((json.loads(line) for line in ended.out.splitlines()), key=lambda line: line["rank"])
+    first, second = json.loads(ended.out)
     assert first["errors"] == second["errors"]
     for error, words in zip(
         first["errors"],
-        ["no such file", "cache_type_k", "9 shares", "temperature", "context", "role", "closed"],
+        [
+            "no such file",
+            "cache_type_k",
+            "9 shares",
+            "temperature",
+            "prompts must",
+            "params must",
+            "5",
+            "context",
+            "role",
+            "closed",
+        ],
         strict=True,
     ):
         assert words in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 
@@ -191,3 +192,31 @@ def test_identity_tells_models_apart(tmp_path, rng):
     assert model_identity(header.metadata, tensors, cfg, header.paths) != model_identity(
         header.metadata, tensors, scaled, header.paths
     )
+
+
+def test_a_full_disk_leaves_the_old_file_and_the_job(tmp_path, rng, monkeypatch):
+    path, file = write_llama(tmp_path / "m.gguf", rng, GGMLType.F32, **SIZES), tmp_path / "state"
+    prompt = rng.integers(0, 96, 70).tolist()
+
+    def work(engine, states):
+        greedy(engine, prompt, 1)
+        assert states.save(file, prompt) == 64
+        before, n_left = file.read_bytes(), 3
+
+        def pwrite(fd, data, offset, write=os.pwrite):
+            nonlocal n_left
+            n_left -= 1
+            if n_left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            # As much as there is room for.
+            return write(fd, data[:100], offset)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", pwrite)
+            with pytest.raises(UserError, match="rank . on threads: .*No space left"):
+                states.save(file, prompt)
+        assert file.read_bytes() == before
+        assert sorted(os.listdir(tmp_path)) == ["m.gguf", "state"]
+        return states.save(file, prompt), greedy(engine, prompt)[1]
+
+    assert on(path, [1.0, 1.0], "f32", work) == (64, 64)
