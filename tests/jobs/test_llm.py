@@ -150,7 +150,8 @@ def test_a_file_that_one_rank_cannot_read():
         "try:\n"
         "    LLM(threads=1)\n"
         "except UserError as error:\n"
-        "    print('caught', error, flush=True)\n"
+        "    told = MPI.COMM_WORLD.gather(str(error))\n"
+        "    if told: print('\\n'.join(told))\n"
     )
     ended = run([], 3, program=("-c", code))
     assert (ended.code, ended.err) == (0, "")

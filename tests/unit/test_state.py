@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_job(tmp_path, rng, monkeypatch)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", pwrite)
-            with pytest.raises(UserError, match="rank . on threads: .*No space left"):
+            with pytest.raises(UserError, match=r"rank . on threads: .*No space left"):
                 states.save(file, prompt)
         assert file.read_bytes() == before
         assert sorted(os.listdir(tmp_path)) == ["m.gguf", "state"]
