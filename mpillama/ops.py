@@ -6,14 +6,17 @@ sum whole first (`Ops.whole`), a norm over a cut axis reduces one number per tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import cast
 
 import numpy as np
 
-from mpillama.backends.base import Array, AttentionParams, Backend, Batch, Handle
+from mpillama.backends.base import Array, AttentionParams, Backend, Batch, Fusing, Handle
 from mpillama.comm.base import Group
 from mpillama.config import Rope
-from mpillama.layout import PARTIAL, REPLICATE, Cut, Layout, Partial, Replicate, Shard
+from mpillama.layout import PARTIAL, REPLICATE, Cut, Layout, Partial, Replicate, Routed, Shard
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix or a stack of them: ``axis`` is "" (replicated), ``out`` or ``in``, ``cut`` how that axis is cut."""
+    """A matrix or a stack of them, cut along ``axis`` by ``cut``: ``out``, ``in``, ``expert``, or "" (replicated)."""
 
     name: str
     handle: Handle
@@ -47,6 +50,8 @@ class Ops:
 
     def __init__(self, backend: Backend, group: Group) -> None:
         self.backend, self._group = backend, group
+        fuses = hasattr(backend, "linears") and hasattr(backend, "gated_linear")
+        self._fusing = cast(Fusing, backend) if fuses else None
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
@@ -95,6 +100,22 @@ class Ops:
         """Multiply by a matrix."""
         layout = self._linear_layout(x, w)
         return Value(self.backend.linear(x.data, w.handle), layout)
+
+    def linears(self, x: Value, ws: Sequence[Weight]) -> list[Value]:
+        """Multiply by each of several matrices."""
+        layouts = [self._linear_layout(x, w) for w in ws]
+        if self._fusing:
+            arrays = self._fusing.linears(x.data, [w.handle for w in ws])
+        else:
+            arrays = [self.backend.linear(x.data, w.handle) for w in ws]
+        return [Value(data, layout) for data, layout in zip(arrays, layouts, strict=True)]
+
+    def gated_linear(self, activation: str, x: Value, gate: Weight, up: Weight) -> Value:
+        """Return act(x times gate) * (x times up)."""
+        layout = self._linear_layout(x, gate)
+        if not self._fusing or layout == PARTIAL or self._linear_layout(x, up) != layout:
+            return self.gated(activation, self.linear(x, gate), self.linear(x, up))
+        return Value(self._fusing.gated_linear(activation, x.data, gate.handle, up.handle), layout)
 
     def add(self, a: Value, b: Value) -> Value:
         """Add; what is whole joins a partial sum on one rank only."""
@@ -176,12 +197,19 @@ class Ops:
         softcap: float,
         window: int,
         sinks: Value | None,
+        rope: Handle | None = None,
     ) -> Value:
-        """Store k and v, then attend causally; ``n_embd_head`` are the elements of a key and of a value."""
+        """Rotate q and k, store k and v, then attend causally; ``n_embd_head``: elements of a key and of a value."""
         n_k, n_v = n_embd_head
         layout = self._elementwise(q)
         for other in (k, v):
             self._elementwise(other)
+        rotation: tuple[Handle, ...] = ()
+        if rope is not None:
+            if self._fusing:
+                rotation = (rope,)
+            else:
+                q, k = self.rope(q, rope, n_k), self.rope(k, rope, n_k)
         n_tokens = q.data.shape[0]
         params = AttentionParams(scale, softcap, window, self._kv_heads(q, k, n_k))
         out = self.backend.attention(
@@ -192,6 +220,7 @@ class Ops:
             batch,
             params,
             sinks.data if sinks else None,
+            *rotation,
         )
         if isinstance(layout, Shard):
             heads = Cut(layout.cut.size // n_k, tuple((a // n_k, b // n_k) for a, b in layout.cut.ranges))
@@ -202,12 +231,11 @@ class Ops:
         """Return, for each query head that the rank holds, which of its KV heads it reads."""
         n_local = q.data.shape[1] // n_k
         if not isinstance(q.layout, Shard) or not isinstance(k.layout, Shard):
-            group = n_local // (k.data.shape[1] // n_k)
-            return tuple(head // group for head in range(n_local))
+            return _readers(n_local, n_local // (k.data.shape[1] // n_k), 0, 0)
         group = q.layout.cut.size // k.layout.cut.size
         first = q.layout.cut.ranges[self._group.rank][0] // n_k
         first_kv = k.layout.cut.ranges[self._group.rank][0] // n_k
-        return tuple((first + head) // group - first_kv for head in range(n_local))
+        return _readers(n_local, group, first, first_kv)
 
     # -- mixture of experts ----------------------------------------------------------------------------------------
 
@@ -215,8 +243,19 @@ class Ops:
         """Choose experts by the router's logits."""
         return Experts(*self.backend.route(self.whole(logits), n_used, gating, normalize))
 
+    def _held(self, cut: Cut, experts: Experts) -> Array:
+        """Return which of this rank's experts the chosen ones are, (T, K), -1 for those of other ranks."""
+        start, stop = cut.ranges[self._group.rank]
+        index = experts.index
+        return (index - start + 1) * ((index >= start) & (index < stop)) - 1
+
     def expert_linear(self, x: Value, w: Weight, experts: Experts) -> Value:
         """Multiply each token, or each token's K activations, by its experts' matrices."""
+        if w.axis == "expert":
+            cut = _some(w.cut)
+            if x.layout != Routed(cut):
+                self.whole(x)
+            return Value(self.backend.expert_linear(x.data, w.handle, self._held(cut, experts)), Routed(cut))
         layout = self._linear_layout(x, w)
         return Value(self.backend.expert_linear(x.data, w.handle, experts.index), layout)
 
@@ -227,11 +266,25 @@ class Ops:
 
     def expert_bias(self, x: Value, bias: Value, experts: Experts) -> Value:
         """Add each expert's bias."""
+        if isinstance(x.layout, Routed):
+            if x.layout.cut.width(self._group.rank) == 0:
+                return x
+            index = self._held(x.layout.cut, experts)
+            held = index >= 0
+            rows = self.backend.mul(self.backend.take(bias.data, index * held), held[..., None].astype("f4"))
+            return Value(self.backend.add(x.data, rows), self._pair(x, bias))
         return self.add(x, Value(self.backend.take(bias.data, experts.index), bias.layout))
 
     def expert_sum(self, x: Value, experts: Experts) -> Value:
-        """Sum the experts' answers by their weights."""
-        return Value(self.backend.sum_experts(x.data, experts.weights), x.layout)
+        """Sum the experts' answers by their weights; answers that are elsewhere leave a partial sum."""
+        layout = PARTIAL if isinstance(x.layout, Routed) else x.layout
+        return Value(self.backend.sum_experts(x.data, experts.weights), layout)
+
+
+@cache
+def _readers(n_head: int, n_per_kv: int, first: int, first_kv: int) -> tuple[int, ...]:
+    """Return which KV head each query head from ``first`` on reads, counted from ``first_kv``."""
+    return tuple((first + head) // n_per_kv - first_kv for head in range(n_head))
 
 
 def _some(cut: Cut | None) -> Cut:

@@ -1,4 +1,4 @@
-"""Who am I, the step loop, and dying together: what makes the processes of one launch into one program."""
+"""Who am I, and dying together: what makes the processes of one launch into one program."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from types import FrameType
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
+from mpillama.errors import JobError, PeerFailure, UsageError, UserError
 
-from mpillama.backends.base import Batch
-from mpillama.comm.base import World, attempt
-from mpillama.comm.solo import SoloWorld
-from mpillama.errors import PeerFailure, UsageError, UserError
-from mpillama.runner import Runner, pack, unpack
+if TYPE_CHECKING:
+    # Help and version must not wait for NumPy.
+    from mpillama.comm.base import World
 
 # Launchers by the variables that they set for each process: rank, size, name.
 _LAUNCHERS = (
@@ -52,13 +50,20 @@ def launch(environ: Mapping[str, str]) -> Launch:
     return Launch(0, 1, "")
 
 
-def start(place: Launch, embedded: bool = False) -> World:
-    """Join the other ranks; ``embedded`` in a program that keeps MPI for itself.
+def start(place: Launch, limit: float | None = None, embedded: bool = False) -> World:
+    """Join the other ranks.
+
+    Args:
+        place: of this rank.
+        limit: seconds that ranks may keep each other waiting inside a step, 0 for ever.
+        embedded: whether MPI belongs to a program that goes on afterwards.
 
     Raises:
         UsageError: there is no MPI library, or it belongs to another launcher, so that N ranks would be N runs of one.
     """
     if place.size == 1:
+        from mpillama.comm.solo import SoloWorld
+
         return SoloWorld()
     # MPICH's words at an abort would follow ours, which already say what happened.
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")
@@ -83,7 +88,8 @@ def start(place: Launch, embedded: bool = False) -> World:
             "MPI library do not match; use the mpirun of that library (with srun, try --mpi=pmi2 for MPICH, --mpi=pmix "
             "for Open MPI), or name another library in MPI4PY_LIBMPI"
         )
-    return MPIWorld(embedded=embedded)
+    options: dict[str, Any] = {} if limit is None else {"limit": limit}
+    return MPIWorld(embedded=embedded, **options)
 
 
 def embed(comm: Any = None) -> World:
@@ -104,10 +110,12 @@ def embed(comm: Any = None) -> World:
     if MPI is None or not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         raise UsageError(f"comm must be an mpi4py.MPI.Intracomm such as MPI.COMM_WORLD, got {comm!r}")
     if comm.size == 1:
+        from mpillama.comm.solo import SoloWorld
+
         return SoloWorld()
     from mpillama.comm.mpi import MPIWorld
 
-    return MPIWorld(comm, embedded=True)
+    return MPIWorld(comm=comm, embedded=True)
 
 
 def ranks_on_host(environ: Mapping[str, str]) -> int:
@@ -165,14 +173,28 @@ class Stopped(BaseException):
         self.exit_code = exit_code
 
 
-def run(main: Callable[[World, Interrupts], int]) -> int:
-    """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once."""
+def run(main: Callable[[World, Interrupts], int], limit: float | None = None, stranded: bool = False) -> int:
+    """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once.
+
+    So does a rank that keeps the others waiting for more than ``limit`` seconds inside a step (0: no limit).
+    With ``stranded``, where the ranks cannot join, the first runs it alone in a `StrandedWorld`.
+    """
     place = launch(os.environ)
     interrupts = Interrupts()
     interrupts.install()
     world: World | None = None
     try:
-        world = start(place)
+        try:
+            world = start(place, limit)
+        except UserError as error:
+            if not stranded:
+                raise
+            if place.rank:
+                # Not a failure, for which launchers would end the first rank too.
+                return 0
+            from mpillama.comm.solo import StrandedWorld
+
+            world = StrandedWorld(error.line)
         code = main(world, interrupts)
         world.close()
         return code
@@ -184,6 +206,12 @@ def run(main: Callable[[World, Interrupts], int]) -> int:
             _say(place, world, error.line, alone=error.told or world is None)
         if world is None and place.rank:
             let_rank_0_speak()
+        if world is not None and not error.told:
+            _abort(world, code)
+    except JobError as error:
+        code = 1
+        if world is None or not error.told or place.rank == 0:
+            _say(place, world, str(error), alone=True)
         if world is not None and not error.told:
             _abort(world, code)
     except Stopped as stopped:
@@ -203,7 +231,10 @@ def run(main: Callable[[World, Interrupts], int]) -> int:
         if world is not None:
             _abort(world, code)
     if world is not None:
-        world.close()
+        try:
+            world.close()
+        except JobError:
+            _abort(world, code)
     return code
 
 
@@ -216,7 +247,9 @@ def mute(stream: TextIO) -> None:
 
 def let_rank_0_speak() -> None:
     """Wait, on a rank that fails as rank 0 does: launchers end all ranks as soon as the first has failed."""
-    time.sleep(_GRACE_AT_START)
+    # The launcher's signal to the rest is no news.
+    with suppress(Stopped):
+        time.sleep(_GRACE_AT_START)
 
 
 def _say(place: Launch, world: World | None, text: str, alone: bool) -> None:
@@ -240,65 +273,3 @@ def _abort(world: World, code: int) -> None:
         sys.stderr.flush()
     finally:
         world.abort(code)
-
-
-# -- the step loop -----------------------------------------------------------------------------------------------------
-
-
-# What a message says that is no batch, whose first number counts tokens.
-_STOP, _TASK = -1, -2
-
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Task(Protocol[T_co]):
-    """Something for every rank to do; it travels pickled."""
-
-    def __call__(self, world: World, runner: Runner) -> T_co:
-        """Do it; a UserError ends the task, not the run."""
-        ...
-
-
-class Leader:
-    """Rank 0's side of the step loop: runs a batch on all ranks."""
-
-    def __init__(self, world: World, runner: Runner) -> None:
-        self._world, self._runner = world, runner
-
-    def run(self, batch: Batch) -> np.ndarray:
-        """Return the logits (L, n_vocab)."""
-        self._world.send(pack(batch))
-        return self._runner.run(batch)
-
-    def everywhere(self, task: Task[T]) -> list[T]:
-        """Run a task on all ranks between two steps, and return what it returns on each.
-
-        Raises:
-            UserError: the first that a rank has raised; all ranks go on.
-        """
-        self._world.send(np.array([_TASK, 0], np.int32))
-        self._world.bcast(task)
-        outcomes = self._world.gather(attempt(partial(task, self._world, self._runner)))
-        for rank, outcome in enumerate(outcomes):
-            if isinstance(outcome, UserError):
-                where = f"rank {rank} on {self._world.hosts[rank]}: " if self._world.size > 1 else ""
-                raise UserError(where + outcome.line)
-        return outcomes
-
-    def stop(self, exit_code: int = 0) -> None:
-        """End the loop of the others, who then return ``exit_code``."""
-        self._world.send(np.array([_STOP, exit_code], np.int32))
-
-
-def follow(world: World, runner: Runner) -> int:
-    """The other ranks' side: run what rank 0 says until it says stop; returns the exit code it gives."""
-    while True:
-        message = world.receive()
-        if message[0] == _STOP:
-            return int(message[1])
-        if message[0] == _TASK:
-            task: Task[Any] = world.bcast(None)
-            world.gather(attempt(partial(task, world, runner)))
-            continue
-        runner.run(unpack(message))

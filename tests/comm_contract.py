@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from mpillama.comm.base import World, from_root
-from mpillama.errors import ModelError, PeerFailure
+from mpillama.comm.base import World, check_agreement, from_root
+from mpillama.errors import JobError, ModelError, PeerFailure
 from mpillama.layout import Cut, split
 
 
@@ -27,6 +27,41 @@ def allreduce_sums_to_the_same_bits(world: World) -> None:
         assert bits == total.tobytes(), f"rank {world.rank} has another sum than rank 0"
 
 
+def allreduce_takes_any_array(world: World) -> None:
+    """Other types, views, and arrays that hold the sums of the call before; call after call."""
+    group = world.group()
+    rng = np.random.default_rng(7)
+    for n in (1, 31, 32, 33, 4095, 4096, 4097, 70_001):
+        for dtype, step in (("f4", 1), ("f8", 1), ("f4", 3), ("f2", 1)):
+            shares = rng.integers(-50, 50, (world.size, n, step)).astype(dtype)
+            mine = shares[world.rank][:, 0]
+            expected = shares.astype("f8").sum(axis=0)[:, 0]
+            total = group.allreduce(mine)
+            assert total.dtype == np.dtype(dtype)
+            np.testing.assert_array_equal(total, expected)
+            np.testing.assert_array_equal(group.allreduce(total), expected * world.size)
+    held = group.allreduce(np.ones(5, "f4"))
+    group.allreduce(np.full(5, 9, "f4"))
+    np.testing.assert_array_equal(held, np.full(5, world.size))
+
+
+def many_small_collectives_keep_their_order(world: World) -> None:
+    """Ranks that are early and late by turns, and sums and joins in turn, of sizes that go in one piece or in many."""
+    group = world.group()
+    rng = np.random.default_rng(8)
+    cut = split(1000, [1.0] * world.size)
+    start, stop = cut.ranges[world.rank]
+    for i in range(150):
+        n = int(rng.choice([1, 100, 5000, 20_000], p=[0.5, 0.4, 0.08, 0.02]))
+        if int(rng.integers(10)) == world.rank:
+            time.sleep(0.002)
+        total = group.allreduce(np.full(n, i + world.rank, "f4"))
+        assert (total == i * world.size + world.size * (world.size - 1) // 2).all(), i
+        if i % 3 == 0:
+            whole = np.arange(1000, dtype="f4")[None] + i
+            np.testing.assert_array_equal(group.allgather(whole[:, start:stop], cut), whole)
+
+
 def allgather_joins_uneven_slices(world: World) -> None:
     group = world.group()
     rng = np.random.default_rng(6)
@@ -40,6 +75,27 @@ def allgather_joins_uneven_slices(world: World) -> None:
     whole = np.arange(8, dtype="f4").reshape(2, 4)
     start, stop = empty.ranges[world.rank]
     np.testing.assert_array_equal(group.allgather(whole[:, start:stop], empty), whole)
+
+
+def allgather_joins_more_than_fits_at_once(world: World) -> None:
+    group = world.group()
+    rng = np.random.default_rng(9)
+    for shape, weights in (((3, 40_007), [1.0] * world.size), ((2, 5, 9_001), list(range(1, world.size + 1)))):
+        cut = split(shape[-1], weights)
+        whole = rng.integers(0, 1 << 30, shape, dtype=np.int32)
+        start, stop = cut.ranges[world.rank]
+        np.testing.assert_array_equal(group.allgather(whole[..., start:stop], cut), whole)
+
+
+def disagreement_is_found_by_all(world: World) -> None:
+    world.watch.begin_step()
+    check_agreement(world, (1 << 64) - 3)
+    if world.size > 1:
+        with pytest.raises(JobError, match=f"rank {world.size - 1} on ") as caught:
+            check_agreement(world, int(world.rank == world.size - 1))
+        assert caught.value.told
+        assert "rank 0 on" not in str(caught.value)
+    check_agreement(world, 0)
 
 
 def messages_of_any_length_arrive_in_order(world: World) -> None:
@@ -94,9 +150,56 @@ def an_error_of_rank_0_reaches_everyone(world: World) -> None:
     assert from_root(world, lambda: 7) == 7
 
 
+def parts_of_the_world_are_groups(world: World) -> None:
+    n_lower = max(1, world.size // 2)
+    ranks = range(n_lower) if world.rank < n_lower else range(n_lower, world.size)
+    group = world.group(ranks)
+    assert (group.rank, group.size) == (world.rank - ranks[0], len(ranks))
+    assert group.leader == (world.rank == ranks[0])
+    total = group.allreduce(np.full((2, 3), 10.0**world.rank, "f4"))
+    np.testing.assert_array_equal(total, np.full((2, 3), sum(10.0**rank for rank in ranks), "f4"))
+    cut = split(5, [1.0] * group.size)
+    start, stop = cut.ranges[group.rank]
+    whole = np.arange(10, dtype="f4").reshape(2, 5) + 100 * ranks[0]
+    np.testing.assert_array_equal(group.allgather(whole[:, start:stop], cut), whole)
+
+
+def links_keep_the_order_of_arrays_of_any_size(world: World) -> None:
+    if world.size == 1:
+        return
+    after, before = world.link((world.rank + 1) % world.size), world.link((world.rank - 1) % world.size)
+    shapes = [(1, 1), (3, 7), (512, 2048), (0, 5), (1, 4096)]
+    for number, shape in enumerate(shapes):
+        arrival = before.expect(shape)
+        after.send(np.full(shape, 10 * world.rank + number, "f4"))
+        got = arrival.wait()
+        assert (got.shape, got.dtype) == (shape, np.float32)
+        assert (got == 10 * ((world.rank - 1) % world.size) + number).all()
+
+
+def a_sender_does_not_wait_for_a_busy_partner(world: World) -> None:
+    x = np.arange(2_000_000, dtype="f4").reshape(1000, 2000)
+    for first in range(0, world.size - 1, 2):
+        if world.rank == first:
+            began = time.monotonic()
+            world.link(first + 1).send(x)
+            assert time.monotonic() - began < 0.4
+        elif world.rank == first + 1:
+            time.sleep(0.6)
+            np.testing.assert_array_equal(world.link(first).receive((1000, 2000)), x)
+    world.bcast(None)
+
+
 CONTRACT = (
+    parts_of_the_world_are_groups,
+    links_keep_the_order_of_arrays_of_any_size,
+    a_sender_does_not_wait_for_a_busy_partner,
     allreduce_sums_to_the_same_bits,
+    allreduce_takes_any_array,
+    many_small_collectives_keep_their_order,
     allgather_joins_uneven_slices,
+    allgather_joins_more_than_fits_at_once,
+    disagreement_is_found_by_all,
     messages_of_any_length_arrive_in_order,
     waiting_costs_no_core,
     objects_reach_everyone,

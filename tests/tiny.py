@@ -12,15 +12,18 @@ import numpy as np
 from mpillama.backends.base import Backend, Batch
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.base import World
+from mpillama.comm.pipeline import open_pipe
+from mpillama.comm.staged import tensor_group
 from mpillama.comm.threads import run_threads
 from mpillama.config import read_config
 from mpillama.engine.sequence import Sequence as TokenSequence
 from mpillama.gguf.reader import read_header
 from mpillama.gguf.types import GGMLType, row_bytes
+from mpillama.grid import Grid
 from mpillama.loader import load_weights
 from mpillama.ops import Ops
+from mpillama.partition import Partition
 from mpillama.runner import Runner, pack, unpack
-from mpillama.sharding import Sharding
 from mpillama.tensors import model_tensors
 
 # Where a block keeps its float16 factors: random bits there could be infinite.
@@ -155,16 +158,21 @@ def open_runner(
     n_ctx: int = 128,
     kv_type: str = "f32",
     make: Callable[[], Backend] = ReferenceBackend,
+    grid: Grid | None = None,
+    experts: str = "off",
 ) -> tuple[Runner, int]:
-    """Load a rank's share of a model; returns the runner and the bytes that were read."""
+    """Load a rank's share of a model, all ranks tensor-parallel by default; returns the runner and the bytes read."""
     header = read_header(path)
     cfg = read_config(header, n_ctx)
     tensors = model_tensors(header, cfg)
-    sharding = Sharding(cfg, weights)
+    grid = grid or Grid(tp=len(weights))
+    partition = Partition(cfg, tensors, grid, weights, experts)
+    sharding, index = partition.of(world.rank)
     backend = make()
-    loaded, n_read = load_weights(header.paths, tensors, sharding, world.rank, backend)
-    n_head_kv = sharding.cuts["k"].width(world.rank) // cfg.n_embd_head_k
-    return Runner(cfg, loaded, Ops(backend, world.group()), n_head_kv, n_ctx, kv_type, kv_type), n_read
+    loaded, n_read = load_weights(header.paths, tensors, sharding, index, backend)
+    ops, pipe = Ops(backend, tensor_group(world.group(grid.stage_ranks(world.rank)), backend)), open_pipe(world, grid)
+    sizes = (partition.n_head_kv(world.rank), n_ctx, kv_type, kv_type)
+    return Runner(cfg, loaded, ops, *sizes, sharding.blocks, pipe), n_read
 
 
 def logits_of(runner: Runner, tokens: Sequence[int], chunk: int = 1000) -> np.ndarray:
@@ -184,11 +192,14 @@ def run_on(
     chunk: int = 1000,
     kv_type: str = "f32",
     make: Callable[[], Backend] = ReferenceBackend,
+    grid: Grid | None = None,
+    experts: str = "off",
 ) -> list[np.ndarray]:
-    """Return every rank's logits, on as many threads as there are weights."""
+    """Return every rank's logits, on as many threads as there are weights; see `Runner.run` for who has them."""
 
     def main(world: World) -> np.ndarray:
-        return logits_of(open_runner(world, path, weights, kv_type=kv_type, make=make)[0], tokens, chunk)
+        runner, _ = open_runner(world, path, weights, kv_type=kv_type, make=make, grid=grid, experts=experts)
+        return logits_of(runner, tokens, chunk)
 
     return run_threads(len(weights), main)
 

@@ -11,11 +11,14 @@ from mpillama.errors import UsageError
 if TYPE_CHECKING:
     from mpillama.backends.base import Backend
 
-NAMES = ("auto", "cpu", "reference")
-"""The names that `make_backend` knows."""
+NAMES = ("auto", "cpu", "reference", "cuda", "hip", "emulated")
+GPU_NAMES = ("cuda", "hip")
+"""The names that `make_backend` knows; `GPU_NAMES` are those of real GPUs."""
 
 
-def make_backend(name: str = "auto", n_threads: int = 1, cores: Sequence[int] = (), level: str = "") -> Backend:
+def make_backend(
+    name: str = "auto", n_threads: int = 1, cores: Sequence[int] = (), level: str = "", device: int = 0
+) -> Backend:
     """Return a backend of this process.
 
     Args:
@@ -24,9 +27,11 @@ def make_backend(name: str = "auto", n_threads: int = 1, cores: Sequence[int] = 
         cores: that the threads are pinned to, in turn; empty: they are not.
         level: instruction sets of the cpu backend (scalar, avx2, avx512, amx); empty: the best of this
             machine below amx.
+        device: number of the GPU, among those that the process sees.
 
     Raises:
         UsageError: there is no such backend or level, or it was not built.
+        UserError: there is no such GPU, or something that it needs is missing.
     """
     built = find_spec("mpillama._cpu") is not None
     if name == "auto":
@@ -35,6 +40,10 @@ def make_backend(name: str = "auto", n_threads: int = 1, cores: Sequence[int] = 
         from mpillama.backends.reference import ReferenceBackend
 
         return ReferenceBackend()
+    if name in (*GPU_NAMES, "emulated"):
+        from mpillama.backends.gpu import make_gpu_backend
+
+        return make_gpu_backend(name, device)
     if name != "cpu":
         raise UsageError(f"there is no backend {name}; choose one of {', '.join(NAMES)}")
     if not built:

@@ -7,6 +7,7 @@ first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -82,9 +83,15 @@ class AttentionParams:
 
 
 class Backend(Protocol):
-    """One device of one rank."""
+    """One device of one rank.
+
+    Attributes:
+        name: as the user calls it.
+        host_arrays: its arrays are those of NumPy, which any group of ranks can join.
+    """
 
     name: str
+    host_arrays: bool
 
     def supports(self, type: GGMLType) -> bool:
         """Whether weights of this type can be used."""
@@ -120,7 +127,7 @@ class Backend(Protocol):
         Args:
             x: (T, n_in) the same for all experts, or (T, K, n_in).
             w: a stack of E matrices.
-            experts: int (T, K).
+            experts: int (T, K); the result is zero where one is negative.
 
         Returns:
             (T, K, n_rows)
@@ -222,4 +229,19 @@ class Backend(Protocol):
         Returns:
             (T, H, Dv)
         """
+        ...
+
+
+class Fusing(Backend, Protocol):
+    """What a backend may do in one go, where each op by itself takes longer to ask for than to do.
+
+    `Ops` uses it if the backend has all of it; `attention` then takes a rope table too, and rotates q and k first.
+    """
+
+    def linears(self, x: Array, ws: Sequence[Handle]) -> list[Array]:
+        """Return `linear` of each of several matrices."""
+        ...
+
+    def gated_linear(self, activation: str, x: Array, gate: Handle, up: Handle) -> Array:
+        """Return `gated` of the two `linear`."""
         ...

@@ -51,6 +51,7 @@ class ReferenceBackend:
     """NumPy on the host."""
 
     name = "reference"
+    host_arrays = True
 
     def __init__(self) -> None:
         self._expanded = 0
@@ -108,8 +109,8 @@ class ReferenceBackend:
     def expert_linear(self, x: np.ndarray, w: Matrix, experts: np.ndarray) -> np.ndarray:
         """Multiply each token by the matrices of its experts, expert by expert."""
         n_tokens, n_used = experts.shape
-        out = np.empty((n_tokens, n_used, w.raw.shape[1]), np.float32)
-        for expert in np.unique(experts):
+        out = np.zeros((n_tokens, n_used, w.raw.shape[1]), np.float32)
+        for expert in np.unique(experts[experts >= 0]):
             token, slot = np.nonzero(experts == expert)
             out[token, slot] = self._matmul(x[token] if x.ndim == 2 else x[token, slot], w, int(expert))
         return out

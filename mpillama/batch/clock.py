@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _UNITS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _CLOCK = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d\d)")
 
@@ -18,7 +17,7 @@ def parse_duration(text: str) -> float:
     Raises:
         ValueError: it is none of these.
     """
-    if text.isdigit():
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         return float(text)
     if text and (match := _UNITS.fullmatch(text)):
         return float(sum(int(n) * unit for n, unit in zip(match.groups("0"), (86400, 3600, 60, 1), strict=True)))

@@ -13,6 +13,7 @@ from mpillama.bench.weights import random_weights
 from mpillama.config import Config, read_config
 from mpillama.errors import UsageError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
+from mpillama.grid import ONE_RANK, Grid
 from mpillama.layout import check_weights
 from mpillama.loader import check_types, load_weights
 from mpillama.models.weights import Weights
@@ -31,6 +32,7 @@ class BenchModel:
         paths: of the files; empty for random weights.
         shares: of the ranks.
         n_ctx: tokens that the KV cache holds.
+        grid: of the ranks.
     """
 
     filename: str
@@ -42,6 +44,7 @@ class BenchModel:
     tensors: dict[str, TensorInfo]
     shares: tuple[float, ...]
     n_ctx: int
+    grid: Grid = ONE_RANK
 
 
 def describe(
@@ -129,12 +132,14 @@ class StepBytes:
         return total
 
 
-def step_bytes(model: BenchModel, sharding: Sharding) -> StepBytes:
-    """Count what steps read: every tensor but the rows of token_embd that are looked up."""
+def step_bytes(model: BenchModel, *stages: Sharding) -> StepBytes:
+    """Count what steps of all stages read: every tensor but the rows of token_embd that are looked up."""
     sizes = {"blocks": 0, "head": 0, "experts": 0}
     for info in model.tensors.values():
         if info.name == "token_embd.weight":
             continue
         kind = "head" if info.name.startswith("output.") else "experts" if "_exps." in info.name else "blocks"
-        sizes[kind] += sum(sharding.slice_of(info, rank).nbytes for rank in range(sharding.n_ranks))
+        for stage in stages:
+            if stage.holds(info):
+                sizes[kind] += sum(stage.slice_of(info, rank).nbytes for rank in range(stage.n_ranks))
     return StepBytes(**sizes, n_expert=model.cfg.n_expert, n_expert_used=model.cfg.n_expert_used)

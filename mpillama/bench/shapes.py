@@ -63,6 +63,7 @@ SHAPES: dict[str, ModelShape] = {
     "llama-3b": ModelShape("llama", 28, 3072, 24, 8, 8192, 128256, 131072, 5e5, 128, tied=True),
     "llama-8b": ModelShape("llama", 32, 4096, 32, 8, 14336, 128256, 131072, 5e5),
     "llama-70b": ModelShape("llama", 80, 8192, 64, 8, 28672, 128256, 131072, 5e5),
+    "llama-405b": ModelShape("llama", 126, 16384, 128, 8, 53248, 128256, 131072, 5e5),
     "mistral-7b": ModelShape("llama", 32, 4096, 32, 8, 14336, 32768, 32768, 1e6),
     "mixtral-8x7b": ModelShape("llama", 32, 4096, 32, 8, 14336, 32000, 32768, 1e6, 0, 8, 2),
     "qwen2.5-0.5b": ModelShape("qwen2", 24, 896, 14, 2, 4864, 151936, 32768, 1e6, tied=True, biases=_QKV),
@@ -109,6 +110,8 @@ SHAPES: dict[str, ModelShape] = {
         "MXFP4",
         _GPT_OSS_KEYS,
     ),
+    # No published model: a mixture of experts of 1e12 weights, for planning.
+    "moe-1t": ModelShape("qwen3moe", 61, 7168, 64, 8, 2048, 163840, 131072, 1e6, 128, 384, 8),
     # Small enough for a test of a whole run.
     "tiny": ModelShape("llama", 4, 256, 8, 4, 768, 2048, 8192, 1e4, 32, default_type="Q8_0"),
 }

@@ -17,7 +17,6 @@ from mpillama.backends.quants import SUPPORTED, dequantize
 from mpillama.errors import UserError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo
 from mpillama.gguf.types import GGMLType, row_bytes
-from mpillama.layout import REPLICATE, Shard
 from mpillama.models.weights import Weights
 from mpillama.ops import Value, Weight
 from mpillama.sharding import Sharding, Slice
@@ -83,7 +82,7 @@ class RandomTensors:
         n_pool = _POOL_BLOCKS[info.type.block_size]
         origin = zlib.crc32(info.name.encode())
         for mat in range(part.n_mats):
-            first = origin + (mat * n_high + part.row_start) * n_wide + part.col_start // size
+            first = origin + ((part.mat_start + mat) * n_high + part.row_start) * n_wide + part.col_start // size
             if n_cols == n_wide * size:
                 _repeat(pool[:n_pool], first % n_pool, out[mat].reshape(-1, size))
             else:
@@ -146,7 +145,7 @@ def random_weights(
     vectors: dict[str, Value] = {}
     source = RandomTensors()
     by_place: dict[int, Weight] = {}
-    for info in tensors.values():
+    for info in filter(sharding.holds, tensors.values()):
         place = sharding.placement(info)
         is_matrix = info.name.endswith(".weight") and len(info.shape) > 1
         if is_matrix and info.offset in by_place:
@@ -160,7 +159,7 @@ def random_weights(
         else:
             rows = backend.vector(raw)
             data = rows if len(info.shape) > 1 else rows[0]
-            vectors[info.name] = Value(data, Shard(place.cut) if place.cut else REPLICATE)
+            vectors[info.name] = Value(data, place.layout)
         progress(part.nbytes)
     return Weights(matrices, vectors)
 

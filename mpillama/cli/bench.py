@@ -10,7 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean, median
@@ -28,15 +28,19 @@ from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
 from mpillama.cli.bench_options import with_defaults
 from mpillama.cli.progress import LoadProgress, Log
-from mpillama.cli.session import model_path, open_backend
+from mpillama.cli.session import grid_of, model_path, open_backend
 from mpillama.comm.base import World, from_root
 from mpillama.comm.metered import MeteredGroup
+from mpillama.comm.pipeline import open_pipe
+from mpillama.comm.staged import tensor_group
 from mpillama.errors import UsageError, UserError
+from mpillama.grid import Grid
 from mpillama.models.weights import Weights
 from mpillama.ops import Ops
+from mpillama.partition import Partition
 from mpillama.runner import kv_bytes
-from mpillama.sharding import Sharding
-from mpillama.spmd import Interrupts, Leader, follow
+from mpillama.spmd import Interrupts
+from mpillama.steps import Leader, follow
 
 # Settings that have a column of their own only if they are given.
 _SETTINGS = {
@@ -62,7 +66,7 @@ class _Loaded:
 
     spec: Load
     model: BenchModel
-    sharding: Sharding
+    partition: Partition
     backend: Backend
     weights: Weights
     reads: StepBytes
@@ -98,7 +102,7 @@ class _Bench:
         self._log = Log(args, world.rank)
         # Before a backend pins this thread.
         self._cores = os.sched_getaffinity(0)
-        self._group = MeteredGroup(world.group())
+        self._groups: dict[Grid, MeteredGroup] = {}
         self._loaded: _Loaded | None = None
         self._cache: _Cache | None = None
         self._peer: Peer | None = None
@@ -177,11 +181,12 @@ class _Bench:
         world = self._world
         backend, n_threads = open_backend(Namespace(**{**vars(self._args), "threads": spec.n_threads}), world)
         model = from_root(world, lambda: self._describe(spec, n_ctx, backend))
-        sharding = Sharding(model.cfg, model.shares)
-        self._check_memory(model, sharding)
+        partition = Partition(model.cfg, model.tensors, model.grid, model.shares, self._args.ep)
+        self._check_memory(model, partition)
         stream = self._stream(backend, n_threads) if self._details else None
-        weights = self._weights(model, sharding, backend)
-        self._loaded = _Loaded(spec, model, sharding, backend, weights, step_bytes(model, sharding), n_threads, stream)
+        weights = self._weights(model, partition, backend)
+        reads = step_bytes(model, *partition.stages)
+        self._loaded = _Loaded(spec, model, partition, backend, weights, reads, n_threads, stream)
         if self._args.compare:
             self._peer = self._open_peer(self._loaded)
         return self._loaded
@@ -192,14 +197,17 @@ class _Bench:
             hub = None if spec.model else self._args.hf_repo
             args = Namespace(**{**vars(self._args), "model": spec.model or None, "hf_repo": hub})
             path = os.fspath(model_path(args))
-        return describe(path or spec.model, path, spec.tensor_split, self._world.size, n_ctx, backend)
+        model = describe(path or spec.model, path, spec.tensor_split, self._world.size, n_ctx, backend)
+        model = replace(model, grid=grid_of(self._args, self._world.hosts, model.cfg.n_layer))
+        model.grid.stage_weights(model.shares)
+        return model
 
-    def _check_memory(self, model: BenchModel, sharding: Sharding) -> None:
+    def _check_memory(self, model: BenchModel, partition: Partition) -> None:
         """Make sure that the ranks of each host find room, rather than let the system kill them."""
         world, args = self._world, self._args
-        need = sharding.bytes_of(model.tensors.values(), world.rank)
+        need = partition.bytes_of(world.rank)
         need += max(
-            kv_bytes(model.cfg, sharding, world.rank, model.n_ctx, type_k, type_v)
+            kv_bytes(model.cfg, *partition.of(world.rank), model.n_ctx, type_k, type_v)
             for type_k in args.cache_type_k
             for type_v in args.cache_type_v
         )
@@ -224,10 +232,10 @@ class _Bench:
         world.bcast(None)
         return float(sum(world.gather(stream_gbps(backend, n_threads, world.local_size))))
 
-    def _weights(self, model: BenchModel, sharding: Sharding, backend: Backend) -> Weights:
+    def _weights(self, model: BenchModel, partition: Partition, backend: Backend) -> Weights:
         self._say(f"loading {model.type_name}")
         world = self._world
-        total = sum(sharding.bytes_of(model.tensors.values(), rank) for rank in range(world.size))
+        total = sum(partition.bytes_of(rank) for rank in range(world.size))
         bar = LoadProgress(total, enabled=self._log.interactive)
 
         def progress(n: int) -> None:
@@ -235,7 +243,7 @@ class _Bench:
             bar.update(n + (world.reported() if world.rank == 0 else 0))
 
         try:
-            weights = load(model, sharding, world.rank, backend, progress)
+            weights = load(model, *partition.of(world.rank), backend, progress)
             world.bcast(world.gather(None))
             if world.rank == 0:
                 bar.update(world.reported())
@@ -247,11 +255,14 @@ class _Bench:
         types = (case.type_k, case.type_v)
         if self._cache is None or self._cache.types != types:
             self._cache = None
-            model, rank = loaded.model, self._world.rank
-            n_head_kv = loaded.sharding.cuts["k"].width(rank) // model.cfg.n_embd_head_k
-            ops = Ops(loaded.backend, self._group)
-            settings = (model.cfg, loaded.weights, ops, n_head_kv, model.n_ctx, *types)
-            self._cache = _Cache(types, MeteredRunner(*settings, group=self._group))
+            model, world, grid = loaded.model, self._world, loaded.model.grid
+            if grid not in self._groups:
+                self._groups[grid] = MeteredGroup(world.group(grid.stage_ranks(world.rank)))
+            group = self._groups[grid]
+            ops = Ops(loaded.backend, tensor_group(group, loaded.backend))
+            settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
+            stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid))
+            self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
         return self._cache
 
     # -- the program that is compared with ---------------------------------------------------------------------------
@@ -360,7 +371,7 @@ class _Bench:
             n_threads=loaded.n_threads,
             type_k=case.type_k,
             type_v=case.type_v,
-            split_mode="tensor",
+            split_mode=_split_mode(model.grid),
             tensor_split="/".join(f"{share:g}" for share in model.shares),
             n_prompt=test.n_prompt,
             n_gen=test.n_gen,
@@ -405,6 +416,12 @@ def _loads(args: Namespace) -> list[Load]:
         for split in splits
         for n in args.threads
     ]
+
+
+def _split_mode(grid: Grid) -> str:
+    if grid.pp == 1:
+        return "tensor"
+    return "layer" if grid.tp == 1 else f"{grid.tp} x {grid.pp}"
 
 
 def _available_memory() -> int:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpillama.bench.output import FORMATS
-from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.grid_options import GRID
+from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, TIMEOUT, Option
 from mpillama.cli.values import BadValueError, choice, integer, number, path
 from mpillama.errors import UsageError
 
@@ -165,6 +166,8 @@ _OUTPUT = (
 BENCH = (
     *(replace(option, group="what is measured") for option in _TEST),
     *(replace(option, group="what is measured") for option in BACKEND),
+    *(replace(option, group="what is measured") for option in TIMEOUT),
+    *(replace(option, env="") for option in GRID),
     *(replace(option, excludes=(), env="") for option in MODEL if option.dest in _HUGGING_FACE),
     *(replace(option, group="how") for option in _RUN),
     *(replace(option, group="output") for option in _OUTPUT),

@@ -60,7 +60,7 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
         interrupts.on_ctrl_c = console.ctrl_c
         chat = Chat(args, service, interrupts, console, log, *first[0])
         try:
-            caches[0].restore(service.leader, service.engine)
+            caches[0].restore(service.loaded, service.leader, service.engine)
             code = chat.run()
         except Stopped as stopped:
             code = stopped.exit_code
@@ -68,7 +68,7 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
             interrupts.deferred = True
             console.close()
         if chat.tokens:
-            caches[0].save(service.leader, service.engine, chat.tokens)
+            caches[0].save(service.loaded, service.leader, service.engine, chat.tokens)
         return code
 
     return run_engine(args, world, interrupts, log, body, lambda: first.append(prompt_texts(args)), check)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import replace
 
+from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PARALLEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
 from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.errors import UsageError
@@ -19,6 +20,7 @@ CHAT = (
     *CONTEXT,
     *PROMPT_CACHE,
     *MODEL,
+    *GRID,
     *PARALLEL,
     *SAMPLING,
     *ROPE,

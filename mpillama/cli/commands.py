@@ -12,6 +12,9 @@ from mpillama.cli import values
 from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
 from mpillama.cli.chat_options import CHAT, check_chat
+from mpillama.cli.doctor_options import DOCTOR
+from mpillama.cli.grammar import GRAMMAR
+from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import (
     CONTEXT,
     LOGGING,
@@ -24,6 +27,7 @@ from mpillama.cli.options import (
     Option,
     sampling_params,
 )
+from mpillama.cli.plan_options import PLAN, check_plan
 from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.cli.serve_options import SERVE, check_serve
 from mpillama.errors import UsageError
@@ -36,7 +40,7 @@ class Command:
     ``run`` is ``module:function``, imported when the command runs, so that help needs no model code. The function
     returns the exit code; it takes the namespace and, if the command is ``parallel``, the world and the interrupts.
     ``check`` looks at the whole namespace and raises UsageError. ``positional`` is the dest of the option that a bare
-    word sets, if the command takes one.
+    word sets, if the command takes one. ``stranded``: it runs on the first rank also where the ranks cannot join.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Command:
     check: Callable[[Namespace], None] = lambda namespace: None
     positional: str = ""
     parallel: bool = True
+    stranded: bool = False
 
     def load(self) -> Callable[..., int]:
         """Import and return the function that runs the command."""
@@ -126,10 +131,11 @@ COMMANDS = (
             'mpillama -m model.gguf -p "Once upon a time" -n 64',
             'mpirun -n 4 mpillama generate -m model.gguf -p "The capital of France is" -n 32 --temp 0',
             "mpirun -n 2 mpillama generate -m model.gguf -ts 3,1 -f prompt.txt -c 4096",
+            "mpirun -n 8 mpillama generate -m model.gguf --tp 4 --pp 2 -f prompt.txt",
             "mpirun -n 4 mpillama generate -m model.gguf -f book.txt --prompt-cache book.kv -n 256",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
         ),
-        (*MODEL, *PROMPT, *CONTEXT, *PROMPT_CACHE, *PARALLEL, *SAMPLING, *ROPE, *LOGGING),
+        (*MODEL, *PROMPT, *CONTEXT, *PROMPT_CACHE, *GRID, *PARALLEL, *SAMPLING, *GRAMMAR, *ROPE, *LOGGING),
         "mpillama.cli.generate:run",
         check_generate,
     ),
@@ -152,7 +158,7 @@ COMMANDS = (
             "mpillama logits -m model.gguf --tokens 1,15043,29991 --out logits.npy",
             "mpirun -n 4 mpillama logits -m model.gguf --tokens-file ids.txt --out logits.npy",
         ),
-        (*LOGITS, *MODEL, *CONTEXT, *PARALLEL, *ROPE, *LOGGING),
+        (*LOGITS, *MODEL, *CONTEXT, *GRID, *PARALLEL, *ROPE, *LOGGING),
         "mpillama.cli.logits:run",
         check_logits,
     ),
@@ -162,9 +168,10 @@ COMMANDS = (
         (
             "mpillama inspect model.gguf",
             "mpillama inspect model.gguf -n 4 -ts 3,1,1,1",
+            "mpillama inspect model.gguf -n 8 --tp 4 --pp 2",
             "mpillama inspect model.gguf --json",
         ),
-        (*INSPECT, *TENSOR_SPLIT, *MODEL, *LOGGING),
+        (*INSPECT, *GRID, *TENSOR_SPLIT, *MODEL, *LOGGING),
         "mpillama.cli.inspect:run",
         check_model,
         positional="model",
@@ -177,6 +184,7 @@ COMMANDS = (
             "mpillama bench -m model.gguf -p 512 -n 128",
             "mpirun -n 4 mpillama bench --shape llama-8b:Q4_K_M -n 64 -d 0,4096 -v",
             "mpirun -n 2 mpillama bench -m a.gguf,b.gguf -t 1,2 -ts 1/1,2/1 -o json",
+            "mpirun -n 4 mpillama bench -m model.gguf --tp 2 --pp 2 -p 2048",
             "mpillama bench --shape llama-1b:Q4_0 --compare llama.cpp",
         ),
         BENCH,
@@ -206,6 +214,34 @@ COMMANDS = (
         BATCH,
         "mpillama.cli.batch:run",
         check_batch,
+    ),
+    Command(
+        "plan",
+        "predict which layouts of a model fit a cluster, and what they reach",
+        (
+            "mpillama plan model.gguf --hosts 4 --gpus 4 --gpu-memory 40G",
+            "mpillama plan --shape llama-405b:Q8_0 --hosts 64 --gpus 8 --device h100 --between ndr -np 64",
+            "mpillama plan model.gguf --ranks-per-host 2 --measure",
+            "mpillama plan model.gguf --cluster cluster.toml -c 32768 -np 16 --sbatch job.sh",
+        ),
+        PLAN,
+        "mpillama.cli.plan:run",
+        check_plan,
+        positional="model",
+        parallel=False,
+    ),
+    Command(
+        "doctor",
+        "look for what is wrong with a job: launcher, MPI, cores, GPUs, network, files",
+        (
+            "mpillama doctor",
+            "srun mpillama doctor -m model.gguf",
+            "mpirun -n 4 mpillama doctor --json",
+            "srun -N 2 mpillama doctor --save cluster.toml",
+        ),
+        DOCTOR,
+        "mpillama.cli.doctor:run",
+        stranded=True,
     ),
 )
 DEFAULT_COMMAND = "generate"

@@ -19,7 +19,8 @@ from mpillama.engine.engine import Engine
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import UsageError, UserError
 from mpillama.runner import Runner
-from mpillama.spmd import Interrupts, Leader, follow
+from mpillama.spmd import Interrupts
+from mpillama.steps import Leader, follow
 from mpillama.tokenizer import Tokenizer, load_tokenizer
 
 # The KV cache that nobody has sized: room for so many tokens of each sequence, but not less than one whole context.

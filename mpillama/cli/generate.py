@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillama.chat import encode_chat, template_from
+from mpillama.cli.grammar import constraint_from
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
 from mpillama.cli.prompt_cache import PromptCache
@@ -19,7 +20,8 @@ from mpillama.engine.request import Output, Request, RequestParams
 from mpillama.engine.sampling.chain import Sampler
 from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader
-from mpillama.spmd import Interrupts, Leader, follow
+from mpillama.spmd import Interrupts
+from mpillama.steps import Leader, follow
 from mpillama.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -77,6 +79,7 @@ def _prepare(args: Namespace, n_ranks: int, log: Log) -> tuple[Model, _Work]:
         stop=args.reverse_prompt,
         ignore_eos=args.ignore_eos,
         special=args.special,
+        constraint=constraint_from(args, tokenizer, model.cfg.n_vocab),
     )
     cache = PromptCache(args, header.metadata, model, log)
     # Now, and not when the weights have been read: a bias may be wrong.
@@ -123,7 +126,7 @@ def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, inte
     """Evaluate the prompt, then sample and stream tokens; returns the timings."""
     n_vocab, n_ctx, n_blocks = loaded.model.cfg.n_vocab, loaded.model.n_ctx, loaded.runner.n_blocks
     engine = Engine(leader.run, work.tokenizer, n_vocab, n_ctx, n_blocks, min(args.batch_size, args.ubatch_size))
-    work.cache.restore(leader, engine, work.request.prompt)
+    work.cache.restore(loaded, leader, engine, work.request.prompt)
     engine.add(work.request)
     outputs: list[Output] = []
     tokens = list(work.request.prompt)
@@ -139,7 +142,7 @@ def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, inte
         _write("".join(output.text for output in engine.cancel(work.request.id)))
     if begun:
         _write("\n")
-    work.cache.save(leader, engine, tokens)
+    work.cache.save(loaded, leader, engine, tokens)
     if interrupts.exit_code or not outputs:
         return ""
     end = outputs[-1]

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from mpillama.cli.progress import format_bytes
-from mpillama.cli.session import model_path
+from mpillama.cli.session import grid_of, model_path
+from mpillama.cli.shares import given_shares
 from mpillama.config import read_config
 from mpillama.errors import ModelError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
 from mpillama.layout import check_weights
-from mpillama.sharding import Sharding
+from mpillama.partition import Partition
 from mpillama.tensors import model_tensors
 
 # Longer arrays and strings are cut in the text for people.
@@ -41,32 +42,47 @@ def run(args: Namespace) -> int:
 
 
 def _ranks(header: GGUFHeader, args: Namespace) -> dict[str, Any]:
-    """Return how the model would lie over the ranks."""
+    """Return how the model would lie over the ranks, if they were on one host."""
     cfg = read_config(header)
     tensors = model_tensors(header, cfg)
-    weights = check_weights(args.tensor_split or (), args.n_ranks)
-    sharding = Sharding(cfg, weights)
-    totals = [sharding.bytes_of(tensors.values(), rank) for rank in range(args.n_ranks)]
-    rows = []
-    for info in tensors.values():
-        place = sharding.placement(info)
-        rows.append(
-            {
-                "name": info.name,
-                "type": info.type.name,
-                "shape": list(info.shape),
-                "split": place.axis or "replicated",
-                "ranges": [list(r) for r in place.cut.ranges] if place.cut else None,
-                "bytes": [sharding.slice_of(info, rank).nbytes for rank in range(args.n_ranks)],
-            }
-        )
+    grid = grid_of(args, ("",) * args.n_ranks, cfg.n_layer)
+    weights = check_weights(given_shares(args.tensor_split), args.n_ranks)
+    partition = Partition(cfg, tensors, grid, weights, args.ep)
+    totals = [partition.bytes_of(rank) for rank in range(args.n_ranks)]
     ideal = sum(totals) / sum(weights)
     return {
         "n_ranks": args.n_ranks,
+        "tp": grid.tp,
+        "pp": grid.pp,
+        "stages": [[stage.blocks.start, stage.blocks.stop] for stage in partition.stages],
         "tensor_split": list(weights),
         "bytes_per_rank": totals,
         "imbalance": max(t / (ideal * w) for t, w in zip(totals, weights, strict=True) if w > 0) - 1.0,
-        "tensors": rows,
+        "tensors": [_of_tensor(info, partition) for info in tensors.values()],
+    }
+
+
+def _of_tensor(info: TensorInfo, partition: Partition) -> dict[str, Any]:
+    """Return how a tensor lies over the ranks of the stages that hold it; elsewhere it has no bytes."""
+    n_ranks = partition.grid.size
+    rows, split, ranges = [0] * n_ranks, "replicated", None
+    for rank in range(n_ranks):
+        sharding, index = partition.of(rank)
+        if not sharding.holds(info):
+            continue
+        place = sharding.placement(info)
+        rows[rank] = sharding.slice_of(info, index).nbytes
+        if place.cut:
+            split = place.axis
+            ranges = ranges or [[0, 0] for _ in range(n_ranks)]
+            ranges[rank] = list(place.cut.ranges[index])
+    return {
+        "name": info.name,
+        "type": info.type.name,
+        "shape": list(info.shape),
+        "split": split,
+        "ranges": ranges,
+        "bytes": rows,
     }
 
 
@@ -107,12 +123,21 @@ def _as_text(header: GGUFHeader, ranks: dict[str, Any] | str) -> list[str]:
         "",
         f"{ranks['n_ranks']} rank{'s' if ranks['n_ranks'] > 1 else ''}, tensor split {_join(ranks['tensor_split'])}",
     ]
-    lines += [f"  rank {rank}: {format_bytes(n)}" for rank, n in enumerate(ranks["bytes_per_rank"])]
+    if ranks["pp"] > 1:
+        lines[-1] += f", {ranks['pp']} stages of {ranks['tp']}"
+    lines += [
+        f"  rank {rank}: {format_bytes(n)}" + _blocks(ranks, rank) for rank, n in enumerate(ranks["bytes_per_rank"])
+    ]
     lines += [f"  imbalance: the fullest rank holds {100 * ranks['imbalance']:.1f} % more than its share"]
     if ranks["n_ranks"] > 1:
         rows = [(t["name"], t["split"], _ranges(t["ranges"]), _each(t["bytes"])) for t in ranks["tensors"]]
         lines += _table(("tensor", "split", "range of each rank", "bytes of each rank"), rows)
     return lines
+
+
+def _blocks(ranks: dict[str, Any], rank: int) -> str:
+    first, end = ranks["stages"][rank // ranks["tp"]]
+    return f" (blocks {first} to {end - 1})" if ranks["pp"] > 1 else ""
 
 
 def _shape(info: TensorInfo) -> str:
@@ -134,7 +159,7 @@ def _join(numbers: list[float]) -> str:
 
 
 def _ranges(ranges: list[list[int]] | None) -> str:
-    return " ".join(f"{start}:{stop}" for start, stop in ranges) if ranges else "all"
+    return " ".join(f"{start}:{stop}" if stop else "-" for start, stop in ranges) if ranges else "all"
 
 
 def _each(sizes: list[int]) -> str:

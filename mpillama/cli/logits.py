@@ -12,7 +12,8 @@ from mpillama.cli.session import Model, load, open_model
 from mpillama.comm.base import World
 from mpillama.engine.sequence import Sequence
 from mpillama.errors import UsageError, UserError
-from mpillama.spmd import Interrupts, Leader, follow
+from mpillama.spmd import Interrupts
+from mpillama.steps import Leader, follow
 
 
 def run(args: Namespace, world: World, interrupts: Interrupts) -> int:

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _alone(partial(_tell, result), speaks)
     command = find_command(name)
     body = partial(command.load(), args)
-    return run(body) if command.parallel else _alone(body, speaks)
+    return run(body, args.rank_timeout, command.stranded) if command.parallel else _alone(body, speaks)
 
 
 def _tell(result: HelpRequested | UserError) -> int:

@@ -37,8 +37,8 @@ def available_memory() -> int:
     return free
 
 
-def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int) -> int:
-    """Return how many tokens the KV cache can hold where each host has room for its ranks, ``n_kv`` if possible.
+def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int, own: int = 0) -> int:
+    """Return how many tokens the KV cache can hold where each host, or each rank's device, has room; at best ``n_kv``.
 
     Args:
         world: of all ranks.
@@ -46,14 +46,16 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
         kv: bytes of each rank's KV cache for ``n_kv`` tokens.
         n_kv: tokens wanted.
         n_kv_min: with fewer than these there is no use in starting.
+        own: bytes free on this rank's own device; 0: it computes in the host's memory, as do all others.
 
     Raises:
         UserError: on rank 0, naming the host, what is needed and what would fit; the other ranks raise PeerFailure.
     """
-    free = world.bcast(world.gather(available_memory()))
+    free = world.bcast(world.gather(own or available_memory()))
+    places = [f"the GPU of rank {rank} on {host}" if own else host for rank, host in enumerate(world.hosts)]
     granted = n_kv
-    for host in dict.fromkeys(world.hosts):
-        ranks = [rank for rank in range(world.size) if world.hosts[rank] == host]
+    for place in dict.fromkeys(places):
+        ranks = [rank for rank in range(world.size) if places[rank] == place]
         room = min(free[rank] for rank in ranks)
         fixed = sum(weights[rank] + WORKSPACE for rank in ranks)
         cache = sum(kv[rank] for rank in ranks)
@@ -69,11 +71,12 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
         advice = (
             f"the largest context that fits is -c {largest}"
             if largest >= KV_BLOCK
-            else ("use more hosts, or a model with fewer bits per weight")
+            else f"use more {'GPUs' if own else 'hosts'}, or a model with fewer bits per weight"
         )
         error = UserError(
-            f"{host} has {format_bytes(room)} free, but its ranks need {format_bytes(fixed)} for weights and work and "
-            f"{format_bytes(cache)} for a KV cache of {n_kv} tokens; {advice}"
+            f"{place} has {format_bytes(room)} free, but {'it needs' if own else 'its ranks need'} "
+            f"{format_bytes(fixed)} for weights and work and {format_bytes(cache)} for a KV cache of {n_kv} tokens; "
+            f"{advice}"
         )
         if world.rank:
             raise PeerFailure(error.exit_code, error.line)

@@ -1,8 +1,8 @@
 """The table of flags: llama.cpp's names, environment variables and defaults, and a few of mpillama's own.
 
 One flag is one :class:`Option`; the groups below are put together by the commands in ``commands.py``. Names and
-defaults are those of llama.cpp's ``common/arg.cpp`` and ``common/common.h``. The exceptions: ``--split-mode`` is
-``tensor``, the only way of running on several ranks so far, and ``-s -1`` stands for the random seed.
+defaults are those of llama.cpp's ``common/arg.cpp`` and ``common/common.h``. The exceptions: ``--split-mode`` is chosen
+by where the ranks are, and ``-s -1`` stands for the random seed.
 """
 
 from __future__ import annotations
@@ -156,10 +156,10 @@ TENSOR_SPLIT = _grouped(
     "parallelism",
     Option(
         ("-ts", "--tensor-split"),
-        "share of the model of each rank, e.g. 3,1",
-        values.proportions,
+        "share of the model of each rank, e.g. 3,1; auto = by measured speed, memory = by free memory",
+        values.shares,
         None,
-        "N0,N1,N2,...",
+        "{N0,N1,N2,...|auto|memory}",
         "LLAMA_ARG_TENSOR_SPLIT",
         shown="equal shares",
     ),
@@ -169,24 +169,29 @@ BACKEND = _grouped(
     "parallelism",
     Option(
         ("--backend",),
-        "what computes: cpu (native kernels), reference (NumPy), auto = cpu where it was built",
+        "what computes: cpu (native kernels), cuda or hip (GPU, through CuPy), reference (NumPy), emulated (GPU "
+        "kernels on the CPU, for tests), auto = cpu where it was built",
         values.choice(*BACKENDS),
         "auto",
         "{" + ",".join(BACKENDS) + "}",
     ),
 )
 
+TIMEOUT = _grouped(
+    "parallelism",
+    Option(
+        ("--timeout", "--rank-timeout"),
+        "end the job when a rank keeps the others waiting this long inside a step, 0 = never",
+        values.seconds,
+        60.0,
+        "SECONDS",
+        dest="rank_timeout",
+    ),
+)
+
 PARALLEL = (
     *_grouped(
         "parallelism",
-        Option(
-            ("-sm", "--split-mode"),
-            "how the model is split over ranks: tensor, or none (one rank only)",
-            values.choice("none", "tensor", later=("layer", "row")),
-            "tensor",
-            "{none,tensor}",
-            "LLAMA_ARG_SPLIT_MODE",
-        ),
         Option(
             ("-t", "--threads"),
             "CPU threads per rank, 0 or -1 = the rank's share of its node",
@@ -197,6 +202,16 @@ PARALLEL = (
     ),
     *BACKEND,
     *TENSOR_SPLIT,
+    *TIMEOUT,
+    *_grouped(
+        "parallelism",
+        Option(
+            ("--deterministic",),
+            "compute the same numbers on any number of ranks up to 12, at a price in speed",
+            None,
+            False,
+        ),
+    ),
 )
 
 ROPE = _grouped(

@@ -9,13 +9,13 @@ from typing import Any
 
 from mpillama.cli.engine_session import Service
 from mpillama.cli.progress import Log
-from mpillama.cli.session import Model
+from mpillama.cli.session import Loaded, Model
 from mpillama.engine.engine import Engine
 from mpillama.errors import UsageError
-from mpillama.spmd import Leader
 from mpillama.state.file import KVShape, read_state
 from mpillama.state.identity import model_identity
 from mpillama.state.sequence import States
+from mpillama.steps import Leader
 
 
 def kv_shape(metadata: Mapping[str, Any], model: Model, type_k: str, type_v: str) -> KVShape:
@@ -29,7 +29,7 @@ def open_states(service: Service) -> States:
     """Return a service's way to files of KV."""
     loaded = service.loaded
     shape = kv_shape(service.metadata, loaded.model, loaded.runner.type_k, loaded.runner.type_v)
-    return States(service.leader, service.engine, shape, loaded.model.weights)
+    return States(service.leader, service.engine, shape, loaded.places)
 
 
 class PromptCache:
@@ -47,9 +47,10 @@ class PromptCache:
 
     def __init__(self, args: Namespace, metadata: Mapping[str, Any], model: Model, log: Log) -> None:
         self._path, self._read_only, self._log = args.prompt_cache, args.prompt_cache_ro, log
-        self._shares = model.weights
         if not self._path:
             return
+        if args.deterministic:
+            raise UsageError("--prompt-cache and --deterministic exclude each other: give one of them")
         self._shape = kv_shape(metadata, model, args.cache_type_k, args.cache_type_v)
         if Path(self._path).exists():
             read_state(self._path, self._shape)
@@ -58,15 +59,15 @@ class PromptCache:
         elif not Path(self._path).absolute().parent.is_dir():
             raise UsageError(f"--prompt-cache {self._path}: there is no such folder")
 
-    def restore(self, leader: Leader, engine: Engine, prompt: Sequence[int] | None = None) -> None:
+    def restore(self, loaded: Loaded, leader: Leader, engine: Engine, prompt: Sequence[int] | None = None) -> None:
         """Take what the file has of a prompt into the engine's cache; without one, all that it has."""
         if self._path and Path(self._path).exists():
-            n = States(leader, engine, self._shape, self._shares).load(self._path, prompt)
+            n = States(leader, engine, self._shape, loaded.places).load(self._path, prompt)
             self._log.info(f"prompt cache: {n} tokens of {self._path} are used")
 
-    def save(self, leader: Leader, engine: Engine, tokens: Sequence[int]) -> None:
+    def save(self, loaded: Loaded, leader: Leader, engine: Engine, tokens: Sequence[int]) -> None:
         """Replace the file by what the engine's cache has of these tokens, if that is anything."""
         if self._path and not self._read_only:
-            n = States(leader, engine, self._shape, self._shares).save(self._path, tokens)
+            n = States(leader, engine, self._shape, loaded.places).save(self._path, tokens)
             words = f"{n} tokens saved to {self._path}" if n else "nothing saved: the text is too short"
             self._log.info(f"prompt cache: {words}")

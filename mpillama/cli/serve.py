@@ -2,114 +2,30 @@
 
 from __future__ import annotations
 
-import ipaddress
-import resource
 from argparse import Namespace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpillama import __version__
-from mpillama.cli.api_context import api_context
 from mpillama.cli.engine_session import Service, run_engine
 from mpillama.cli.progress import Log
 from mpillama.comm.base import World
-from mpillama.errors import UsageError
-from mpillama.server.app import Api, Served
-from mpillama.server.bridge import Bridge
-from mpillama.server.settings import Settings
-from mpillama.server.thread import HttpThread, listen
 from mpillama.spmd import Interrupts
 
-_MAX_FILES = 16384
+if TYPE_CHECKING:
+    from mpillama.cli.serve_http import HttpServer
 
 
 def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     """Run the command on this rank; returns the exit code."""
     log = Log(args, world.rank)
-    opened: list[_Server] = []
+    opened: list[HttpServer] = []
 
     def before() -> None:
-        opened.append(_Server(args, log))
+        # Here, because the other ranks need none of it, and a file system may have thousands of them to serve.
+        from mpillama.cli.serve_http import HttpServer
+
+        opened.append(HttpServer(args, log))
 
     def body(service: Service) -> int:
         return opened[0].serve(service, interrupts)
 
     return run_engine(args, world, interrupts, log, body, before)
-
-
-class _Server:
-    """Rank 0's server; it listens at once, and says that it is loading until the model is there."""
-
-    def __init__(self, args: Namespace, log: Log) -> None:
-        self._args, self._log = args, log
-        self._settings = Settings(
-            api_keys=read_keys(args),
-            timeout=args.timeout,
-            max_body=args.max_body << 20,
-            max_queue=args.max_queue,
-            grace=args.grace,
-        )
-        _allow_many_files()
-        sock, self._url = listen(args.host, args.port)
-        self._bridge = Bridge(self._settings.max_queue)
-        self._api = Api(self._bridge, self._settings, log.verbose)
-        self._thread = HttpThread(self._api.app, sock, self._bridge, self._settings)
-        if not self._settings.api_keys and _is_public(args.host):
-            log.report(f"mpillama serve: whoever reaches {self._url} can use the model: there is no --api-key")
-        self._thread.start()
-
-    def serve(self, service: Service, interrupts: Interrupts) -> int:
-        """Serve until a signal; returns the exit code."""
-        model = service.loaded.model
-        meta = {
-            "n_vocab": model.cfg.n_vocab,
-            "n_ctx": service.engine.n_ctx,
-            "n_ctx_train": model.cfg.n_ctx_train,
-            "n_embd": model.cfg.n_embd,
-            "size": sum(info.nbytes for info in model.tensors.values()),
-            "build": f"mpillama {__version__}",
-        }
-        context = api_context(service, self._args.alias)
-        self._api.served = Served(context, meta, model.paths[0])
-        self._log.report(f"mpillama serve: {context.name} is ready at {self._url}")
-        self._bridge.run(service.engine, interrupts, self._settings.grace, self._on_drain)
-        self._thread.stop()
-        left = len(self._bridge.tickets)
-        self._log.report("mpillama serve: stopped" + (f"; {left} requests were not finished in time" if left else ""))
-        return 0
-
-    def _on_drain(self, n: int) -> None:
-        self._log.report(f"mpillama serve: stopping; {n} requests have {self._settings.grace} s to finish")
-
-
-def read_keys(args: Namespace) -> tuple[str, ...]:
-    """Return the API keys of the flags; UsageError if their file cannot be read or has none."""
-    keys: list[str] = list(args.api_key)
-    if args.api_key_file:
-        try:
-            lines = Path(args.api_key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "the file is not UTF-8 text"
-            raise UsageError(f"--api-key-file {args.api_key_file}: {reason}") from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise UsageError(f"--api-key-file {args.api_key_file}: there is no key in it")
-        keys += found
-    return tuple(keys)
-
-
-def _is_public(host: str) -> bool:
-    """Whether other machines may reach an address."""
-    if host.endswith(".sock") or host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return True
-
-
-def _allow_many_files() -> None:
-    """Let as many connections in as the system allows; the usual limit of 1024 files is less than a server may meet."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -63,7 +63,9 @@ _SERVER = (
     ),
 )
 
-SERVE = (*(replace(option, group="server") for option in _SERVER), *ENGINE)
+# In a server --timeout is llama.cpp's, about clients; that of the ranks has only its longer name.
+_ENGINE = (replace(option, names=("--rank-timeout",)) if option.dest == "rank_timeout" else option for option in ENGINE)
+SERVE = (*(replace(option, group="server") for option in _SERVER), *_ENGINE)
 
 
 def check_serve(namespace: Namespace) -> None:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import replace
 
 from mpillama.cli import values
+from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PARALLEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
 from mpillama.errors import UsageError
 
@@ -29,7 +30,7 @@ SERVING = (
 )
 """The KV cache of ``-c`` tokens is shared by all sequences; one may have as many as all of them."""
 
-ENGINE = (*SERVING, *MODEL, *PARALLEL, *SAMPLING, *ROPE, *LOGGING)
+ENGINE = (*SERVING, *MODEL, *GRID, *PARALLEL, *SAMPLING, *ROPE, *LOGGING)
 """All that `engine_session.run_engine` needs."""
 
 

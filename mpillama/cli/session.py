@@ -6,29 +6,39 @@ import os
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from mpillama.backends import make_backend
+from mpillama.backends import GPU_NAMES, make_backend
 from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import Backend
+from mpillama.backends.gpu.backend import GpuBackend
+from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
-from mpillama.comm.base import World, attempt, from_root, settle
+from mpillama.cli.shares import choose_shares
+from mpillama.comm.base import Group, World, attempt, from_root, settle
+from mpillama.comm.nccl import device_group
+from mpillama.comm.pipeline import Pipe, open_pipe
+from mpillama.comm.staged import tensor_group
+from mpillama.comm.virtual import VIRTUAL_RANKS, Crew
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
 from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
-from mpillama.layout import check_weights
+from mpillama.grid import ONE_RANK, Grid, choose_grid
+from mpillama.layout import apportion
 from mpillama.loader import check_types, load_weights
 from mpillama.ops import Ops
-from mpillama.runner import Runner, kv_bytes
-from mpillama.sharding import Sharding
+from mpillama.partition import Partition
+from mpillama.runner import Runner, VirtualRunner, kv_bytes
+from mpillama.state.sequence import KVPlace
 from mpillama.tensors import model_tensors
 
 T = TypeVar("T")
@@ -39,27 +49,33 @@ class Model:
     """What every rank must know of a model to load its slices; small, and broadcast by rank 0.
 
     Attributes:
-        weights: each rank's share.
         n_ctx: tokens of one sequence at most.
         n_kv: tokens that the KV cache should hold; with less than ``n_kv_min`` the model is not loaded.
+        grid: of the ranks; it and ``weights``, a share for each rank, become known when the ranks have met.
+        weights: see ``grid``.
     """
 
     paths: tuple[str, ...]
     cfg: Config
     tensors: dict[str, TensorInfo]
-    weights: tuple[float, ...]
     n_ctx: int
     n_kv: int
     n_kv_min: int
+    grid: Grid = ONE_RANK
+    weights: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to run on this rank, and how long that took in seconds."""
+    """A model that is ready to run on this rank, and how long that took in seconds.
+
+    ``places`` are the ranks' parts of the KV; empty where there are virtual ranks.
+    """
 
     model: Model
     runner: Runner
     seconds: float
+    places: tuple[KVPlace, ...] = ()
 
 
 def model_path(args: Namespace) -> Path:
@@ -77,9 +93,6 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     Raises:
         UserError: the file, a flag, or their combination is wrong.
     """
-    if args.split_mode == "none" and n_ranks > 1:
-        raise UsageError(f"-sm none runs on one rank but there are {n_ranks}; start one, or use -sm tensor")
-    weights = check_weights(args.tensor_split or (), n_ranks)
     header = read_header(model_path(args))
     for key, value in args.override_kv:
         header.metadata[key] = value  # type: ignore[index]
@@ -99,7 +112,7 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     tensors = model_tensors(header, cfg)
     check_types(tensors.values(), ReferenceBackend())
     n_ctx = args.ctx_size or cfg.n_ctx_train
-    return header, Model(header.paths, cfg, tensors, weights, n_ctx, n_ctx, n_ctx)
+    return header, Model(header.paths, cfg, tensors, n_ctx, n_ctx, n_ctx)
 
 
 def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]]) -> tuple[Loaded, T | None]:
@@ -114,40 +127,118 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     def describe() -> Model:
         model, other = make()
         own.append(other)
-        return model
+        if args.deterministic:
+            return replace(model, grid=_deterministic_grid(args, world.size))
+        return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer))
 
     model = from_root(world, describe)
-    backend, threads = settle(world, attempt(lambda: open_backend(args, world)))
-    sharding = Sharding(model.cfg, model.weights)
-    infos = list(model.tensors.values())
-    shares = [sharding.bytes_of(infos, rank) for rank in range(world.size)]
+    backend, threads = settle(world, attempt(lambda: open_backend(args, world, one_thread=args.deterministic)))
+    model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
+    virtual = virtual_ranks(model.weights) if args.deterministic else None
+    if virtual:
+        partition = Partition(model.cfg, model.tensors, Grid(VIRTUAL_RANKS), (1.0,) * VIRTUAL_RANKS, args.ep)
+    else:
+        partition = Partition(model.cfg, model.tensors, model.grid, model.weights, args.ep)
+    slices = virtual or [range(rank, rank + 1) for rank in range(world.size)]
+    shares = [sum(partition.bytes_of(i) for i in here) for here in slices]
     kv_types = (args.cache_type_k, args.cache_type_v)
-    kv = [kv_bytes(model.cfg, sharding, rank, model.n_kv, *kv_types) for rank in range(world.size)]
-    n_kv = fit_memory(world, shares, kv, model.n_kv, model.n_kv_min)
-    kv = [kv_bytes(model.cfg, sharding, rank, n_kv, *kv_types) for rank in range(world.size)]
+
+    def kv_shares(n_kv: int) -> list[int]:
+        """Return the bytes of each rank's KV cache."""
+        return [sum(kv_bytes(model.cfg, *partition.of(i), n_kv, *kv_types) for i in here) for here in slices]
+
+    room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
+    n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room)
+    model = replace(model, n_kv=n_kv)
+    kv = kv_shares(n_kv)
     with JointProgress(world, shares, enabled=log.interactive) as bar:
-        reading = attempt(lambda: load_weights(model.paths, model.tensors, sharding, world.rank, backend, bar.update))
-        if isinstance(reading, UserError):
+        if virtual:
+            crew = Crew(world.group(), [len(here) for here in virtual])
+            backends = [backend, *(open_backend(args, world, one_thread=True)[0] for _ in virtual[world.rank][1:])]
+            parts = [
+                (i, Ops(member, tensor_group(group, member)), Pipe())
+                for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
+            ]
+        else:
+            parts = [(world.rank, Ops(backend, _stage_group(world, model.grid, backend)), open_pipe(world, model.grid))]
+        loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
+        if isinstance(loading, UserError):
             bar.give_up()
-    weights, n_read = settle(world, reading)
-    n_head_kv = sharding.cuts["k"].width(world.rank) // model.cfg.n_embd_head_k
-    runner = Runner(model.cfg, weights, Ops(backend, world.group()), n_head_kv, n_kv, *kv_types)
+    members = settle(world, loading)
+    runner = VirtualRunner([runner for runner, _ in members], crew) if virtual else members[0][0]
+    n_read = sum(n for _, n in members)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
-    log.info(_layout_line(world, backend.name, threads, model, shares, kv, n_kv))
+    log.info(_layout_line(world, backend.name, threads, model, partition, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
         log.verbose(
             f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
             f"read {format_bytes(n_read_there)}, KV {format_bytes(kv[rank])}, peak memory {format_bytes(peak)}"
         )
-    n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in infos}.values())
+    n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in model.tensors.values()}.values())
     log.verbose(
         f"read in all: {format_bytes(sum(n for n, _ in everyone))} of {format_bytes(n_file)} of tensors in the file"
     )
-    return Loaded(model, runner, time.perf_counter() - began), own[0] if own else None
+    n_k = model.cfg.n_embd_head_k
+    places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else world.size))
+    return Loaded(model, runner, time.perf_counter() - began, places), own[0] if own else None
+
+
+def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
+    """Return the grid of a command that runs a single replica.
+
+    Raises:
+        UsageError: there is no such grid of these ranks, or the flags ask for several replicas.
+    """
+    grid = choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
+    if grid.dp > 1:
+        raise UsageError(f"--dp {grid.dp}: replicas serve batch and serve, but this command runs one; leave --dp out")
+    return grid
+
+
+def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
+    if args.split_mode == "layer" or (args.pp or 1) * args.dp > 1:
+        raise UsageError("--deterministic is for tensor parallelism alone; leave --pp, --dp and -sm layer out")
+    return Grid(n_ranks)
+
+
+def _stage_group(world: World, grid: Grid, backend: Backend) -> Group:
+    """Return the group of this rank's stage, for arrays of its backend; ``MPILLAMA_COLLECTIVES=host``: without NCCL."""
+    if grid.tp == world.size:
+        return device_group(world, backend, by_host=os.environ.get("MPILLAMA_COLLECTIVES", "") == "host")
+    return tensor_group(world.group(grid.stage_ranks(world.rank)), backend)
+
+
+def open_runner(
+    model: Model,
+    partition: Partition,
+    rank: int,
+    ops: Ops,
+    pipe: Pipe,
+    kv_types: tuple[str, str],
+    progress: Callable[[int], None] = lambda n: None,
+) -> tuple[Runner, int]:
+    """Load the weights of a rank, or of a virtual one.
+
+    Args:
+        model: what is loaded.
+        partition: of the model.
+        rank: in the partition.
+        ops: over the rank's backend and the group of its stage.
+        pipe: to the stages next to it.
+        kv_types: of keys and values.
+        progress: called with each number of bytes read.
+
+    Returns:
+        The runner, and the bytes that were read.
+    """
+    sharding, index = partition.of(rank)
+    weights, n_read = load_weights(model.paths, model.tensors, sharding, index, ops.backend, progress)
+    n_head_kv = partition.n_head_kv(rank)
+    return Runner(model.cfg, weights, ops, n_head_kv, model.n_kv, *kv_types, sharding.blocks, pipe), n_read
 
 
 def _layout_line(
-    world: World, backend: str, threads: int, model: Model, shares: list[int], kv: list[int], n_kv: int
+    world: World, backend: str, threads: int, model: Model, partition: Partition, shares: list[int], kv: list[int]
 ) -> str:
     n_hosts = len(set(world.hosts))
     total = sum(model.weights)
@@ -156,27 +247,60 @@ def _layout_line(
     per_rank = format_bytes(high) if low == high else f"{format_bytes(low)} to {format_bytes(high)}"
     each = " each" if world.size > 1 else ""
     return (
-        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {backend} backend with "
-        f"{_count(threads, 'thread')}{each}, tensor split {split} %, weights {per_rank} per rank, "
-        f"KV {format_bytes(max(kv))} for {n_kv} tokens"
+        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {_grid_words(model.grid, partition)}"
+        f"{backend} backend with {_count(threads, 'thread')}{each}, tensor split {split} %, "
+        f"weights {per_rank} per rank, KV {format_bytes(max(kv))} for {model.n_kv} tokens"
     )
+
+
+def _grid_words(grid: Grid, partition: Partition) -> str:
+    words = ""
+    if grid.pp > 1:
+        blocks = "+".join(str(len(stage.blocks)) for stage in partition.stages)
+        words = f"{grid.pp} stages of {_count(grid.tp, 'rank')} with {blocks} blocks, "
+    whole = len(partition.whole_experts)
+    return words + (f"whole experts in {_count(whole, 'block')}, " if whole else "")
 
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
-def open_backend(args: Namespace, world: World) -> tuple[Backend, int]:
-    """Return this rank's backend and its number of threads.
+def virtual_ranks(weights: tuple[float, ...]) -> list[range]:
+    """Return the virtual ranks of each rank.
 
-    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use.
+    Raises:
+        UsageError: there are none for some rank.
+    """
+    counts = apportion(VIRTUAL_RANKS, weights)
+    if 0 in counts:
+        raise UsageError(
+            f"--deterministic cuts the model into {VIRTUAL_RANKS} parts, and leaves none for rank {counts.index(0)}; "
+            "start fewer ranks, or give it a larger share with -ts"
+        )
+    ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    return [range(a, b) for a, b in pairwise(ends)]
+
+
+def open_backend(args: Namespace, world: World, one_thread: bool = False) -> tuple[Backend, int]:
+    """Return this rank's backend and its number of threads; with ``one_thread``, of one that has to share the rank.
+
+    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use; ``MPILLAMA_SHARE_GPUS=1`` lets ranks
+    share a GPU.
 
     Raises:
         UsageError: the backend or the level is not there.
     """
-    threads, cores = place_threads(world, args.threads)
+    threads, cores = (1, ()) if one_thread else place_threads(world, args.threads)
     threadpool_limits(threads)
-    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", "")), threads
+    device = 0
+    if args.backend in GPU_NAMES:
+        from mpillama.cli.gpus import choose_gpu
+
+        # CuPy keeps compiled kernels in the home folder, which the nodes of a cluster share, and which is slow.
+        os.environ.setdefault("CUPY_CACHE_DIR", str(user_cache() / "cupy"))
+        device = choose_gpu(args.backend, world, share=os.environ.get("MPILLAMA_SHARE_GPUS", "") == "1")
+    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", ""), device), threads
 
 
 def limit_threads(world: World, wanted: int) -> int:

@@ -57,6 +57,14 @@ def positive(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    """Parse a time of at least 0."""
+    value = number(text)
+    if not 0 <= value < float("inf"):
+        raise BadValueError(f"expected a number of seconds of at least 0, got {text!r}")
+    return value
+
+
 def reciprocal(text: str) -> float:
     """Parse ``--rope-scale N``, which is ``--rope-freq-scale 1/N``."""
     return 1.0 / positive(text)
@@ -114,6 +122,11 @@ def proportions(text: str) -> tuple[float, ...]:
     if min(shares) < 0 or sum(shares) <= 0:
         raise BadValueError(problem)
     return shares
+
+
+def shares(text: str) -> tuple[float, ...] | str:
+    """Parse `proportions`, or one of the words ``auto`` and ``memory``."""
+    return text if text in ("auto", "memory") else proportions(text)
 
 
 def token_ids(text: str) -> tuple[int, ...]:

@@ -1,18 +1,19 @@
-"""The two protocols of this package.
+"""The protocols of this package.
 
-`Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `World`
-carries small control messages between all ranks of a run, and knows how to end it. `tests/unit/test_comm_contract.py`
-holds every implementation to the same contract.
+`Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `Link`
+hands tensors from one rank to another. `World` carries small control messages between all ranks of a run, and knows how
+to end it. `tests/unit/test_comm_contract.py` holds every implementation to the same contract.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
-from mpillama.errors import PeerFailure, UserError
+from mpillama.comm.watch import Watch
+from mpillama.errors import JobError, PeerFailure, UserError
 from mpillama.layout import Cut
 
 T = TypeVar("T")
@@ -41,6 +42,34 @@ class Group(Protocol):
         ...
 
 
+class Arrival(Protocol):
+    """An array that is on its way to this rank."""
+
+    def wait(self) -> np.ndarray:
+        """Return it, once it is here; waiting occupies no core for long."""
+        ...
+
+
+class Link(Protocol):
+    """This rank's end of a channel between two ranks: float32 arrays, in order, each way independent of the other."""
+
+    def send(self, x: np.ndarray) -> None:
+        """Begin to send ``x``, which must not change any more.
+
+        Returns before the partner has taken it, but may wait until the partner has taken the array before it: a rank
+        that runs ahead of the next one waits here.
+        """
+        ...
+
+    def expect(self, shape: tuple[int, ...]) -> Arrival:
+        """Begin to receive the next array, of this shape; it can come in while this rank waits for other things."""
+        ...
+
+    def receive(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Wait for the next array, of this shape."""
+        ...
+
+
 class World(Protocol):
     """All ranks of one run, and the host each lives on."""
 
@@ -49,9 +78,17 @@ class World(Protocol):
     hosts: tuple[str, ...]
     local_rank: int
     local_size: int
+    watch: Watch
 
-    def group(self) -> Group:
-        """Return the group of all ranks for tensors in host memory."""
+    def group(self, ranks: Sequence[int] | None = None) -> Group:
+        """Return a group for tensors in host memory: of all ranks, or of these, which include this one.
+
+        All ranks of the world call this together, each with the ranks (in order) of its own group.
+        """
+        ...
+
+    def link(self, partner: int) -> Link:
+        """Return this rank's end of the channel to another rank; there is one for each pair."""
         ...
 
     def bcast(self, value: Any) -> Any:
@@ -60,6 +97,10 @@ class World(Protocol):
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's ``value`` on rank 0, and an empty list elsewhere."""
+        ...
+
+    def agree(self, signature: int) -> list[int]:
+        """Return the 64-bit signatures of all ranks."""
         ...
 
     def send(self, message: np.ndarray) -> None:
@@ -85,6 +126,21 @@ class World(Protocol):
     def close(self) -> None:
         """Leave in peace, after all ranks have got here."""
         ...
+
+
+def check_agreement(world: World, signature: int) -> None:
+    """Make sure that all ranks have come to the same point with the same signature.
+
+    Raises:
+        JobError: on every rank, if some differ from rank 0.
+    """
+    step = world.watch.step
+    everyone = world.agree(signature)
+    others = [f"rank {rank} on {world.hosts[rank]}" for rank, own in enumerate(everyone) if own != everyone[0]]
+    if others:
+        error = JobError(f"the ranks have diverged by step {step}: {', '.join(others)} differs from rank 0")
+        error.told = True
+        raise error
 
 
 def from_root(world: World, make: Callable[[], T]) -> T:

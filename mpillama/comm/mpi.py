@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-import time
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.comm.base import Group
+from mpillama.comm.board import Board, share_file
+from mpillama.comm.exchange import BUSY, IDLE, MPIExchange, poll
+from mpillama.comm.mpi_link import MPILink
+from mpillama.comm.shared import (
+    CAPACITY,
+    CAPACITY_NETWORK,
+    SharedGroup,
+    native_module_is_built,
+    open_segment,
+    segment_bytes,
+)
+from mpillama.comm.watch import DEFAULT_LIMIT, Watch
 from mpillama.layout import Cut
 
 # A decode step's plan fits into one broadcast of this many int32; longer ones take a second.
 _HEAD = 1024
 _PROGRESS = 1
+# Seconds.
+_ABORT_TAKES = 3.0
+# Beats of rank 0's heart between two that the other hosts are told of.
+_BEATS_PER_MESSAGE = 4
 
 
 class MPIGroup:
-    """Host arrays over an MPI communicator."""
+    """Host arrays over an MPI communicator, without shared memory."""
 
-    def __init__(self, comm: MPI.Comm) -> None:
-        self._comm = comm
+    def __init__(self, comm: MPI.Comm, ranks: Sequence[int], watch: Watch) -> None:
+        self._exchange, self._watch = MPIExchange(comm, ranks, watch), watch
         self.rank, self.size = comm.rank, comm.size
 
     @property
@@ -29,89 +48,173 @@ class MPIGroup:
         return self.rank == 0
 
     def allreduce(self, x: np.ndarray) -> np.ndarray:
-        """Return the sum over the ranks, in place."""
+        """Return the sum over the ranks, in place where ``x`` is contiguous."""
         x = np.ascontiguousarray(x)
-        self._comm.Allreduce(MPI.IN_PLACE, x, MPI.SUM)
+        self._watch.begin("allreduce")
+        self._exchange.allreduce(x.reshape(-1))
         return x
 
     def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
         """Return the slices joined along the last axis."""
+        self._watch.begin("allgather")
         lead = x.shape[:-1]
         n_rows = int(np.prod(lead, dtype=np.int64))
-        counts = [n_rows * cut.width(rank) for rank in range(self.size)]
-        flat = np.empty(sum(counts), x.dtype)
-        self._comm.Allgatherv(np.ascontiguousarray(x), [flat, counts])
-        parts = np.split(flat, np.cumsum(counts)[:-1])
-        return np.concatenate([part.reshape(*lead, cut.width(rank)) for rank, part in enumerate(parts)], axis=-1)
+        widths = [cut.width(rank) for rank in range(self.size)]
+        parts = self._exchange.allgather(x, [n_rows * width for width in widths])
+        return np.concatenate([p.reshape(*lead, width) for p, width in zip(parts, widths, strict=True)], axis=-1)
 
 
 class MPIWorld:
     """All ranks of a communicator.
 
     Args:
+        limit: seconds that a rank waits for another inside a step; 0: for ever.
+        hosts: names of hosts to pretend, one for each rank; ranks of the same name share memory.
+        shared: whether ranks of one host exchange through shared memory (where that can be had).
         comm: whose ranks they are; not used for messages itself.
         embedded: whether MPI belongs to a program that goes on after `close`.
     """
 
-    def __init__(self, comm: MPI.Comm = MPI.COMM_WORLD, embedded: bool = False) -> None:
-        self._comm, self._embedded = comm, embedded
-        world = comm
-        self.rank, self.size = world.rank, world.size
-        self._control = world.Dup()
-        self._progress = world.Dup()
+    def __init__(
+        self,
+        limit: float = DEFAULT_LIMIT,
+        hosts: Sequence[str] = (),
+        shared: bool = True,
+        comm: MPI.Intracomm = MPI.COMM_WORLD,
+        embedded: bool = False,
+    ) -> None:
+        world = self._world = comm
+        self._embedded = embedded
         self._groups: list[MPI.Comm] = []
+        self.rank, self.size = world.rank, world.size
+        self._control, self._progress, self._pulse = world.Dup(), world.Dup(), world.Dup()
+        self._link_comm = world.Dup()
+        # Kept to the end: what a link is still sending must not be freed with its user.
+        self._links: dict[int, MPILink] = {}
         self._requests: list[MPI.Request] = []
-        self.hosts = tuple(self._control.allgather(MPI.Get_processor_name()))
-        local = world.Split_type(MPI.COMM_TYPE_SHARED)
+        self._pulses: list[MPI.Request] = []
+        self._n_beats = 0
+        self.hosts = tuple(hosts) or tuple(self._control.allgather(MPI.Get_processor_name()))
+        if hosts:
+            local = world.Split(self.hosts.index(self.hosts[self.rank]), self.rank)
+        else:
+            local = world.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
+        self._local = local
         self.local_rank, self.local_size = local.rank, local.size
-        local.Free()
+        members = self._control.allgather(tuple(local.allgather(self.rank)))
+        self._by_host = tuple(dict.fromkeys(members))
+        fd = share_file(local, Board.nbytes(local.size))
+        # Only if every host can: all ranks must form the same kind of group.
+        self._shared = all(self._control.allgather(shared and fd is not None and native_module_is_built()))
+        self._crowded = self._count_cores() < local.size
+        if fd is None:
+            ranks: tuple[int, ...] = (self.rank,)
+            board = Board(bytearray(Board.nbytes(1)), None, 0, 1)
+        else:
+            ranks = members[self.rank]
+            board = Board(mmap.mmap(fd, Board.nbytes(local.size)), fd, local.rank, local.size)
+        self._board = board
+        # What hearts say to other hosts they say from a thread of their own.
+        threads = all(self._control.allgather(MPI.Query_thread() == MPI.THREAD_MULTIPLE))
+        far = len(self._by_host) > 1 and threads
+        self.watch = Watch(ranks, self.hosts, board, limit, hears_root=far)
+        local.Barrier()
+        board.start_heart(self._pass_pulse if far and self.local_rank == 0 else None)
 
-    def group(self) -> MPIGroup:
-        """Return the group of all ranks, on a communicator of its own."""
-        self._groups.append(self._comm.Dup())
-        return MPIGroup(self._groups[-1])
+    def _pass_pulse(self) -> None:
+        """Send the beats of rank 0's heart to the first rank of each other host, which puts them on its board."""
+        if self.rank:
+            while self._pulse.Iprobe(0):
+                self._board.root_beat(self._pulse.recv(None, 0))
+            return
+        self._n_beats += 1
+        if self._n_beats % _BEATS_PER_MESSAGE == 0:
+            self._pulses = [pulse for pulse in self._pulses if not pulse.Test()]
+            self._pulses += [self._pulse.isend(self._n_beats, ranks[0]) for ranks in self._by_host[1:]]
+
+    def _count_cores(self) -> int:
+        """Return the number of cores that the ranks of this host may run on, together."""
+        cores = self._local.allgather(os.sched_getaffinity(0))
+        return len(set().union(*cores))
+
+    def group(self, ranks: Sequence[int] | None = None) -> Group:
+        """Return the group of all ranks, or of these; each rank names those of its own group."""
+        members = tuple(range(self.size)) if ranks is None else tuple(ranks)
+        comm = self._world.Split(members[0], members.index(self.rank))
+        self._groups.append(comm)
+        if not self._shared or len(members) == 1:
+            return MPIGroup(comm, members, self.watch)
+        by_host = [[rank for rank in host if rank in members] for host in self._by_host]
+        by_host = [host for host in by_host if host]
+        here = next(i for i, host in enumerate(by_host) if self.rank in host)
+        local = comm.Split(here, comm.rank)
+        self._groups.append(local)
+        capacity = CAPACITY if len(by_host) == 1 else CAPACITY_NETWORK
+        nbytes = segment_bytes(local.size, capacity)
+        fd = share_file(local, nbytes)
+        if not all(comm.allgather(fd is not None)) or fd is None:
+            return MPIGroup(comm, members, self.watch)
+        segment = open_segment(mmap.mmap(fd, nbytes), local.rank, local.size, capacity, self._crowded)
+        os.close(fd)
+        exchange = None
+        if len(by_host) > 1:
+            counterparts = comm.Split(local.rank, here)
+            self._groups.append(counterparts)
+            if local.rank < min(map(len, by_host)):
+                exchange = MPIExchange(counterparts, [host[local.rank] for host in by_host], self.watch)
+        everyone_here = next(host for host in self._by_host if self.rank in host)
+        places = [everyone_here.index(rank) for rank in by_host[here]]
+        numbers = [[members.index(rank) for rank in host] for host in by_host]
+        return SharedGroup(comm.rank, numbers, segment, exchange, self.watch, places)
+
+    def link(self, partner: int) -> MPILink:
+        """Return the channel to another rank."""
+        return self._links.setdefault(partner, MPILink(self._link_comm, partner, self.watch))
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value; the others wait without occupying a core."""
-        ready = self._control.Ibarrier()
-        self._wait(ready)
+        self._wait_idle(self._control.Ibarrier())
         return self._control.bcast(value)
 
     def gather(self, value: Any) -> list[Any]:
         """Return all values on rank 0."""
+        self._wait_idle(self._control.Ibarrier())
         return self._control.gather(value) or []
+
+    def agree(self, signature: int) -> list[int]:
+        """Return the signatures (64 bits) of all ranks."""
+        self.watch.begin("agreement")
+        everyone = np.empty(self.size, np.uint64)
+        self._wait_in_step(self._control.Iallgather(np.array([signature], np.uint64), everyone))
+        return [int(signature) for signature in everyone]
 
     def send(self, message: np.ndarray) -> None:
         """Broadcast a message."""
+        self.watch.begin("plan")
         head = np.zeros(_HEAD, np.int32)
         head[0] = message.size
         head[1 : 1 + message.size] = message[: _HEAD - 1]
-        self._control.Ibcast(head).Wait()
+        self._wait_in_step(self._control.Ibcast(head))
         if message.size > _HEAD - 1:
-            self._control.Bcast(np.ascontiguousarray(message[_HEAD - 1 :]))
+            self._wait_in_step(self._control.Ibcast(np.ascontiguousarray(message[_HEAD - 1 :])))
 
     def receive(self) -> np.ndarray:
         """Take the next message."""
         head = np.empty(_HEAD, np.int32)
-        self._wait(self._control.Ibcast(head))
+        self._wait_idle(self._control.Ibcast(head))
         size = int(head[0])
         if size <= _HEAD - 1:
             return head[1 : 1 + size]
+        self.watch.begin("plan")
         rest = np.empty(size - (_HEAD - 1), np.int32)
-        self._control.Bcast(rest)
+        self._wait_in_step(self._control.Ibcast(rest))
         return np.concatenate([head[1:], rest])
 
-    @staticmethod
-    def _wait(request: MPI.Request) -> None:
-        """Wait by polling: MPI libraries spin in their own waits, at a whole core for each idle rank."""
-        for _ in range(20):
-            if request.Test():
-                return
-            os.sched_yield()
-        pause = 20e-6
-        while not request.Test():
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1e-3)
+    def _wait_in_step(self, request: MPI.Request) -> None:
+        poll(request.Test, lambda: self.watch.late_elsewhere(()), BUSY)
+
+    def _wait_idle(self, request: MPI.Request) -> None:
+        poll(request.Test, self.watch.idle, IDLE)
 
     def report(self, amount: int) -> None:
         """Send some progress to rank 0."""
@@ -128,14 +231,23 @@ class MPIWorld:
 
     def abort(self, exit_code: int) -> None:
         """End all ranks now."""
-        self._comm.Abort(exit_code)
+        # Where the launcher is ending the job already, MPI's own way out may return, or wait for an answer for ever.
+        last_resort = threading.Timer(_ABORT_TAKES, os._exit, (exit_code,))
+        last_resort.daemon = True
+        last_resort.start()
+        self._world.Abort(exit_code)
+        os._exit(exit_code)
 
     def close(self) -> None:
         """Wait for all ranks, asleep, and finalize MPI, or leave it to the program that it belongs to."""
-        self._wait(self._control.Ibarrier())
+        self._wait_idle(self._control.Ibarrier())
+        self._board.stop_heart()
+        self._wait_idle(self._control.Ibarrier())
+        while self._pulse.Iprobe():
+            self._pulse.recv()
         if not self._embedded:
             MPI.Finalize()
             return
-        MPI.Request.Waitall(self._requests)
-        for comm in (self._control, self._progress, *self._groups):
+        MPI.Request.Waitall([*self._requests, *self._pulses])
+        for comm in (self._control, self._progress, self._pulse, self._link_comm, self._local, *self._groups):
             comm.Free()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mpillama.comm.base import Link
+from mpillama.comm.board import Board
+from mpillama.comm.watch import Watch
 from mpillama.layout import Cut
 
 
@@ -37,10 +41,15 @@ class SoloWorld:
 
     def __init__(self) -> None:
         self.hosts: tuple[str, ...] = (socket.gethostname(),)
+        self.watch = Watch((0,), self.hosts, Board(bytearray(Board.nbytes(1)), None, 0, 1), 0.0)
 
-    def group(self) -> SoloGroup:
+    def group(self, ranks: Sequence[int] | None = None) -> SoloGroup:
         """Return the group of one."""
         return SoloGroup()
+
+    def link(self, partner: int) -> Link:
+        """Raise: there is no other rank."""
+        raise RuntimeError(f"a run of one rank has no rank {partner}")
 
     def bcast(self, value: Any) -> Any:
         """Return ``value``."""
@@ -49,6 +58,10 @@ class SoloWorld:
     def gather(self, value: Any) -> list[Any]:
         """Return the one value."""
         return [value]
+
+    def agree(self, signature: int) -> list[int]:
+        """Return the one signature."""
+        return [signature]
 
     def send(self, message: np.ndarray) -> None:
         """Nobody else is there to take it."""
@@ -70,3 +83,11 @@ class SoloWorld:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class StrandedWorld(SoloWorld):
+    """A rank that could not join the others, and why: for commands that find out what is wrong."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mpillama.backends.base import Handle
 from mpillama.config import Config
-from mpillama.models.weights import Weights, project
+from mpillama.models.weights import Weights, project, projects
 from mpillama.ops import Ops, Value
 
 if TYPE_CHECKING:
@@ -15,13 +15,8 @@ if TYPE_CHECKING:
 
 def attention(ops: Ops, x: Value, w: Weights, cfg: Config, il: int, cache: Handle, step: Step) -> Value:
     """Attend to all tokens so far: x (T, n_embd) to (T, n_embd)."""
-    q = project(ops, x, w, "attn_q")
-    k = project(ops, x, w, "attn_k")
-    v = project(ops, x, w, "attn_v")
+    q, k, v = projects(ops, x, w, "attn_q", "attn_k", "attn_v")
     q, k = _qk_norm(ops, q, w, cfg, "attn_q_norm"), _qk_norm(ops, k, w, cfg, "attn_k_norm")
-    if cfg.rope_of(il).n_rot:
-        table = step.ropes[cfg.rope_of(il)]
-        q, k = ops.rope(q, table, cfg.n_embd_head_k), ops.rope(k, table, cfg.n_embd_head_k)
     if step.attn_temperature:
         q = ops.scale(q, step.attn_temperature)
     y = ops.attention(
@@ -35,6 +30,7 @@ def attention(ops: Ops, x: Value, w: Weights, cfg: Config, il: int, cache: Handl
         softcap=cfg.attn_softcap,
         window=cfg.windows[il],
         sinks=w.optional("attn_sinks.weight"),
+        rope=step.ropes[il],
     )
     return project(ops, y, w, "attn_output")
 

@@ -9,9 +9,12 @@ from mpillama.ops import Experts, Ops, Value
 
 def dense(ops: Ops, x: Value, w: Weights, cfg: Config, suffix: str = "") -> Value:
     """Compute down(act(gate(x)) * up(x)); here a weight's scale comes after its bias."""
-    gate = _biased_then_scaled(ops, x, w, f"ffn_gate{suffix}")
-    up = _biased_then_scaled(ops, x, w, f"ffn_up{suffix}")
-    return _biased_then_scaled(ops, ops.gated(cfg.arch.activation, gate, up), w, f"ffn_down{suffix}")
+    gate, up = f"ffn_gate{suffix}", f"ffn_up{suffix}"
+    if w.is_plain(gate) and w.is_plain(up):
+        y = ops.gated_linear(cfg.arch.activation, x, w.matrix(gate), w.matrix(up))
+    else:
+        y = ops.gated(cfg.arch.activation, *(_biased_then_scaled(ops, x, w, name) for name in (gate, up)))
+    return _biased_then_scaled(ops, y, w, f"ffn_down{suffix}")
 
 
 def _biased_then_scaled(ops: Ops, x: Value, w: Weights, name: str) -> Value:

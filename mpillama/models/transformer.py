@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,30 +21,56 @@ class Step:
 
     Attributes:
         batch: tokens, positions, KV blocks.
-        ropes: the rotations of the step's tokens for each kind of rope.
+        ropes: for each block, the rotations of the step's tokens, or None.
         attn_temperature: factor on each token's queries (T, 1), or None.
     """
 
     batch: Batch
-    ropes: dict[Rope, Handle]
+    ropes: Mapping[int, Handle | None]
     attn_temperature: Value | None
 
 
-def forward(ops: Ops, w: Weights, cfg: Config, caches: Sequence[Handle], batch: Batch) -> Value:
-    """Run the model on a batch and return the logits (L, V) of the tokens in ``batch.logit_rows``.
+def forward(
+    ops: Ops,
+    w: Weights,
+    cfg: Config,
+    caches: Sequence[Handle],
+    batch: Batch,
+    blocks: range | None = None,
+    h: Value | None = None,
+) -> Value:
+    """Run the model, or a range of its blocks, on a batch.
 
-    With ``batch.embedding`` their hidden states after the last norm, (L, n_embd). The result is whole on every rank.
+    Args:
+        ops: of the device.
+        w: weights; those of ``blocks`` are enough, with the embedding for the first and the head for the last block.
+        cfg: of the model.
+        caches: KV caches of ``blocks``.
+        batch: the tokens.
+        blocks: consecutive blocks; all by default.
+        h: the residual (T, n_embd) that the block before ``blocks`` has left; not for the first block.
+
+    Returns:
+        The logits (L, V) of the tokens in ``batch.logit_rows``, with ``batch.embedding`` their hidden states after the
+        last norm, (L, n_embd); or the residual (T, n_embd) after ``blocks`` if the last block is not among them.
+        Whole on every rank.
     """
-    step = Step(batch, _rope_tables(ops, w, cfg, batch), _attn_temperature(ops, cfg, batch))
-    h = ops.scale(ops.embedding(batch.tokens, w.matrix("token_embd")), cfg.embedding_scale)
-    for il in range(cfg.n_layer):
+    blocks = range(cfg.n_layer) if blocks is None else blocks
+    step = Step(batch, _rope_tables(ops, w, cfg, blocks, batch), _attn_temperature(ops, cfg, batch))
+    if h is None:
+        h = ops.scale(ops.embedding(batch.tokens, w.matrix("token_embd")), cfg.embedding_scale)
+    for il, cache in zip(blocks, caches, strict=True):
         wanted = batch.logit_rows if il == cfg.n_layer - 1 else None
-        h = _block(ops, h, w.block(il), cfg, il, caches[il], step, wanted)
+        h = _block(ops, h, w.block(il), cfg, il, cache, step, wanted)
+    return ops.gather(h if blocks.stop < cfg.n_layer else _head(ops, h, w, cfg, batch.embedding))
+
+
+def _head(ops: Ops, h: Value, w: Weights, cfg: Config, embedding: bool) -> Value:
     h = ops.norm(h, w.vector("output_norm.weight"), cfg.norm_eps)
-    if batch.embedding:
-        return ops.gather(h)
+    if embedding:
+        return h
     logits = ops.scale(project(ops, h, w, "output"), 1.0 / cfg.logit_scale)
-    return ops.gather(ops.softcap(logits, cfg.final_softcap))
+    return ops.softcap(logits, cfg.final_softcap)
 
 
 def _block(
@@ -67,13 +93,14 @@ def _block(
     return ops.add(h, ops.scale(x, cfg.residual_scale))
 
 
-def _rope_tables(ops: Ops, w: Weights, cfg: Config, batch: Batch) -> dict[Rope, Handle]:
-    ropes = {cfg.rope_of(il) for il in range(cfg.n_layer)}
-    return {
-        rope: ops.rope_table(batch.positions, rope, w.vector(rope.factors) if rope.factors else None)
-        for rope in ropes
-        if rope.n_rot
+def _rope_tables(ops: Ops, w: Weights, cfg: Config, blocks: range, batch: Batch) -> dict[int, Handle | None]:
+    # By identity, because a model has one or two and comparing their many fields takes long.
+    kinds: dict[int, Rope] = {id(rope): rope for rope in map(cfg.rope_of, blocks) if rope.n_rot}
+    tables = {
+        kind: ops.rope_table(batch.positions, rope, w.vector(rope.factors) if rope.factors else None)
+        for kind, rope in kinds.items()
     }
+    return {il: tables.get(id(cfg.rope_of(il))) for il in blocks}
 
 
 def _attn_temperature(ops: Ops, cfg: Config, batch: Batch) -> Value | None:

@@ -30,7 +30,6 @@ class ResponsesCall(Call):
             raise bad("background is not supported: stay connected, or use mpillama batch", "background")
         self._chat = ChatCall(context, Fields(_as_chat(fields, self.stream)), self.id)
         self.requests = self._chat.requests
-        self._numbers, self._open = self._chat._numbers, self._chat._open
         self._sequence = 0
         self._items: list[Chunk] = []
         self._item: Chunk | None = None
@@ -56,6 +55,11 @@ class ResponsesCall(Call):
             status = "incomplete" if self._cut_off else "completed"
             events.append(self._event(f"response.{status}", response=self.answer()))
         return events
+
+    @property
+    def done(self) -> bool:
+        """Whether all outputs have come."""
+        return self._chat.done
 
     def take(self, choice: int, output: Output) -> list[Chunk]:
         """Do nothing: the chat takes outputs."""

@@ -90,15 +90,22 @@ def force_call(context: Context, tools: Tools) -> Constraint:
     """Return the constraint that a text is one call of one of the forced functions, in the model's own style."""
     style = style_of(context)
     key = "parameters" if style == "llama" else "arguments"
-    assert tools.parameters is not None
+    parameters = tools.parameters or {}
+    root = "#/items" if style == "mistral" else "#"
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, key: _object_schema(tools.parameters[name])},
+            "properties": {
+                "name": {"const": name},
+                key: _moved(
+                    _object_schema(parameters[name]),
+                    f"{root}/anyOf/{i}/properties/{key}" if len(tools.forced) > 1 else f"{root}/properties/{key}",
+                ),
+            },
             "required": ["name", key],
             "additionalProperties": False,
         }
-        for name in tools.forced
+        for i, name in enumerate(tools.forced)
     ]
     schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if style == "mistral":
@@ -115,6 +122,18 @@ def force_call(context: Context, tools: Tools) -> Constraint:
 
 def _object_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return schema if "type" in schema or "$ref" in schema or "anyOf" in schema else {"type": "object", **schema}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Return a schema that has become a part of another one: what its references name is elsewhere now."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    if isinstance(moved.get("$ref"), str) and moved["$ref"].startswith("#"):
+        moved["$ref"] = place + moved["$ref"][1:]
+    return moved
 
 
 def _literal(context: Context, text: str) -> str:

@@ -31,8 +31,9 @@ from mpillama.server.openapi import document
 from mpillama.server.settings import Settings
 from mpillama.server.streams import GONE, Answer, json_response, read_body
 
-# Parsing and tokenizing, of which long prompts need a lot; it must not hold up the streams.
-_N_WORKERS = 4
+# Parsing and tokenizing, of which long prompts need a lot; it must not hold up the streams. More would only take time
+# from the engine, as one thread at a time can run Python.
+_N_WORKERS = 2
 
 _CALLS = {
     "/v1/chat/completions": "/v1/chat/completions",

@@ -55,6 +55,11 @@ class Ticket:
         self._open = {request.id for request in call.requests}
         self._events: asyncio.Queue[Output | ApiError] = asyncio.Queue()
 
+    @property
+    def running(self) -> bool:
+        """Whether the engine still owes it something."""
+        return bool(self._open)
+
     def put(self, event: Output | ApiError) -> None:
         """Take in what the engine says; nothing blocks here, and a request's length bounds how much there can be."""
         if isinstance(event, Output):
@@ -147,7 +152,8 @@ class Bridge:
                 ticket.put(event)
 
     def _refuse_all(self) -> None:
-        for ticket in set(self.tickets.values()):
+        # One that has ended may not have been taken note of yet.
+        for ticket in {ticket for ticket in self.tickets.values() if ticket.running}:
             ticket.put(ApiError(503, "the server is shutting down", code="shutting_down"))
 
     # -- on the main thread ----------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK
+from mpillama.backends.kv_codec import row_bytes
 from mpillama.errors import UserError
-from mpillama.state.codec import row_bytes
 
 VERSION = 1
 _MAGIC = b"mpillama"

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK
+from mpillama.backends.kv_codec import decode, encode
 from mpillama.comm.base import World
 from mpillama.engine.engine import Engine
 from mpillama.errors import UserError
 from mpillama.runner import Runner
 from mpillama.sharding import Sharding
-from mpillama.spmd import Leader
-from mpillama.state.codec import decode, encode
 from mpillama.state.file import (
     Header,
     KVShape,
@@ -26,9 +25,26 @@ from mpillama.state.file import (
     temporary,
     tokens_chunk,
 )
+from mpillama.steps import Leader
 
 # KV blocks that pass through memory as floats at a time.
 _PIECE = 64
+
+
+@dataclass(frozen=True)
+class KVPlace:
+    """What a rank holds of the KV: heads of some blocks of the model; those it owns are held by no rank before it."""
+
+    layers: range
+    held: range
+    owned: range
+
+    @classmethod
+    def of(cls, sharding: Sharding, index: int, n_k: int) -> KVPlace:
+        """Return the place of a rank in its stage; keys have ``n_k`` elements."""
+        cut = sharding.cuts["k"]
+        held, owned = (range(a // n_k, b // n_k) for a, b in (cut.ranges[index], cut.owned[index]))
+        return cls(sharding.blocks, held, owned)
 
 
 class States:
@@ -38,11 +54,11 @@ class States:
         leader: of all ranks.
         engine: whose prefix cache sequences are taken from, and put into.
         shape: of the model's KV.
-        shares: of the ranks (``-ts``), by which the heads lie.
+        places: what each rank holds.
     """
 
-    def __init__(self, leader: Leader, engine: Engine, shape: KVShape, shares: Sequence[float]) -> None:
-        self._leader, self._engine, self._shape, self._shares = leader, engine, shape, tuple(shares)
+    def __init__(self, leader: Leader, engine: Engine, shape: KVShape, places: Sequence[KVPlace]) -> None:
+        self._leader, self._engine, self._shape, self._places = leader, engine, shape, tuple(places)
 
     def save(self, path: str | os.PathLike[str], tokens: Sequence[int]) -> int:
         """Save the KV of the beginning of a sequence, as far as it is in the prefix cache; replaces the file at once.
@@ -61,7 +77,7 @@ class States:
         try:
             with open(new, "xb") as file:
                 file.truncate(header.nbytes)
-                task = _Save(str(new), header, self._shares, np.array(blocks, np.int64))
+                task = _Save(str(new), header, self._places, np.array(blocks, np.int64))
                 digests = {0: new_digest(first).hexdigest()}
                 for found in self._leader.everywhere(task):
                     digests |= found
@@ -92,7 +108,7 @@ class States:
             tokens = tokens[: n // KV_BLOCK * KV_BLOCK]
 
         def fill(first: int, blocks: list[int]) -> None:
-            self._leader.everywhere(_Load(str(path), header, self._shares, first, np.array(blocks, np.int64)))
+            self._leader.everywhere(_Load(str(path), header, self._places, first, np.array(blocks, np.int64)))
 
         return self._engine.adopt(tokens, fill)
 
@@ -103,13 +119,6 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _heads(runner: Runner, shares: Sequence[float], rank: int) -> tuple[range, range]:
-    """Return the KV heads that a rank holds, and those of them that no rank before it holds."""
-    cut, n_k = Sharding(runner.cfg, shares).cuts["k"], runner.cfg.n_embd_head_k
-    held, owned = cut.ranges[rank], cut.owned[rank]
-    return range(held[0] // n_k, held[1] // n_k), range(owned[0] // n_k, owned[1] // n_k)
 
 
 def _reason(path: str, error: OSError) -> UserError:
@@ -123,19 +132,19 @@ class _Save:
 
     path: str
     header: Header
-    shares: tuple[float, ...]
+    places: tuple[KVPlace, ...]
     blocks: np.ndarray
 
     def __call__(self, world: World, runner: Runner) -> dict[int, str]:
-        held, owned = _heads(runner, self.shares, world.rank)
-        if not owned:
+        place = self.places[world.rank]
+        if not place.owned:
             return {}
         try:
             fd = os.open(self.path, os.O_WRONLY)
             try:
                 digests: dict[int, str] = {}
-                for il in runner.layers:
-                    digests |= self._write_layer(fd, runner, il, held, owned)
+                for il in place.layers:
+                    digests |= self._write_layer(fd, runner, il, place.held, place.owned)
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -168,17 +177,17 @@ class _Load:
 
     path: str
     header: Header
-    shares: tuple[float, ...]
+    places: tuple[KVPlace, ...]
     first: int
     blocks: np.ndarray
 
     def __call__(self, world: World, runner: Runner) -> None:
-        held, _ = _heads(runner, self.shares, world.rank)
+        place = self.places[world.rank]
         try:
             fd = os.open(self.path, os.O_RDONLY)
             try:
-                for il in runner.layers if held else ():
-                    self._read_layer(fd, runner, il, held)
+                for il in place.layers if place.held else ():
+                    self._read_layer(fd, runner, il, place.held)
             finally:
                 os.close(fd)
         except OSError as error:

@@ -121,7 +121,9 @@ def test_piped_messages_and_commands(n_ranks, tmp_path):
 
 def test_the_ranks_say_the_same_and_compute_only_what_is_new(tmp_path):
     text = "Tell me a story about a cat.\nWhat did the dog say to the cat?\nAnd then?\n"
-    alone, together = (piped(text, "-n", 40, "-v", n_ranks=n) for n in (0, 2))
+    # In float32: on this text the model is so unsure that 8-bit activations decide.
+    flags = ("-n", 40, "-v", "--backend", "reference", "-ctk", "f32", "-ctv", "f32")
+    alone, together = (piped(text, *flags, n_ranks=n) for n in (0, 2))
     answers = together.stdout.decode().split("> ")[1:-1]
     assert alone.stdout.decode() == "".join(answers)
     counts = re.findall(r"chat: (\d+) tokens of prompt, (\d+) of them in the cache", together.stderr.decode())

@@ -78,6 +78,7 @@ def test_damaged_file(model, tmp_path, how, word, n_ranks):
     ("arguments", "word"),
     [
         (["logits", "-m", "MODEL", "--tokens", "1,2", "--out", "OUT", "-ts", "1,1,1,1,1"], "-ts"),
+        (["logits", "-m", "MODEL", "--tokens", "1", "--out", "OUT", "--tp", "4", "--pp", "2"], "needs 8 ranks"),
         (["logits", "-m", "MODEL", "--tokens", "1,96", "--out", "OUT"], "token 96"),
         (["logits", "-m", "MODEL", "--tokens", ",".join(["1"] * 40), "--out", "OUT", "-c", "32"], "raise -c"),
         (["logits", "-m", "MODEL", "--tokens", "1", "--out", "/no/such/folder/o.npy"], "does not exist"),
@@ -143,6 +144,15 @@ def test_a_killed_rank_ends_the_job(victim):
     assert ended.code != 0
     assert ended.seconds < TOO_LONG
     assert "signal 9" in ended.out + ended.err  # the launcher says it, MPICH's on stdout
+
+
+def test_a_killed_stage_ends_the_job():
+    job = start([*endless(), "-sm", "layer"], 3)
+    wait_for_text(job)
+    os.kill(ranks_of(job, 3)[1], signal.SIGKILL)
+    ended = finish(job, 20)
+    assert ended.code != 0
+    assert ended.seconds < TOO_LONG
 
 
 @pytest.mark.parametrize("n_ranks", [0, 1, 3])

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -154,8 +153,8 @@ def test_what_is_wrong_is_said(client, server):
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="grammar"):
         client.completions.create(model="", prompt="a", extra_body={"grammar": "root ::= ("})
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
     with pytest.raises(openai.BadRequestError, match="only text"):
-        image = {"type": "image_url", "image_url": {"url": "data:"}}
         client.chat.completions.create(model="", messages=[{"role": "user", "content": [image]}])
     for path, body, status, word in (
         ("/v1/completions", b"{", 400, "JSON"),
@@ -246,7 +245,7 @@ def test_no_input_makes_the_server_fail(server):
     from hypothesis import strategies as st
     from schemathesis.checks import not_a_server_error
 
-    n = int(os.environ.get("MPILLAMA_FUZZ_EXAMPLES", "6"))
+    n = int(os.environ.get("MPILLAMA_FUZZ_EXAMPLES", "3"))
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -265,7 +264,10 @@ def test_no_input_makes_the_server_fail(server):
             case.call_and_validate(checks=[not_a_server_error], timeout=60)
 
         check()
-    assert "Traceback" not in server.log.read_text()
+    counts = dict(re.findall(r'answers_total{status="(\d+)"} (\d+)', server.ask("/metrics")[1]))
+    assert int(counts["200"]) > n
+    assert int(counts["400"]) > n
+    assert not [status for status in counts if status >= "500"]
 
 
 def test_keys_and_a_unix_socket(tmp_path):
@@ -290,22 +292,17 @@ def test_keys_and_a_unix_socket(tmp_path):
 def test_a_signal_lets_running_requests_finish():
     with Server("-np", 1, "--grace", 30) as server:
         pool = ThreadPoolExecutor(1)
-        running = pool.submit(server.ask, "/v1/completions", {**endless(stream=False), "max_tokens": 150})
+        running = pool.submit(server.ask, "/v1/completions", {**endless(stream=False), "max_tokens": 450})
         server.wait_for("llamacpp:requests_processing", [1])
         for pid in server.ranks:
             os.kill(pid, signal.SIGTERM)
-        refused = 0
-        while not running.done():
-            try:
-                status, answer = server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1})
-            except OSError:
-                break
-            refused += status == 503 and answer["error"]["code"] == "shutting_down"
-            time.sleep(0.02)
+        while server.ask("/health")[0] == 200:
+            time.sleep(0.01)
+        status, answer = server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1})
+        assert (status, answer["error"]["code"]) == (503, "shutting_down")
         status, answer = running.result()
         assert status == 200
-        assert answer["usage"]["completion_tokens"] == 150
-        assert refused
+        assert answer["usage"]["completion_tokens"] == 450
         assert server.wait() == 0
 
 
@@ -341,6 +338,5 @@ def test_a_killed_rank_ends_the_job_and_its_streams(victim):
         assert b"[DONE]" not in data
         assert server.wait(5) != 0
         assert time.monotonic() - began < 5
-        with pytest.raises(OSError, match="."):
+        with pytest.raises(ConnectionRefusedError):
             socket.create_connection((server.host, server.port), timeout=1)
-    assert threading.active_count() < 100

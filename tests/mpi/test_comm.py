@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from comm_contract import CONTRACT
-from mpillama.comm.mpi import MPIWorld
+from mpillama.comm.mpi import MPIGroup, MPIWorld
+from mpillama.comm.shared import SharedGroup, native_module_is_built
+from mpillama.grid import Grid
 from shared import shared
 from tiny import logits_of, nmse, open_runner, write_llama
+
+# Names of pretended hosts, by rank; ranks of the same name share memory.
+HOSTS = {"one host": "aaaaaaaa", "cyclic": "abababab", "uneven": "aaabbbbb", "lonely": "abcdefgh"}
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +20,25 @@ def world():
     return MPIWorld()
 
 
+@pytest.fixture(scope="module", params=[*HOSTS, "no shared memory"])
+def any_world(request):
+    size = MPI.COMM_WORLD.size
+    world = MPIWorld(hosts=HOSTS.get(request.param, "a" * size)[:size], shared=request.param in HOSTS)
+    assert isinstance(world.group(), SharedGroup if request.param in HOSTS else MPIGroup)
+    return world
+
+
+@pytest.mark.skipif(not native_module_is_built(), reason="mpillama._shm is not built")
 @pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
-def test_contract(check, world):
-    check(world)
+def test_contract(check, any_world):
+    check(any_world)
+
+
+def test_sums_are_the_same_whatever_shares_memory(any_world, rng):
+    x = (rng.standard_normal((any_world.size, 3001)) * 10.0 ** rng.integers(-3, 3, (any_world.size, 3001))).astype("f4")
+    total = any_world.group().allreduce(x[any_world.rank].copy())
+    np.testing.assert_allclose(total, x.astype("f8").sum(axis=0), rtol=1e-5, atol=1e-4)
+    assert any_world.bcast(total.tobytes()) == total.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -36,3 +58,17 @@ def test_each_rank_reads_its_share(world, tmp_path, rng):
     _, n_read = open_runner(world, path, [1.0] * world.size)
     total = world.bcast(sum(world.gather(n_read)))
     assert n_read < 1.2 * total / world.size
+
+
+@pytest.mark.parametrize("name", ["gemma3-dense", "gpt-oss-moe"])
+def test_golden_logits_of_two_stages(name, world):
+    if world.size % 2:
+        pytest.skip("two stages need an even number of ranks")
+    reference = np.load(shared("golden", f"{name}.npz"))
+    grid = Grid(world.size // 2, 2)
+    path, weights = shared("golden", f"{name}.gguf"), [5.0, 2.0, 1.0, 3.0][: world.size]
+    runner, _ = open_runner(world, path, weights, grid=grid, experts="on")
+    for chunk in (24, 3):
+        logits = logits_of(runner, reference["tokens"].tolist(), chunk)
+        if world.rank == 0 or grid.place(world.rank).stage == 1:
+            assert nmse(logits, reference["logits"]) <= 1e-6

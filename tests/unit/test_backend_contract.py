@@ -7,21 +7,25 @@ import gguf
 import numpy as np
 import pytest
 
+from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
+from mpillama.backends.kv_codec import decode, encode
 from mpillama.backends.quants import dequantize
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
 from mpillama.errors import UsageError
 from mpillama.gguf.types import GGMLType
-from mpillama.state.codec import decode, encode
 from tiny import random_blocks
 
 
 def backends():
-    """Return the reference and the cpu backend at every level that this machine has, with 1 and 3 threads."""
+    """Return the reference, the emulated GPU, and the cpu backend at every level there is, with 1 and 3 threads."""
     found = [pytest.param(ReferenceBackend, id="reference")]
+    for warp, order in VARIANTS[:2]:
+        make = functools.partial(emulated, warp, order)
+        found.append(pytest.param(make, id=f"emulated-{warp}-{order}", marks=needs_compiler))
     try:
         from mpillama import _cpu
     except ImportError:

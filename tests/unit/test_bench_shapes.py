@@ -30,6 +30,7 @@ PUBLISHED = {
     "llama-3b": 3.21e9,
     "llama-8b": 8.03e9,
     "llama-70b": 70.6e9,
+    "llama-405b": 405.9e9,
     "mistral-7b": 7.25e9,
     "mixtral-8x7b": 46.7e9,
     "qwen2.5-0.5b": 0.494e9,
@@ -42,6 +43,7 @@ PUBLISHED = {
     "qwen3-235b-a22b": 235e9,
     "gpt-oss-20b": 20.9e9,
     "gpt-oss-120b": 116.8e9,
+    "moe-1t": 1.04e12,
 }
 
 

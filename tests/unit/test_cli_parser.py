@@ -32,10 +32,16 @@ DEFAULTS: dict[str, Any] = {
     "ubatch_size": 512,
     "cache_type_k": "f16",
     "cache_type_v": "f16",
-    "split_mode": "tensor",  # llama.cpp: layer
+    "split_mode": None,  # llama.cpp: layer; here by where the ranks are
+    "tp": None,
+    "pp": None,
+    "dp": 1,
+    "ep": "auto",
     "threads": -1,
     "backend": "auto",
     "tensor_split": None,
+    "rank_timeout": 60.0,  # mpillama's own
+    "deterministic": False,  # mpillama's own
     "rope_scaling": None,
     "rope_freq_base": 0.0,
     "rope_freq_scale": 0.0,
@@ -86,6 +92,10 @@ DEFAULTS: dict[str, Any] = {
     "samplers": "penalties;dry;top_n_sigma;top_k;typ_p;top_p;min_p;xtc;temperature",
     "sampler_seq": None,
     "logit_bias": (),
+    "grammar": None,
+    "grammar_file": None,
+    "json_schema": None,
+    "json_schema_file": None,
     "ignore_eos": False,
     "verbose": False,
     "log_file": None,
@@ -136,6 +146,23 @@ VARIABLES: list[tuple[str, str, str, Any]] = [
     ("LLAMA_ARG_NO_PERF", "1", "perf", False),
 ]
 
+# Those of commands other than generate: the command, and then the same.
+OTHER_VARIABLES: list[tuple[str, str, str, str, Any]] = [
+    ("serve", "LLAMA_ARG_N_PARALLEL", "5", "parallel", 5),
+    ("batch", "LLAMA_ARG_N_PARALLEL", "5", "parallel", 5),
+    ("serve", "LLAMA_ARG_HOST", "0.0.0.0", "host", "0.0.0.0"),
+    ("serve", "LLAMA_ARG_PORT", "81", "port", 81),
+    ("serve", "LLAMA_ARG_TIMEOUT", "7", "timeout", 7),
+    ("serve", "LLAMA_ARG_ALIAS", "me", "alias", "me"),
+    ("serve", "LLAMA_API_KEY", "a,b", "api_key", ("a", "b")),
+    ("serve", "LLAMA_ARG_API_KEY_FILE", "k", "api_key_file", Path("k")),
+]
+# What a command cannot do without.
+REQUIRED = {
+    "logits": ["--tokens", "1", "--out", "x.npy"],
+    "batch": ["-i", "in.jsonl", "-o", "out.jsonl"],
+}
+
 OPTIONS = [(command, option) for command in COMMANDS for option in command.options]
 
 
@@ -169,8 +196,7 @@ def test_defaults_are_llama_cpps() -> None:
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=lambda x: getattr(x, "dest", None) or x.name)
 def test_typing_the_default_changes_nothing(command: Any, option: Option) -> None:
-    required = [word for o in command.options if o.required for word in (o.names[0], "x.npy")]
-    required += ["--tokens", "1"] if command.name == "logits" else []
+    required = REQUIRED.get(command.name, [])
     if option.default is None or option.names[0] == "--rope-scale":
         return
     typed = parse([command.name, *required, *text_of(option, option.default)], {})
@@ -182,8 +208,16 @@ def test_variables(variable: str, text: str, dest: str, value: Any) -> None:
     assert vars(generate("-v", **{variable: text})) == DEFAULTS | {"verbose": True, dest: value}
 
 
+@pytest.mark.parametrize(("command", "variable", "text", "dest", "value"), OTHER_VARIABLES)
+def test_variables_of_other_commands(command: str, variable: str, text: str, dest: str, value: Any) -> None:
+    plain = parse([command, *REQUIRED.get(command, [])], {})[1]
+    given = parse([command, *REQUIRED.get(command, [])], {variable: text})[1]
+    assert vars(given) == vars(plain) | {dest: value}
+
+
 def test_every_variable_is_tested() -> None:
     tested = {variable for variable, *_ in VARIABLES} | {"LLAMA_ARG_HF_FILE"}
+    tested |= {variable for _, variable, *_ in OTHER_VARIABLES}
     assert {o.env for _, o in OPTIONS} | {o.negative_env for _, o in OPTIONS} == tested | {""}
     assert generate("-v", LLAMA_ARG_HF_REPO="a/b", LLAMA_ARG_HF_FILE="c.gguf").hf_file == "c.gguf"
 
@@ -215,11 +249,11 @@ def test_a_bad_variable_is_named(variable: str, text: str, said: str) -> None:
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=lambda x: getattr(x, "dest", None) or x.name)
 def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> None:
-    others = {"logits": ["--tokens", "1", "--out", "x.npy"]}.get(command.name, [])
+    others = list(REQUIRED.get(command.name, []))
     others += ["--plot", "x.png"] if option.dest == "plot_add" else []
     if option.dest in ("hf_file", "tokens", "tokens_file", "out"):
         others = {"hf_file": ["-hf", "a/b"], "out": ["--tokens", "1"]}.get(option.dest, ["--out", "x.npy"])
-        others += ["--tokens", "1", "--out", "x.npy"] if (command.name, option.dest) == ("logits", "hf_file") else []
+        others += REQUIRED.get(command.name, []) if option.dest == "hf_file" else []
     if option.parse is None:
         for names, value in ((option.names, True), (option.negatives, False)):
             for name in names:
@@ -228,7 +262,7 @@ def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> Non
     results: list[Namespace] = []
     samples = (
         *("0.5", "3", "1", "none", "reference", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"),
-        "llama.cpp",
+        *("llama.cpp", "on", "90s", "Q4_K", "h100", "64"),
     )
     for sample in samples:
         try:
@@ -251,10 +285,9 @@ def test_names_are_unique_and_shaped_like_llama_cpps() -> None:
         assert len(names) == len(set(names))
         assert not set(names) & set(HELP + VERSION)
         assert all(name.startswith("-") and name == name.lower() for name in names)
-    # llama-bench gives some of these flags a meaning of its own.
-    supported = {
-        name for command, option in OPTIONS if command.name != "bench" for name in (*option.names, *option.negatives)
-    }
+    # These give some of llama.cpp's flags a meaning of their own, as other programs of llama.cpp do.
+    real = [(command, option) for command, option in OPTIONS if command.name not in ("bench", "batch", "plan")]
+    supported = {name for _, option in real for name in (*option.names, *option.negatives)}
     assert not supported & set(foreign_flags())
 
 
@@ -325,7 +358,9 @@ def test_the_last_of_a_flag_wins_and_repeatable_ones_add_up() -> None:
         (["-l", "x"], "--logit-bias"),
         (["-ctk", "q5_1"], "-ctk: 'q5_1' is not supported yet; use f32, f16, bf16, q8_0 or q4_0"),
         (["-ctv", "f8"], "-ctv: expected f32, f16, bf16, q8_0 or q4_0, got 'f8'"),
-        (["-sm", "layer"], "-sm: 'layer' is not supported yet; use none or tensor"),
+        (["-sm", "row"], "-sm: 'row' is not supported yet; use none, layer or tensor"),
+        (["--ep", "maybe"], "--ep: expected auto, on or off, got 'maybe'"),
+        (["--pp", "0"], "--pp: expected an integer of at least 1"),
         (["-ts", "0,0"], "-ts: expected one non-negative number per rank"),
         (["-sm", "none", "-ts", "1,1"], "--tensor-split cuts the model"),
         (["-m", "x", "-hf", "a/b"], "-m and -hf exclude each other"),
@@ -359,7 +394,7 @@ def test_mistakes(argv: list[str], said: str) -> None:
         ("--tempp=1", "--temp"),
         ("-tss", "-ts"),
         ("--no-excape", "--no-escape"),
-        ("--gramar", "--grammar"),
+        ("--grammer", "--grammar"),
     ],
 )
 def test_suggestions(typed: str, meant: str) -> None:
@@ -403,15 +438,13 @@ def test_what_people_type_from_memory() -> None:
     assert [note.split()[0] for note in namespace.notes] == ["-ngl", "-fa", "--no-mmap", "-no-cnv", "-nkvo", "--numa"]
 
 
-@pytest.mark.parametrize(
-    "flag", ["-np", "--lora", "--grammar", "--json-schema", "-dev", "-ot", "--mmproj", "-cmoe", "-md"]
-)
+@pytest.mark.parametrize("flag", ["--lora", "-dev", "-ot", "--mmproj", "-cmoe", "-md"])
 def test_flags_that_must_not_be_ignored(flag: str) -> None:
     assert not foreign_flags()[flag].ignored
 
 
 def test_the_arity_of_foreign_flags() -> None:
-    arities = {"-ngl": 1, "-fa": 1, "-nkvo": 0, "-cmoe": 0, "-np": 1, "--control-vector-layer-range": 2, "--mlock": 0}
+    arities = {"-ngl": 1, "-fa": 1, "-nkvo": 0, "-cmoe": 0, "--control-vector-layer-range": 2, "--mlock": 0}
     assert {flag: foreign_flags()[flag].arity for flag in arities} == arities
     assert all(0 <= foreign.arity <= 2 for foreign in foreign_flags().values())
 

@@ -10,6 +10,7 @@ import pytest
 
 from mpillama.backends.attention import CACHE_TYPES, KVCache, attend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
+from mpillama.config import Rope
 from mpillama.runner import KV_BYTES
 
 _cpu = pytest.importorskip("mpillama._cpu", reason="the cpu backend is not built")
@@ -303,3 +304,20 @@ def test_many_steps_need_no_more_memory(rng):
     for _ in range(3000):
         backend.attention(q, k, v, pair.cache, batch, pair.params, None)
     assert resident() - before < 1 << 20
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("neox", [False, True])
+def test_rotation_within(level, neox, rng):
+    """Attention that rotates q and k itself gives what it gives after `rope`, to the bit."""
+    backend = CpuBackend(2, (), level)
+    n_rot = int(rng.integers(1, 25)) * 2
+    for n_tokens in (1, 40):
+        pair = Pair(rng, backend, (6, 2, 48, 32))
+        batch = pair.batch([n_tokens])
+        table = backend.rope_table(batch.positions, Rope(n_rot, neox, 1e4), None)
+        q, k, v = pair.inputs(n_tokens)
+        caches = [backend.new_cache(24, 2, 48, 32, "f32", "f32") for _ in range(2)]
+        within = backend.attention(q, k, v, caches[0], batch, pair.params, None, table)
+        rotated = (backend.rope(x, table) for x in (q, k))
+        np.testing.assert_array_equal(within, backend.attention(*rotated, v, caches[1], batch, pair.params, None))

@@ -1,6 +1,8 @@
 """The cpu backend as a whole: its threads, the choice of it, and models on it against llama.cpp and the reference."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -103,6 +105,37 @@ def test_threads_stay_on_their_cores():
     finally:
         os.sched_setaffinity(0, allowed)
     assert {int(task) for task in os.listdir("/proc/self/task")} <= before
+
+
+PINNED = """
+import os, time
+import numpy as np
+from mpillama import _cpu
+cores = sorted(os.sched_getaffinity(0))
+pool = _cpu.Pool(2, cores)
+allowed = {frozenset(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")}
+x, out = np.ones(1 << 20, np.float32), np.empty(1 << 20, np.float32)
+for _ in range(20):
+    _cpu.sigmoid(pool, x, out)
+time.sleep(0.1)
+before = time.process_time()
+time.sleep(0.5)
+print(len(cores), all(mask <= set(cores) for mask in allowed), time.process_time() - before < 0.05)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are pinned on Linux only")
+def test_threads_within_a_cpuset():
+    """A launcher or taskset may leave a process one core, whichever: it works there, and waits without using it."""
+    for core in sorted(os.sched_getaffinity(0)):
+        result = subprocess.run(
+            [sys.executable, "-c", PINNED],
+            preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.stdout.split() == ["1", "True", "True"], result.stderr
 
 
 def test_callers_on_several_threads_take_turns(rng):

@@ -23,7 +23,7 @@ from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import ModelError
 from mpillama.gguf.reader import read_header
 from mpillama.runner import Runner, pack, unpack
-from mpillama.spmd import Leader, follow
+from mpillama.steps import Leader, follow
 from shared import shared
 from tiny import logits_of, nmse, open_runner, write_llama
 

@@ -19,10 +19,11 @@ from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import UserError
 from mpillama.gguf.reader import read_header
 from mpillama.gguf.types import GGMLType
-from mpillama.spmd import Leader, follow
+from mpillama.sharding import Sharding
 from mpillama.state.file import KVShape
 from mpillama.state.identity import model_identity
-from mpillama.state.sequence import States
+from mpillama.state.sequence import KVPlace, States
+from mpillama.steps import Leader, follow
 from mpillama.tensors import model_tensors
 from tiny import open_runner, write_llama
 
@@ -39,9 +40,11 @@ def on(path, shares, kv_type, work, make=ReferenceBackend, identity="model"):
             return follow(world, runner)
         leader, cfg = Leader(world, runner), runner.cfg
         shape = KVShape(identity, kv_type, kv_type, cfg.n_layer, cfg.n_head_kv, cfg.n_embd_head_k, cfg.n_embd_head_v)
+        sharding = Sharding(cfg, shares)
+        places = [KVPlace.of(sharding, rank, cfg.n_embd_head_k) for rank in range(world.size)]
         engine = Engine(leader.run, None, cfg.n_vocab, N_CTX, runner.n_blocks)
         try:
-            return work(engine, States(leader, engine, shape, shares))
+            return work(engine, States(leader, engine, shape, places))
         finally:
             leader.stop()
 

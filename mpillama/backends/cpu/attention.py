@@ -9,6 +9,7 @@ import numpy as np
 from mpillama import _cpu
 from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
+from mpillama.backends.cpu.elementwise import CpuRopeTable
 from mpillama.backends.cpu.tiles import read_keys, read_values
 
 
@@ -70,8 +71,9 @@ class AttentionOps:
         batch: Batch,
         params: AttentionParams,
         sinks: np.ndarray | None,
+        rope: CpuRopeTable | None = None,
     ) -> np.ndarray:
-        """Store k and v of the step's tokens, then attend; see `Backend.attention`."""
+        """Rotate q and k, store k and v of the step's tokens, then attend; see `Backend.attention`."""
         out = np.empty((q.shape[0], q.shape[1], v.shape[2]), np.float32)
         _cpu.attention(
             self.pool,
@@ -87,6 +89,9 @@ class AttentionOps:
             params.softcap,
             params.window,
             sinks,
+            rope.cos if rope else None,
+            rope.sin if rope else None,
+            bool(rope and rope.neox),
             out,
         )
         return out

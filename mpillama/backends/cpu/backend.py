@@ -10,13 +10,13 @@ import numpy as np
 from mpillama import _cpu
 from mpillama.backends.base import Handle, RawWeight
 from mpillama.backends.cpu.attention import AttentionOps
-from mpillama.backends.cpu.elementwise import ElementwiseOps
-from mpillama.backends.reference import Matrix
+from mpillama.backends.cpu.codebooks import codebook
+from mpillama.backends.cpu.elementwise import ACTIVATIONS, ElementwiseOps
 from mpillama.errors import UsageError
 from mpillama.gguf.types import GGMLType
 
 PACKED = frozenset(GGMLType(number) for number in _cpu.packed_types())
-"""The types with kernels of their own; weights of others are dequantized at each use."""
+"""The types that weights can have."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class CpuBackend(AttentionOps, ElementwiseOps):
     """
 
     name = "cpu"
+    copies = True
+    """Raw weights are not kept: their memory can be used again."""
 
     def __init__(self, n_threads: int = 1, cores: Sequence[int] = (), level: str = "") -> None:
         super().__init__()
@@ -57,33 +59,54 @@ class CpuBackend(AttentionOps, ElementwiseOps):
         except ValueError as error:
             raise UsageError(f"{error}") from None
 
+    def supports(self, type: GGMLType) -> bool:
+        """Whether weights of this type can be used."""
+        return type in PACKED
+
     def weight(self, raw: RawWeight) -> Handle:
         """Pack the slice; its bytes are not kept."""
-        if raw.type not in PACKED:
-            return super().weight(raw)
-        packed = _cpu.pack(self.pool, int(raw.type), np.ascontiguousarray(raw.raw), raw.n_in)
+        packed = _cpu.pack(self.pool, int(raw.type), np.ascontiguousarray(raw.raw), raw.n_in, codebook(raw.type))
         return PackedMatrix(packed, raw.pad[0])
 
-    def embedding(self, tokens: np.ndarray, w: PackedMatrix | Matrix, first: int) -> np.ndarray:
+    def embedding(self, tokens: np.ndarray, w: PackedMatrix, first: int) -> np.ndarray:  # type: ignore[override]
         """Return rows of the embedding, zeros for those that are elsewhere."""
-        if isinstance(w, Matrix):
-            return super().embedding(tokens, w, first)
         out = np.empty((len(tokens), w.packed.n_in), np.float32)
         _cpu.embedding(self.pool, w.packed, tokens.astype(np.int64) - first, out)
         return out
 
-    def linear(self, x: np.ndarray, w: PackedMatrix | Matrix) -> np.ndarray:
+    def linear(self, x: np.ndarray, w: PackedMatrix) -> np.ndarray:  # type: ignore[override]
         """Return x W^T."""
-        if isinstance(w, Matrix):
-            return super().linear(x, w)
         out = np.empty((x.shape[0], w.packed.n_rows), np.float32)
         _cpu.linear(self.pool, w.packed, np.ascontiguousarray(x), w.pad, out)
         return out
 
-    def expert_linear(self, x: np.ndarray, w: PackedMatrix | Matrix, experts: np.ndarray) -> np.ndarray:
+    def linears(self, x: np.ndarray, ws: Sequence[PackedMatrix]) -> list[np.ndarray]:
+        """Return x W^T for each of several matrices."""
+        if any(w.pad != ws[0].pad or w.packed.n_in != ws[0].packed.n_in for w in ws):
+            return [self.linear(x, w) for w in ws]
+        n_tokens = x.shape[0]
+        outs = [np.empty((n_tokens, w.packed.n_rows), np.float32) for w in ws]
+        _cpu.linears(self.pool, [w.packed for w in ws], np.ascontiguousarray(x), ws[0].pad, outs)
+        return outs
+
+    def gated_linear(self, activation: str, x: np.ndarray, gate: PackedMatrix, up: PackedMatrix) -> np.ndarray:
+        """Return act(x G^T) * (x U^T)."""
+        if gate.pad != up.pad or gate.packed.n_in != up.packed.n_in:
+            return self.gated(activation, self.linear(x, gate), self.linear(x, up))
+        out = np.empty((x.shape[0], gate.packed.n_rows), np.float32)
+        index = ACTIVATIONS.index(activation)
+        _cpu.gated_linear(self.pool, index, gate.packed, up.packed, np.ascontiguousarray(x), gate.pad, out)
+        return out
+
+    def expert_linear(self, x: np.ndarray, w: PackedMatrix, experts: np.ndarray) -> np.ndarray:  # type: ignore[override]
         """Multiply each token by the matrices of its experts."""
-        if isinstance(w, Matrix):
-            return super().expert_linear(x, w, experts)
+        if (experts < 0).any():
+            # The kernel takes no gaps: a token for each expert that is here.
+            at = np.nonzero(experts >= 0)
+            out = np.zeros((*experts.shape, w.packed.n_rows), np.float32)
+            if len(at[0]):
+                out[at] = self.expert_linear(x[at] if x.ndim == 3 else x[at[0]], w, experts[at][:, None])[:, 0]
+            return out
         out = np.empty((*experts.shape, w.packed.n_rows), np.float32)
         index = np.ascontiguousarray(experts, np.int64)
         _cpu.expert_linear(self.pool, w.packed, np.ascontiguousarray(x), w.pad, index, out)

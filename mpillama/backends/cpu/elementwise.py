@@ -11,7 +11,8 @@ from mpillama.backends.reference import ReferenceBackend
 from mpillama.backends.rope import rope_table
 from mpillama.config import Rope
 
-_ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+"""In the order of the native kernels."""
 # NumPy is as fast for arrays of fewer elements.
 _MANY = 16384
 
@@ -68,7 +69,7 @@ class ElementwiseOps(ReferenceBackend):
     def gated(self, activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         """Return act(gate) * up."""
         out = np.empty(gate.shape, np.float32)
-        _cpu.gated(self.pool, _ACTIVATIONS.index(activation), gate, up, out)
+        _cpu.gated(self.pool, ACTIVATIONS.index(activation), gate, up, out)
         return out
 
     def sigmoid(self, x: np.ndarray) -> np.ndarray:

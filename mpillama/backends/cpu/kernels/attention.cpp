@@ -11,13 +11,14 @@
 #include <vector>
 
 #include "attention_cache.h"
+#include "elementwise.h"
 
 namespace mpillama {
 namespace {
 
 constexpr size_t rows_of_tile = 64;
 constexpr size_t blocks_of_part = 8;      // of a sequence that has one tile
-constexpr size_t elements_to_store = 8192;  // that are worth a thread's while
+constexpr size_t elements_to_store = 8192, elements_to_rotate = 16384;  // that are worth a thread's while
 
 const AttentionKernels& kernels_of(Level level) {
 #if MPILLAMA_X86
@@ -148,12 +149,42 @@ KVCache::KVCache(size_t n_blocks, size_t n_heads, size_t n_k, size_t n_v, CacheT
       k_{type_k, n_k, n_heads, k_pages_.data()},
       v_{type_v, n_v, n_heads, v_pages_.data()} {}
 
-void attention(Pool& pool, const KVCache& cache, const AttentionCall& c) {
+namespace {
+
+// The call with q and k rotated, in memory of the pool.
+AttentionCall rotated(Pool& pool, const AttentionCall& c, size_t n_heads_kv, size_t n_k) {
+  if (!c.cos) return c;
+  const size_t n_q = c.n_tokens * c.n_head * n_k, n_heads = c.n_head + n_heads_kv;
+  float* q = static_cast<float*>(pool.scratch(2).get((n_q + c.n_tokens * n_heads_kv * n_k) * sizeof(float)));
+  float* k = q + n_q;
+  const auto rope = elementwise_kernels_of(pool.level()).rope;
+  pool.parallel_for(c.n_tokens, elements_to_rotate / std::max<size_t>(1, n_heads * n_k), [&](size_t begin, size_t end) {
+    for (size_t token = begin; token < end; token++) {
+      const float *cos = c.cos + token * c.n_rot, *sin = c.sin + token * c.n_rot;
+      const auto heads = [&](const float* from, float* to, size_t n) {
+        for (size_t i = token * n * n_k; i < (token + 1) * n * n_k; i += n_k)
+          rope(from + i, cos, sin, c.n_rot, c.neox, to + i, n_k);
+      };
+      heads(c.q, q, c.n_head);
+      heads(c.k, k, n_heads_kv);
+    }
+  });
+  AttentionCall call = c;
+  call.q = q;
+  call.k = k;
+  return call;
+}
+
+}  // namespace
+
+void attention(Pool& pool, const KVCache& cache, const AttentionCall& call) {
   const auto turn = pool.lock();
   const AttentionKernels& kernels = kernels_of(pool.level());
   const Tiles &k = cache.k(), &v = cache.v();
-  const HeadGroups groups(c, k.n_heads);
-  store(pool, kernels, k, v, c, runs_of(cache, c));
+  const HeadGroups groups(call, k.n_heads);
+  const std::vector<Run> runs = runs_of(cache, call);
+  const AttentionCall c = rotated(pool, call, k.n_heads, k.n_dim);
+  store(pool, kernels, k, v, c, runs);
   const AttentionStep step{c.q, c.sinks, c.out, c.n_head, k, v, c.scale, c.softcap, c.window};
 
   std::vector<AttentionItem> items;

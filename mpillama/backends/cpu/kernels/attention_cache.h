@@ -42,6 +42,10 @@ struct AttentionCall {
   const int32_t* kv_heads;    // [n_head]
   float scale, softcap;
   int64_t window;
+  // Rotations of q and k to be made first, [n_tokens][n_rot], as in ElementwiseKernels; cos is null if there are none.
+  const float *cos, *sin;
+  size_t n_rot;
+  bool neox;
 };
 
 // Stores keys and values, then attends. The result does not depend on the number of threads. Throws

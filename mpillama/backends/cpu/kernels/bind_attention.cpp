@@ -31,7 +31,8 @@ void check(bool ok, const char* what) {
 
 void bind_attend(Pool& pool, const KVCache& cache, const ConstFloats& q, const ConstFloats& k, const ConstFloats& v,
                  const Ints& positions, const Ints& seq_lens, const Ints& tables, const std::vector<int32_t>& kv_heads,
-                 double scale, double softcap, int64_t window, const std::optional<ConstFloats>& sinks, const Floats& out) {
+                 double scale, double softcap, int64_t window, const std::optional<ConstFloats>& sinks,
+                 const std::optional<ConstFloats>& cos, const std::optional<ConstFloats>& sin, bool neox, const Floats& out) {
   check(q.ndim() == 3 && k.ndim() == 3 && v.ndim() == 3 && tables.ndim() == 2, "wrong number of axes");
   const size_t n_tokens = q.shape(0), n_head = q.shape(1);
   const Tiles &tk = cache.k(), &tv = cache.v();
@@ -41,9 +42,15 @@ void bind_attend(Pool& pool, const KVCache& cache, const ConstFloats& q, const C
   check(positions.size() == n_tokens && seq_lens.size() == tables.shape(0), "the batch does not fit together");
   check(kv_heads.size() == n_head && (!sinks || sinks->size() == n_head), "the heads do not fit together");
   check(out.size() == n_tokens * n_head * tv.n_dim && window >= 0, "out has the wrong size");
+  const size_t n_rot = cos && cos->ndim() == 2 ? cos->shape(1) : 0;
+  if (cos) {
+    check(sin && sin->size() == n_tokens * n_rot && cos->size() == n_tokens * n_rot, "the rotations do not fit the batch");
+    check(n_rot <= tk.n_dim && n_rot % 2 == 0, "the rotations do not fit the heads");
+  }
   const AttentionCall call{q.data(), k.data(), v.data(), sinks ? sinks->data() : nullptr, out.data(), n_tokens, n_head,
                            positions.data(), seq_lens.data(), tables.data(), tables.shape(0), tables.shape(1),
-                           kv_heads.data(), float(scale), float(softcap), window};
+                           kv_heads.data(), float(scale), float(softcap), window,
+                           n_rot ? cos->data() : nullptr, n_rot ? sin->data() : nullptr, n_rot, neox};
   const Released released;
   attention(pool, cache, call);
 }
@@ -175,8 +182,10 @@ void bind_attention(nb::module_& m) {
         "Raises:\n    ValueError: there is no such block.");
   m.def("attention", bind_attend, pool, nb::arg("cache"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("positions"),
         nb::arg("seq_lens"), nb::arg("tables"), nb::arg("kv_heads"), nb::arg("scale"), nb::arg("softcap"),
-        nb::arg("window"), nb::arg("sinks").none(), out,
-        "Store k and v of the step's tokens, then attend; see Backend.attention.");
+        nb::arg("window"), nb::arg("sinks").none(), nb::arg("cos").none(), nb::arg("sin").none(),
+        nb::arg("neox"), out,
+        "Rotate q and k by cos and signed sin (T, n_rot) if these are given, store k and v, then attend; see "
+        "Backend.attention.");
   m.def("gated", bind_gated, pool, nb::arg("activation"), nb::arg("gate"), nb::arg("up"), out,
         "out = act(gate) * up; activation 0: silu, 1: gelu, 2: swiglu_oai.");
   m.def("sigmoid", bind_sigmoid, pool, x, out, "out = 1 / (1 + exp(-x)).");

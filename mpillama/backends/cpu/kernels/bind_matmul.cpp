@@ -19,6 +19,7 @@ namespace {
 using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ConstFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
+using Words = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Raw = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 void check(bool ok, const char* what) {
@@ -34,12 +35,13 @@ Input input_of(const ConstFloats& x, const PackedWeight& w, size_t pad) {
   return {x.data(), rows, width, pad};
 }
 
-std::unique_ptr<PackedWeight> pack(Pool& pool, int type, const Raw& raw, size_t n_in) {
+std::unique_ptr<PackedWeight> pack(Pool& pool, int type, const Raw& raw, size_t n_in, const Words& codebook) {
   check(is_packed(type), "this type cannot be packed");
   const Format f = format_of(type);
   check(n_in % size_t(f.block) == 0 && raw.shape(2) == file_row_bytes(f, n_in), "raw is not rows of whole blocks");
+  check(codebook.size() == size_t(f.n_vectors), "this is not the codebook of the type");
   const nb::gil_scoped_release released;
-  return std::make_unique<PackedWeight>(pool, type, raw.data(), raw.shape(0), raw.shape(1), n_in);
+  return std::make_unique<PackedWeight>(pool, type, raw.data(), raw.shape(0), raw.shape(1), n_in, codebook.data());
 }
 
 void bind_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t pad, const Floats& out) {
@@ -48,6 +50,31 @@ void bind_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t
   check(out.size() == input.n_rows * w.n_rows, "out has the wrong size");
   const nb::gil_scoped_release released;
   linear(pool, w, input, out.data());
+}
+
+void bind_linears(Pool& pool, const std::vector<const PackedWeight*>& ws, const ConstFloats& x, size_t pad,
+                  const std::vector<Floats>& outs) {
+  check(!ws.empty() && ws.size() == outs.size(), "there is not one out for each matrix");
+  const Input input = input_of(x, *ws[0], pad);
+  std::vector<Product> products;
+  for (size_t i = 0; i < ws.size(); i++) {
+    check(ws[i]->n_mats > 0 && ws[i]->n_in == ws[0]->n_in, "the matrices have rows of different sizes");
+    check(outs[i].size() == input.n_rows * ws[i]->n_rows, "out has the wrong size");
+    products.push_back({ws[i], outs[i].data()});
+  }
+  const nb::gil_scoped_release released;
+  linears(pool, products, input);
+}
+
+void bind_gated_linear(Pool& pool, int activation, const PackedWeight& gate, const PackedWeight& up, const ConstFloats& x,
+                       size_t pad, const Floats& out) {
+  const Input input = input_of(x, gate, pad);
+  check(activation >= 0 && activation <= int(Activation::swiglu_oai), "there is no such activation");
+  check(gate.n_mats > 0 && up.n_mats > 0, "there is no matrix");
+  check(gate.n_in == up.n_in && gate.n_rows == up.n_rows, "the matrices have different shapes");
+  check(out.size() == input.n_rows * gate.n_rows, "out has the wrong size");
+  const nb::gil_scoped_release released;
+  gated_linear(pool, Activation(activation), gate, up, input, out.data());
 }
 
 void bind_expert_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t pad, const Indices& experts,
@@ -86,10 +113,16 @@ void bind_matmul(nb::module_& m) {
         return types;
       },
       "Numbers of the tensor types that `pack` takes.");
-  m.def("pack", pack, nb::arg("pool"), nb::arg("type"), nb::arg("raw"), nb::arg("n_in"),
-        "Pack raw blocks, uint8 (n_mats, n_rows, row bytes), whose rows have n_in weights; raw is not kept.");
+  m.def("pack", pack, nb::arg("pool"), nb::arg("type"), nb::arg("raw"), nb::arg("n_in"), nb::arg("codebook"),
+        "Pack raw blocks, uint8 (n_mats, n_rows, row bytes), whose rows have n_in weights; nothing of the arguments is "
+        "kept. codebook: uint16, empty for types without one.");
   m.def("linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
         "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
+  m.def("linears", bind_linears, nb::arg("pool"), nb::arg("ws"), nb::arg("x"), nb::arg("pad"), nb::arg("outs"),
+        "linear with each of several matrices whose rows have the same size; outs are filled.");
+  m.def("gated_linear", bind_gated_linear, nb::arg("pool"), nb::arg("activation"), nb::arg("gate"), nb::arg("up"),
+        nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
+        "out (T, n_rows) = act(x times gate) * (x times up); activations as in `gated`.");
   m.def("expert_linear", bind_expert_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),
         nb::arg("experts"), nb::arg("out").noconvert(),
         "out (T, K, n_rows) = x (T, width) or (T, K, width) times matrices experts (T, K), int64.");

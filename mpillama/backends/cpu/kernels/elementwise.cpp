@@ -4,19 +4,22 @@
 #include <cmath>
 
 namespace mpillama {
+
+const ElementwiseKernels& elementwise_kernels_of(Level level) {
+#if MPILLAMA_X86
+  if (level >= Level::avx512) return avx512_elementwise;
+  if (level == Level::avx2) return avx2_elementwise;
+#endif
+  (void)level;
+  return scalar_elementwise;
+}
+
 namespace {
 
 // Elements that are worth a thread's while: a few microseconds.
 constexpr size_t cheap = 16384, costly = 4096;
 
-const ElementwiseKernels& kernels_of(const Pool& pool) {
-#if MPILLAMA_X86
-  if (pool.level() >= Level::avx512) return avx512_elementwise;
-  if (pool.level() == Level::avx2) return avx2_elementwise;
-#endif
-  (void)pool;
-  return scalar_elementwise;
-}
+const ElementwiseKernels& kernels_of(const Pool& pool) { return elementwise_kernels_of(pool.level()); }
 
 size_t rows_worth(size_t elements, size_t width) { return std::max<size_t>(1, elements / std::max<size_t>(1, width)); }
 

@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "level.h"
+
 namespace mpillama {
 
 enum class Activation { silu, gelu, swiglu_oai };
@@ -23,6 +25,8 @@ struct ElementwiseKernels {
   // Partners are n_rot / 2 apart (neox), or next to each other.
   void (*rope)(const float* x, const float* cos, const float* sin, size_t n_rot, bool neox, float* out, size_t n);
 };
+
+const ElementwiseKernels& elementwise_kernels_of(Level level);
 
 extern const ElementwiseKernels scalar_elementwise;
 #if MPILLAMA_X86

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "level.h"
 
 namespace mpillama {
 
@@ -18,16 +19,23 @@ constexpr int max_tokens = 16;
 constexpr size_t int_group_bytes(size_t n) { return n * (32 + 3 * 4 + 2 * 8); }
 constexpr size_t float_group_bytes(size_t n) { return n * 128; }
 
-// y[i][0 .. n_rows) = the product for token i; n_rows <= 16.
-using PanelFn = void (*)(const uint8_t* panel, size_t n_units, const uint8_t* block, float* const* y, int n_rows);
+// y[i][0 .. n_rows) = the product for token i; n_rows <= 16. codebook: of the types that have one.
+using PanelFn = void (*)(const uint16_t* codebook, const uint8_t* panel, size_t n_units, const uint8_t* block,
+                         float* const* y, int n_rows);
+
+// Writes the first n weights of row `row` of a panel.
+using RowFn = void (*)(const uint16_t* codebook, const uint8_t* panel, int row, size_t n, float* out);
 
 // Writes token `i` of a block of `n`: n_groups groups of 32 values of x.
 using PrepareFn = void (*)(const float* x, size_t n_groups, int n, int i, uint8_t* block);
 
 struct Kernels {
-  PrepareFn quantize, copy;
+  PrepareFn quantize, quantize_permuted, copy;
   PanelFn panel[64][5];  // by type and log2 of the number of tokens; null where there is none
+  RowFn row[64];         // by type
 };
+
+const Kernels& kernels_of(Level level);
 
 extern const Kernels scalar_kernels;
 #if MPILLAMA_X86

@@ -39,7 +39,7 @@ void expand(const uint8_t* panel, size_t first, size_t last, uint16_t* out) {
         store_pairs(out + 16 * k, Vec::load_half(group + 32 * k), Vec::load_half(group + 32 * k + 32));
     } else {
       Vec::Bytes w[8];
-      unpack<type>(group, 0, w);
+      unpack<type>(nullptr, unit, int(g % per_unit), 0, w);
       const FactorVecs fv = factors<type>(unit, int(g % per_unit), 0);
       for (int j = 0; j < 8; j++) {
         const bool second = has_halves(f) && j >= 4;
@@ -99,7 +99,8 @@ constexpr AmxKernels make_kernels() {
   k.expand[Q5_1] = expand<Q5_1>, k.expand[Q8_0] = expand<Q8_0>, k.expand[Q2_K] = expand<Q2_K>;
   k.expand[Q3_K] = expand<Q3_K>, k.expand[Q4_K] = expand<Q4_K>, k.expand[Q5_K] = expand<Q5_K>;
   k.expand[Q6_K] = expand<Q6_K>, k.expand[IQ4_NL] = expand<IQ4_NL>, k.expand[IQ4_XS] = expand<IQ4_XS>;
-  k.expand[MXFP4] = expand<MXFP4>;
+  k.expand[MXFP4] = expand<MXFP4>, k.expand[NVFP4] = expand<NVFP4>, k.expand[Q1_0] = expand<Q1_0>;
+  k.expand[Q2_0] = expand<Q2_0>, k.expand[TQ1_0] = expand<TQ1_0>, k.expand[TQ2_0] = expand<TQ2_0>;
   return k;
 }
 

@@ -27,7 +27,7 @@ inline int32_t load_int(const uint8_t* p) {
 }
 
 template <int type, int n>
-void quantized_panel(const uint8_t* unit, size_t n_units, const uint8_t* x, float* const* y, int n_rows) {
+void quantized_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_units, const uint8_t* x, float* const* y, int n_rows) {
   constexpr Format f = format_of(type);
   constexpr bool wide = f.bits == 8 || f.table != Table::none;
   constexpr int offset = wide && Vec::signed_codes ? f.offset - 128 : f.offset;
@@ -42,7 +42,7 @@ void quantized_panel(const uint8_t* unit, size_t n_units, const uint8_t* x, floa
       for (size_t i = 0; i < group_bytes(f); i += 64) Vec::prefetch(group + ahead + i);
       for (int part = 0; part < parts; part++) {
         Vec::Bytes w[8];
-        unpack<type>(group, part, w);
+        unpack<type>(codebook, unit, g, part, w);
         const FactorVecs fv = factors<type>(unit, g, part);
 #pragma GCC unroll 16
         for (int i = 0; i < n; i++) {
@@ -89,7 +89,7 @@ inline Vec::Float column(const uint8_t* group, int k, int part) {
 }
 
 template <int type, int n>
-void float_panel(const uint8_t* group, size_t n_groups, const uint8_t* x, float* const* y, int n_rows) {
+void float_panel(const uint16_t*, const uint8_t* group, size_t n_groups, const uint8_t* x, float* const* y, int n_rows) {
   constexpr Format f = format_of(type);
   // A sum of its own for every fourth column: one alone would wait for the latency of each addition.
   constexpr int chains = n == 1 ? 4 : n == 2 ? 2 : 1;
@@ -132,11 +132,20 @@ constexpr void set_panel(Kernels& kernels) {
   }
 }
 
+template <bool permuted>
 void quantize_token(const float* x, size_t n_groups, int n, int i, uint8_t* block) {
   const size_t count = size_t(n), at = size_t(i);
   for (size_t g = 0; g < n_groups; g++, block += int_group_bytes(count)) {
     int32_t sums[2];
-    const float d = Vec::quantize(x + 32 * g, reinterpret_cast<int8_t*>(block) + 32 * at, sums);
+    int8_t* q = reinterpret_cast<int8_t*>(block) + 32 * at;
+    const float d = Vec::quantize(x + 32 * g, q, sums);
+    if constexpr (permuted) {
+      // See `column_at`: pairs of columns change places.
+      uint16_t pairs[16], order[16];
+      std::memcpy(pairs, q, 32);
+      for (int k = 0; k < 16; k++) order[k] = pairs[k / 8 * 8 + k % 2 * 4 + k % 8 / 2];
+      std::memcpy(q, order, 32);
+    }
     const int32_t negative[3] = {-(sums[0] + sums[1]), -sums[0], -sums[1]};
     const float dsums[3] = {d * float(sums[0] + sums[1]), d * float(sums[0]), d * float(sums[1])};
     std::memcpy(block + 32 * count + 4 * at, &d, 4);
@@ -153,18 +162,58 @@ void copy_token(const float* x, size_t n_groups, int n, int i, uint8_t* block) {
 }
 
 template <int type>
+void read_row(const uint16_t* codebook, const uint8_t* unit, int row, size_t n, float* out) {
+  constexpr Format f = format_of(type);
+  const int part = row / Vec::lanes, r = row % Vec::lanes;
+  if constexpr (is_float(f)) {
+    for (size_t i = 0; i < n; i += 32, unit += group_bytes(f))
+      for (int k = 0; k < 32 && i + size_t(k) < n; k++) {
+        float lanes[Vec::lanes];
+        Vec::store(lanes, column<type>(unit, k, part), Vec::lanes);
+        out[i + size_t(k)] = lanes[r];
+      }
+    return;
+  } else {
+    for (size_t i = 0; i < n; i += 32) {
+      const int g = int(i % size_t(f.unit) / 32);
+      if (i && g == 0) unit += unit_bytes(f);
+      Vec::Bytes w[8];
+      unpack<type>(codebook, unit, g, part, w);
+      const FactorVecs fv = factors<type>(unit, g, part);
+      uint8_t codes[8][4 * Vec::lanes];
+      for (int j = 0; j < 8; j++) Vec::store_bytes(codes[j], w[j]);
+      const auto lane = [&](const Vec::Float& v) {
+        float lanes[Vec::lanes];
+        Vec::store(lanes, v, Vec::lanes);
+        return lanes[r];
+      };
+      const float s[2] = {lane(fv.s0), has_halves(f) ? lane(fv.s1) : lane(fv.s0)};
+      float m[2] = {};
+      if constexpr (has_min(f)) m[0] = lane(fv.m0), m[1] = has_halves(f) ? lane(fv.m1) : m[0];
+      for (int k = 0; k < 32; k++)
+        out[i + size_t(column_at(f, k))] = s[k / 16] * float(codes[k / 4][4 * r + k % 4] - f.offset) - m[k / 16];
+    }
+  }
+}
+
+template <int type>
 constexpr void set_type(Kernels& k) {
+  k.row[type] = read_row<type>;
   set_panel<type, 0>(k), set_panel<type, 1>(k), set_panel<type, 2>(k), set_panel<type, 3>(k), set_panel<type, 4>(k);
 }
 
 constexpr Kernels make_kernels() {
   Kernels k{};
-  k.quantize = quantize_token;
+  k.quantize = quantize_token<false>;
+  k.quantize_permuted = quantize_token<true>;
   k.copy = copy_token;
   set_type<F32>(k), set_type<F16>(k), set_type<BF16>(k);
   set_type<Q4_0>(k), set_type<Q4_1>(k), set_type<Q5_0>(k), set_type<Q5_1>(k), set_type<Q8_0>(k);
   set_type<Q2_K>(k), set_type<Q3_K>(k), set_type<Q4_K>(k), set_type<Q5_K>(k), set_type<Q6_K>(k);
-  set_type<IQ4_NL>(k), set_type<IQ4_XS>(k), set_type<MXFP4>(k);
+  set_type<IQ4_NL>(k), set_type<IQ4_XS>(k), set_type<MXFP4>(k), set_type<NVFP4>(k);
+  set_type<Q1_0>(k), set_type<Q2_0>(k), set_type<TQ1_0>(k), set_type<TQ2_0>(k);
+  set_type<IQ1_S>(k), set_type<IQ1_M>(k), set_type<IQ2_XXS>(k), set_type<IQ2_XS>(k), set_type<IQ2_S>(k);
+  set_type<IQ3_XXS>(k), set_type<IQ3_S>(k);
   return k;
 }
 

@@ -1,18 +1,14 @@
 #include "matmul.h"
 
+#include <memory>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "kernels.h"
 #include "plan.h"
 
 namespace mpillama {
-namespace {
-
-// Prepared tokens that stay in a core's cache while panels pass by.
-constexpr size_t token_bytes = 256 << 10;
-// A piece of work: large enough to be worth handing out, small enough to leave something for the other threads.
-constexpr size_t least_bytes = 16 << 10, most_bytes = 256 << 10;
 
 const Kernels& kernels_of(Level level) {
 #if MPILLAMA_X86
@@ -23,6 +19,13 @@ const Kernels& kernels_of(Level level) {
   return scalar_kernels;
 }
 
+namespace {
+
+// Prepared tokens that stay in a core's cache while panels pass by.
+constexpr size_t token_bytes = 256 << 10;
+// A piece of work: large enough to be worth handing out, small enough to leave something for the other threads.
+constexpr size_t least_bytes = 16 << 10, most_bytes = 256 << 10;
+
 // Tokens that go through a kernel together.
 struct TokenBlock {
   size_t first, n;  // places of the plan
@@ -30,42 +33,86 @@ struct TokenBlock {
   const uint8_t* data;
 };
 
+// What must be done to x before it meets a matrix.
+enum class Form { floats, int8, int8_permuted };
+
+Form form_of(const Format& f) {
+  return is_float(f) ? Form::floats : is_permuted(f) ? Form::int8_permuted : Form::int8;
+}
+
+size_t groups_of(const PackedWeight& w) { return w.n_units * size_t(w.format.unit / 32); }
+
+// Whether x prepared for one matrix can meet the other, by kernels for the same numbers of tokens.
+bool alike(const PackedWeight& a, const PackedWeight& b) {
+  return form_of(a.format) == form_of(b.format) && groups_of(a) == groups_of(b);
+}
+
+// Matrices that are `alike`, times the same tokens.
 class PanelProduct {
  public:
-  PanelProduct(Pool& pool, const PackedWeight& w, const Input& x, const Plan& plan, const std::vector<Segment>& segments)
-      : pool_(pool), w_(w), x_(x), plan_(plan), segments_(segments), kernels_(kernels_of(pool.level())) {}
+  PanelProduct(Pool& pool, std::vector<Product> products, const Input& x, const Plan& plan,
+               const std::vector<Segment>& segments)
+      : pool_(pool),
+        products_(std::move(products)),
+        form_(form_of(products_[0].w->format)),
+        n_groups_(groups_of(*products_[0].w)),
+        x_(x),
+        plan_(plan),
+        segments_(segments),
+        kernels_(kernels_of(pool.level())) {}
 
-  void run(float* y) {
+  void run() {
     make_blocks();
     prepare();
-    const size_t n_tasks = segments_.size() * w_.n_panels, n_threads = size_t(pool_.size());
-    // Tokens in many rounds over the same panels want these in the cache; a single round wants long sequential reads.
-    size_t grain = n_tasks / (8 * n_threads);
-    if (largest_ > size_t(max_tokens)) grain = std::min(grain, most_bytes / std::max<size_t>(1, w_.panel_bytes));
-    grain = std::max(grain, least_bytes / std::max<size_t>(1, w_.panel_bytes));
-    pool_.parallel_for(n_tasks, grain, [&](size_t begin, size_t end) {
-      while (begin < end) {
-        const size_t segment = begin / w_.n_panels, p = begin % w_.n_panels;
-        const size_t n = std::min(end - begin, w_.n_panels - p);
-        panels(segment, p, p + n, y);
-        begin += n;
+    // The panels of all segments of all products.
+    std::vector<size_t> first{0};
+    for (const Product& p : products_) first.push_back(first.back() + segments_.size() * p.w->n_panels);
+    pool_.parallel_for(first.back(), grain(first.back(), 1), [&](size_t begin, size_t end) {
+      for (size_t i = 0; i < products_.size(); i++) {
+        const size_t n_panels = products_[i].w->n_panels, stop = std::min(end, first[i + 1]);
+        while (begin >= first[i] && begin < stop) {
+          const size_t at = begin - first[i], p = at % n_panels, n = std::min(stop - begin, n_panels - p);
+          panels(products_[i], at / n_panels, p, p + n);
+          begin += n;
+        }
       }
     });
   }
 
+  // For two products of the same shape and all tokens: y = act(the first) * the second; their own y are used up.
+  void run_gated(void (*gated)(Activation, const float*, const float*, float*, size_t), Activation activation, float* y) {
+    make_blocks();
+    prepare();
+    const Product &gate = products_[0], &up = products_[1];
+    pool_.parallel_for(gate.w->n_panels, grain(gate.w->n_panels, 2), [&](size_t begin, size_t end) {
+      panels(gate, 0, begin, end);
+      panels(up, 0, begin, end);
+      const size_t n_rows = gate.w->n_rows, from = 16 * begin, n = std::min(n_rows, 16 * end) - from;
+      for (size_t i = from; i < x_.n_rows * n_rows; i += n_rows) gated(activation, gate.y + i, up.y + i, y + i, n);
+    });
+  }
+
  private:
+  // Panels of a piece of work, each of which is one of `n_matrices`.
+  size_t grain(size_t n_tasks, size_t n_matrices) const {
+    const size_t bytes = std::max<size_t>(1, products_[0].w->panel_bytes * n_matrices);
+    // Tokens in many rounds over the same panels want these in the cache; a single round wants long sequential reads.
+    size_t grain = n_tasks / (8 * size_t(pool_.size()));
+    if (largest_ > size_t(max_tokens)) grain = std::min(grain, most_bytes / bytes);
+    return std::max(grain, least_bytes / bytes);
+  }
+
   void make_blocks() {
-    const size_t n_groups = this->n_groups();
     size_t bytes = 0;
     for (const Segment& s : segments_) {
       first_block_.push_back(blocks_.size());
       largest_ = std::max(largest_, s.count);
       for (size_t done = 0; done < s.count;) {
         int log = 4;
-        while ((size_t(1) << log) > s.count - done || !kernels_.panel[w_.type][log]) log--;
+        while ((size_t(1) << log) > s.count - done || !kernels_.panel[products_[0].w->type][log]) log--;
         blocks_.push_back({s.first + done, size_t(1) << log, log, nullptr});
         done += blocks_.back().n;
-        bytes += n_groups * group_size(blocks_.back().n);
+        bytes += n_groups_ * group_size(blocks_.back().n);
       }
     }
     first_block_.push_back(blocks_.size());
@@ -73,55 +120,59 @@ class PanelProduct {
     uint8_t* data = static_cast<uint8_t*>(pool_.scratch(0).get(bytes + 64));
     for (TokenBlock& block : blocks_) {
       block.data = data;
-      data += n_groups * group_size(block.n);
+      data += n_groups_ * group_size(block.n);
     }
   }
 
   void prepare() {
-    const PrepareFn fn = is_float(w_.format) ? kernels_.copy : kernels_.quantize;
+    const PrepareFn fn = form_ == Form::floats ? kernels_.copy
+                         : form_ == Form::int8 ? kernels_.quantize
+                                               : kernels_.quantize_permuted;
     constexpr size_t worth = 1 << 15;  // values that are prepared faster than a thread is told of them
     size_t n = 0;
     for (const TokenBlock& block : blocks_) n += block.n;
     const size_t average = std::max<size_t>(1, blocks_.empty() ? 1 : n / blocks_.size());
-    const size_t grain = worth / std::max<size_t>(1, w_.n_in * average);
+    const size_t grain = worth / std::max<size_t>(1, 32 * n_groups_ * average);
     pool_.parallel_for(blocks_.size(), grain, [&](size_t begin, size_t end) {
       for (size_t b = begin; b < end; b++) {
         const TokenBlock& block = blocks_[b];
         uint8_t* data = const_cast<uint8_t*>(block.data);
         for (size_t i = 0; i < block.n; i++)
-          for_groups(x_, plan_.x_rows[block.first + i], n_groups(), [&](const float* values, size_t g, size_t count) {
+          for_groups(x_, plan_.x_rows[block.first + i], n_groups_, [&](const float* values, size_t g, size_t count) {
             fn(values, count, int(block.n), int(i), data + g * group_size(block.n));
           });
       }
     });
   }
 
-  void panels(size_t segment, size_t begin, size_t end, float* y) const {
+  void panels(const Product& product, size_t segment, size_t begin, size_t end) const {
+    const PackedWeight& w = *product.w;
     const size_t last_block = first_block_[segment + 1];
-    const size_t row_bytes = std::max<size_t>(1, n_groups() * group_size(1));
+    const size_t row_bytes = std::max<size_t>(1, n_groups_ * group_size(1));
     float* out[max_tokens];
     for (size_t b = first_block_[segment]; b < last_block;) {
       size_t stop = b, bytes = 0;
       while (stop < last_block && (stop == b || bytes + blocks_[stop].n * row_bytes <= token_bytes))
         bytes += blocks_[stop++].n * row_bytes;
       for (size_t p = begin; p < end; p++) {
-        const uint8_t* panel = w_.panel(segments_[segment].mat, p);
-        const int n_rows = int(std::min<size_t>(16, w_.n_rows - 16 * p));
+        const uint8_t* panel = w.panel(segments_[segment].mat, p);
+        const int n_rows = int(std::min<size_t>(16, w.n_rows - 16 * p));
         for (size_t i = b; i < stop; i++) {
           const TokenBlock& block = blocks_[i];
-          for (size_t t = 0; t < block.n; t++) out[t] = y + plan_.y_rows[block.first + t] * w_.n_rows + 16 * p;
-          kernels_.panel[w_.type][block.log](panel, w_.n_units, block.data, out, n_rows);
+          for (size_t t = 0; t < block.n; t++) out[t] = product.y + plan_.y_rows[block.first + t] * w.n_rows + 16 * p;
+          kernels_.panel[w.type][block.log](w.codebook(), panel, w.n_units, block.data, out, n_rows);
         }
       }
       b = stop;
     }
   }
 
-  size_t n_groups() const { return w_.n_units * size_t(w_.format.unit / 32); }
-  size_t group_size(size_t n) const { return is_float(w_.format) ? float_group_bytes(n) : int_group_bytes(n); }
+  size_t group_size(size_t n) const { return form_ == Form::floats ? float_group_bytes(n) : int_group_bytes(n); }
 
   Pool& pool_;
-  const PackedWeight& w_;
+  const std::vector<Product> products_;
+  const Form form_;
+  const size_t n_groups_;
   const Input& x_;
   const Plan& plan_;
   const std::vector<Segment>& segments_;
@@ -131,29 +182,71 @@ class PanelProduct {
   size_t largest_ = 0;
 };
 
+// Whether tiles are the faster way for so many tokens.
+bool tiles_for([[maybe_unused]] const Pool& pool, [[maybe_unused]] const PackedWeight& w, [[maybe_unused]] size_t n) {
+#if MPILLAMA_AMX
+  return wants_tiles(pool, w, n);
+#else
+  return false;
+#endif
+}
+
 void multiply(Pool& pool, const PackedWeight& w, const Input& x, const Plan& plan, float* y) {
   if (w.n_rows == 0 || plan.segments.empty()) return;
-#if MPILLAMA_AMX
   std::vector<Segment> tiles, rest;
-  for (const Segment& s : plan.segments) (wants_tiles(pool, w, s.count) ? tiles : rest).push_back(s);
+  for (const Segment& s : plan.segments) (tiles_for(pool, w, s.count) ? tiles : rest).push_back(s);
+#if MPILLAMA_AMX
   if (!tiles.empty()) multiply_tiles(pool, w, x, plan, tiles, y);
-  if (!rest.empty()) PanelProduct(pool, w, x, plan, rest).run(y);
-#else
-  PanelProduct(pool, w, x, plan, plan.segments).run(y);
 #endif
+  if (!rest.empty()) PanelProduct(pool, {{&w, y}}, x, plan, rest).run();
+}
+
+// All tokens meet matrix 0.
+Plan whole_plan(size_t n) {
+  Plan plan;
+  plan.segments.push_back({0, 0, n});
+  plan.x_rows.resize(n);
+  std::iota(plan.x_rows.begin(), plan.x_rows.end(), size_t(0));
+  plan.y_rows = plan.x_rows;
+  return plan;
 }
 
 }  // namespace
 
-void linear(Pool& pool, const PackedWeight& w, const Input& x, float* y) {
+void linear(Pool& pool, const PackedWeight& w, const Input& x, float* y) { linears(pool, {{&w, y}}, x); }
+
+void linears(Pool& pool, const std::vector<Product>& products, const Input& x) {
   if (x.n_rows == 0) return;
   const auto lock = pool.lock();
-  Plan plan;
-  plan.segments.push_back({0, 0, x.n_rows});
-  plan.x_rows.resize(x.n_rows);
-  std::iota(plan.x_rows.begin(), plan.x_rows.end(), size_t(0));
-  plan.y_rows = plan.x_rows;
-  multiply(pool, w, x, plan, y);
+  const Plan plan = whole_plan(x.n_rows);
+  std::vector<Product> together, rest;
+  for (const Product& p : products) {
+    if (p.w->n_rows == 0) continue;
+    const bool apart = tiles_for(pool, *p.w, x.n_rows) || (!together.empty() && !alike(*p.w, *together[0].w));
+    (apart ? rest : together).push_back(p);
+  }
+  if (!together.empty()) PanelProduct(pool, together, x, plan, plan.segments).run();
+  for (const Product& p : rest) multiply(pool, *p.w, x, plan, p.y);
+}
+
+void gated_linear(Pool& pool, Activation activation, const PackedWeight& gate, const PackedWeight& up, const Input& x,
+                  float* y) {
+  if (x.n_rows == 0 || gate.n_rows == 0) return;
+  const auto lock = pool.lock();
+  const Plan plan = whole_plan(x.n_rows);
+  const size_t n = x.n_rows * gate.n_rows;
+  std::unique_ptr<float[]> other;
+  float* temporary = static_cast<float*>(pool.scratch(1).get(2 * n * sizeof(float)));
+  const auto fn = elementwise_kernels_of(pool.level()).gated;
+  if (tiles_for(pool, gate, x.n_rows) || !alike(gate, up)) {
+    // Tiles want the temporary memory for themselves.
+    other.reset(new float[n]);
+    multiply(pool, gate, x, plan, y);
+    multiply(pool, up, x, plan, other.get());
+    fn(activation, y, other.get(), y, n);
+  } else {
+    PanelProduct(pool, {{&gate, temporary}, {&up, temporary + n}}, x, plan, plan.segments).run_gated(fn, activation, y);
+  }
 }
 
 void expert_linear(Pool& pool, const PackedWeight& w, const Input& x, size_t n_tokens, size_t n_used,
@@ -184,11 +277,12 @@ void expert_linear(Pool& pool, const PackedWeight& w, const Input& x, size_t n_t
 
 void embedding(Pool& pool, const PackedWeight& w, const int64_t* index, size_t n, float* y) {
   const auto lock = pool.lock();
+  const RowFn read_row = kernels_of(pool.level()).row[w.type];
   pool.parallel_for(n, 8, [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; i++) {
       float* row = y + i * w.n_in;
       if (index[i] >= 0 && size_t(index[i]) < w.n_rows) {
-        w.read_row(size_t(index[i]), row);
+        read_row(w.codebook(), w.panel(0, size_t(index[i]) / 16), int(index[i] % 16), w.n_in, row);
       } else {
         std::fill(row, row + w.n_in, 0.0f);
       }

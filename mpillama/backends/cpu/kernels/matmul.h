@@ -2,7 +2,9 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
+#include "elementwise.h"
 #include "packed.h"
 #include "pool.h"
 
@@ -16,6 +18,17 @@ struct Input {
 
 // y (n_rows of x, n_rows of w) = x W^T with matrix 0.
 void linear(Pool& pool, const PackedWeight& w, const Input& x, float* y);
+
+// The same for several matrices, each with its y.
+struct Product {
+  const PackedWeight* w;
+  float* y;
+};
+void linears(Pool& pool, const std::vector<Product>& products, const Input& x);
+
+// y = act(x G^T) * (x U^T) for matrices of the same shape.
+void gated_linear(Pool& pool, Activation activation, const PackedWeight& gate, const PackedWeight& up, const Input& x,
+                  float* y);
 
 // y (n_tokens, n_used, n_rows of w): row (t, k) is matrix experts[t][k] times row t of x, or row t * n_used + k where x has
 // that many rows.

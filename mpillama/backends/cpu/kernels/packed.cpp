@@ -1,11 +1,11 @@
 #include "packed.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 #include "blocks.h"
-#include "half.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,12 +17,13 @@ namespace {
 constexpr size_t huge = size_t(2) << 20;
 
 // The factors of one block of row r, whose first column is `column`; unit is where its unit begins.
-void write_factors(const Format& f, const Block& block, size_t column, int r, uint8_t* unit) {
-  const size_t group = column % size_t(f.unit) / 32;
-  const auto put_half = [&](size_t at, uint16_t bits) { std::memcpy(unit + at + 2 * r, &bits, 2); };
+template <int type>
+inline void write_factors(const Block& block, size_t column, int r, uint8_t* unit) {
+  constexpr Format f = format_of(type);
+  const size_t at = column % size_t(f.unit), group = at / 32;
+  const auto put_half = [&](size_t offset, uint16_t bits) { std::memcpy(unit + offset + 2 * r, &bits, 2); };
   switch (f.factors) {
-    case Factors::none: break;
-    case Factors::half: put_half(32 * group, block.d); break;
+    case Factors::half: put_half(32 * (at / size_t(f.block)), block.d); break;
     case Factors::half_min:
       put_half(32 * group, block.d);
       put_half(64 + 32 * group, block.dmin);
@@ -39,6 +40,17 @@ void write_factors(const Format& f, const Block& block, size_t column, int r, ui
       put_half(0, block.d);
       for (int i = 0; i < 16; i++) unit[32 + 16 * i + r] = block.sc[i];
       break;
+    case Factors::six_16: {
+      put_half(0, block.d);
+      uint32_t upper = 0;
+      for (int i = 0; i < 8; i++) {
+        const uint8_t a = block.sc[2 * i], b = block.sc[2 * i + 1];
+        unit[32 + 16 * i + r] = uint8_t((a & 15) | b << 4);
+        upper |= uint32_t(a >> 4 | b >> 4 << 2) << (4 * i);
+      }
+      std::memcpy(unit + 192 + 4 * r, &upper, 4);
+      break;
+    }
     case Factors::super_32:
       put_half(0, block.d);
       for (int i = 0; i < 8; i++) unit[32 + 16 * i + r] = block.sc[i];
@@ -49,79 +61,130 @@ void write_factors(const Format& f, const Block& block, size_t column, int r, ui
       for (int i = 0; i < 16; i++) unit[64 + 16 * i + r] = uint8_t(block.sc[i] | block.mn[i] << 4);
       break;
     case Factors::exponent: unit[16 * group + size_t(r)] = block.sc[0]; break;
+    case Factors::ue4m3:
+      for (int i = 0; i < 4; i++) unit[16 * i + r] = block.sc[i];
+      break;
+    default: break;
   }
 }
 
-// 32 codes of row r into the planes of a group, which are zero so far; four bytes at a time, each for itself.
-void write_codes(int bits, const uint8_t* code, int r, uint8_t* group) {
-  for (int j = 0; j < 8; j++) {
-    uint32_t four;
-    std::memcpy(&four, code + 4 * j, 4);
-    const auto merge = [&](int plane, uint32_t value) {
-      uint32_t word;
-      std::memcpy(&word, group + plane + 4 * r, 4);
-      word |= value;
-      std::memcpy(group + plane + 4 * r, &word, 4);
-    };
-    const uint32_t ones = 0x01010101;
-    if (bits == 8) {
-      merge(64 * j, four);
-      continue;
-    }
-    if (bits >= 4) {
-      merge(64 * (j % 4), (four & 15 * ones) << (4 * (j / 4)));
-    } else {
-      merge(64 * (j / 4), (four & 3 * ones) << (2 * (j % 4)));
-    }
-    if (bits == 6) merge(256 + 64 * (j / 4), (four >> 4 & 3 * ones) << (2 * (j % 4)));
-    if (bits == 5) merge(256, (four >> 4 & ones) << j);
-    if (bits == 3) merge(128, (four >> 2 & ones) << j);
-  }
-}
+// A group's codes, those of each row together, as vectors of 4 columns of 16 rows; eight codes at a time from then on.
+struct Group {
+  uint64_t v[8][8];
 
-unsigned read_code(int bits, const uint8_t* group, int r, int k) {
-  const int j = k / 4, at = 4 * r + k % 4;
-  const auto nibble = [&] { return group[64 * (j % 4) + at] >> (4 * (j / 4)) & 15u; };
-  const auto pair = [&](int plane) { return group[plane + 64 * (j / 4) + at] >> (2 * (j % 4)) & 3u; };
-  switch (bits) {
-    case 8: return group[64 * j + at];
-    case 6: return nibble() | pair(256) << 4;
-    case 5: return nibble() | (group[256 + at] >> j & 1u) << 4;
-    case 4: return nibble();
-    case 3: return pair(0) | (group[128 + at] >> j & 1u) << 2;
-    default: return pair(0);
+  void fill(const uint8_t* code, size_t stride) {
+    for (int r = 0; r < 16; r++)
+      for (int j = 0; j < 8; j++)
+        std::memcpy(reinterpret_cast<uint8_t*>(v[j]) + 4 * r, code + size_t(r) * stride + 4 * j, 4);
   }
-}
-
-struct Affine {
-  float s, m;
 };
 
-// S and M of a half group of row r.
-Affine read_factors(const Format& f, const uint8_t* unit, size_t group, size_t half, int r) {
-  const auto half_at = [&](size_t at) {
-    uint16_t bits;
-    std::memcpy(&bits, unit + at + 2 * r, 2);
-    return half_to_float(bits);
+template <int bits>
+inline void write_codes(const Group& g, uint8_t* out) {
+  const auto put = [&](int plane, int i, uint64_t value) { std::memcpy(out + plane + 8 * i, &value, 8); };
+  // Bits [from, from + n) of vector j, at position `to`.
+  const auto some = [&](int j, int i, int from, int n, int to) {
+    return (g.v[j][i] >> from & each_byte((1u << n) - 1)) << to;
   };
-  const size_t row = size_t(r);
-  switch (f.factors) {
-    case Factors::half: return {half_at(32 * group), 0};
-    case Factors::half_min: return {half_at(32 * group), half_at(64 + 32 * group)};
-    case Factors::super_min:
-      return {half_at(0) * float(unit[64 + 16 * group + row]), half_at(32) * float(unit[192 + 16 * group + row])};
-    case Factors::super_16: return {half_at(0) * float(int8_t(unit[32 + 16 * (2 * group + half) + row])), 0};
-    case Factors::super_32: return {half_at(0) * float(int8_t(unit[32 + 16 * group + row])), 0};
-    case Factors::nibbles: {
-      const uint8_t both = unit[64 + 16 * (2 * group + half) + row];
-      return {half_at(0) * float(both & 15), half_at(32) * float(both >> 4)};
-    }
-    case Factors::exponent: {
-      const uint32_t e = unit[16 * group + row];
-      return {float_of((e ? e - 1 : 0) << 23), 0};
-    }
-    default: return {0, 0};
+  if (bits == 8) {
+    std::memcpy(out, g.v, 512);
+  } else if (bits >= 4) {
+    for (int j = 0; j < 4; j++)
+      for (int i = 0; i < 8; i++) put(64 * j, i, some(j, i, 0, 4, 0) | some(j + 4, i, 0, 4, 4));
   }
+  if (bits == 6 || bits == 2 || bits == 3) {
+    const int from = bits == 6 ? 4 : 0, plane = bits == 6 ? 256 : 0;
+    for (int h = 0; h < 2; h++)
+      for (int i = 0; i < 8; i++)
+        put(plane + 64 * h, i, some(4 * h, i, from, 2, 0) | some(4 * h + 1, i, from, 2, 2) | some(4 * h + 2, i, from, 2, 4) |
+                                   some(4 * h + 3, i, from, 2, 6));
+  }
+  if (bits % 2 && bits < 6) {
+    for (int i = 0; i < 8; i++) {
+      uint64_t all = 0;
+      for (int j = 0; j < 8; j++) all |= some(j, i, bits - 1, 1, j);
+      put(64 * (bits - 1), i, all);
+    }
+  }
+}
+
+// Five digits of base 3 as a fraction of a byte, rounded up: the product with a power of 3 begins with a later digit.
+uint8_t ternary(const uint8_t* digits) {
+  int number = 0;
+  for (int i = 0; i < 5; i++) number = 3 * number + digits[i];
+  return uint8_t((number * 256 + 242) / 243);
+}
+
+// 256 codes of row r of TQ1_0.
+void write_ternary(const uint8_t* code, int r, uint8_t* unit) {
+  constexpr Format f = format_of(TQ1_0);
+  uint8_t rest[4][25] = {};
+  for (int g = 0; g < 8; g++)
+    for (int c = 0; c < 4; c++) {
+      uint8_t digits[5];
+      for (int j = 0; j < 5; j++) digits[j] = code[32 * g + 4 * j + c];
+      for (int j = 0; j < 3; j++) rest[c][3 * g + j] = code[32 * g + 20 + 4 * j + c];
+      unit[size_t(f.factor_bytes) + size_t(g) * group_bytes(f) + size_t(4 * r + c)] = ternary(digits);
+    }
+  for (int i = 0; i < 5; i++)
+    for (int c = 0; c < 4; c++) unit[64 + 64 * i + 4 * r + c] = ternary(rest[c] + 5 * i);
+}
+
+// n rows of whole blocks become a panel, which is zero so far.
+template <int type>
+void pack_panel(const uint8_t* rows, size_t n, size_t n_in, uint8_t* out) {
+  constexpr Format f = format_of(type);
+  constexpr size_t block = size_t(f.block), unit_columns = size_t(f.unit);
+  const size_t row_bytes = file_row_bytes(f, n_in);
+  const auto raw = [&](size_t r, size_t column) { return rows + r * row_bytes + column / block * size_t(f.block_bytes); };
+  const auto unit = [&](size_t column) { return out + column / unit_columns * unit_bytes(f); };
+  if constexpr (is_float(f)) {
+    constexpr size_t bytes = size_t(f.bits / 8);
+    for (size_t first = 0; first < n_in; first += 32)
+      for (size_t r = 0; r < n; r++)
+        for (size_t k = first; k < std::min(n_in, first + 32); k++) {
+          const size_t at = type == BF16 ? (k / 2 * 16 + r) * 2 + k % 2 : k * 16 + r;
+          std::memcpy(out + at * bytes, raw(r, k), bytes);
+        }
+  } else if constexpr (f.n_vectors != 0) {
+    for (size_t column = 0; column < n_in; column += block)
+      for (size_t r = 0; r < n; r++) pack_codebook_block(type, raw(r, column), int(r), unit(column));
+  } else {
+    // Whole units, as many columns as the largest have: all of them go through one step before any goes through the next,
+    // which would else wait for memory that was just written in pieces of another size.
+    constexpr size_t span = 256;
+    alignas(64) uint8_t code[16][span] = {};
+    for (size_t first = 0; first < n_in; first += span) {
+      const size_t last = std::min(n_in, first + span);
+      for (size_t r = 0; r < n; r++)
+        for (size_t column = first; column < last; column += block) {
+          Block factors;
+          read_block<type>(raw(r, column), factors, code[r] + (column - first));
+          write_factors<type>(factors, column, int(r), unit(column));
+        }
+      if constexpr (type == TQ1_0) {
+        for (size_t r = 0; r < n; r++) write_ternary(code[r], int(r), unit(first));
+      } else {
+        Group groups[span / 32];
+        for (size_t g = 0; first + 32 * g < last; g++) groups[g].fill(code[0] + 32 * g, span);
+        for (size_t column = first; column < last; column += 32)
+          write_codes<f.bits>(groups[(column - first) / 32],
+                              unit(column) + f.factor_bytes + column % unit_columns / 32 * group_bytes(f));
+      }
+    }
+  }
+}
+
+using PackFn = void (*)(const uint8_t* rows, size_t n, size_t n_in, uint8_t* out);
+
+template <int type = 0>
+PackFn pack_fn(int wanted) {
+  if constexpr (type < n_types) {
+    if constexpr (is_packed(type))
+      if (type == wanted) return pack_panel<type>;
+    return pack_fn<type + 1>(wanted);
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -143,6 +206,7 @@ Pages::Pages(size_t bytes) {
 #endif
   data_ = static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
   if (!data_) throw std::bad_alloc();
+  std::memset(data_, 0, (bytes + 63) / 64 * 64);
 }
 
 Pages::~Pages() {
@@ -155,7 +219,8 @@ Pages::~Pages() {
   std::free(data_);
 }
 
-PackedWeight::PackedWeight(Pool& pool, int type_, const uint8_t* raw, size_t n_mats_, size_t n_rows_, size_t n_in_)
+PackedWeight::PackedWeight(Pool& pool, int type_, const uint8_t* raw, size_t n_mats_, size_t n_rows_, size_t n_in_,
+                           const uint16_t* codebook)
     : type(type_),
       format(format_of(type_)),
       n_mats(n_mats_),
@@ -164,71 +229,20 @@ PackedWeight::PackedWeight(Pool& pool, int type_, const uint8_t* raw, size_t n_m
       n_panels((n_rows_ + 15) / 16),
       n_units(units(format, n_in_)),
       panel_bytes(mpillama::panel_bytes(format, n_in_)),
-      pages_(n_mats_ * n_panels * panel_bytes) {
+      pages_(n_mats_ * n_panels * panel_bytes),
+      // Some kernels read a word past the last entry.
+      codebook_(size_t(format.n_vectors + 2) * sizeof *codebook) {
+  std::memcpy(codebook_.data(), codebook, size_t(format.n_vectors) * sizeof *codebook);
   const size_t row_bytes = file_row_bytes(format, n_in);
+  const PackFn pack_panel = pack_fn(type);
   const auto lock = pool.lock();
   pool.parallel_for(n_mats * n_panels, 4, [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; i++) {
       const size_t mat = i / n_panels, row = i % n_panels * 16;
-      pack_panel(raw + (mat * n_rows + row) * row_bytes, std::min<size_t>(16, n_rows - row),
+      pack_panel(raw + (mat * n_rows + row) * row_bytes, std::min<size_t>(16, n_rows - row), n_in,
                  pages_.data() + i * panel_bytes);
     }
   });
-}
-
-void PackedWeight::pack_panel(const uint8_t* rows, size_t n, uint8_t* out) const {
-  const size_t row_bytes = file_row_bytes(format, n_in);
-  std::memset(out, 0, panel_bytes);
-  for (int r = 0; r < int(n); r++, rows += row_bytes) {
-    if (is_float(format)) {
-      const size_t bytes = size_t(format.bits / 8);
-      for (size_t k = 0; k < n_in; k++) {
-        const size_t at = type == BF16 ? (k / 2 * 16 + size_t(r)) * 2 + k % 2 : k * 16 + size_t(r);
-        std::memcpy(out + at * bytes, rows + k * bytes, bytes);
-      }
-      continue;
-    }
-    Block block;
-    for (size_t column = 0; column < n_in; column += size_t(format.block)) {
-      read_block(type, rows + column / size_t(format.block) * size_t(format.block_bytes), block);
-      uint8_t* unit = out + column / size_t(format.unit) * unit_bytes(format);
-      write_factors(format, block, column, r, unit);
-      for (int k = 0; k < format.block; k += 32) {
-        const size_t group = (column + size_t(k)) % size_t(format.unit) / 32;
-        write_codes(format.bits, block.code + k, r, unit + size_t(format.factor_bytes) + group * group_bytes(format));
-      }
-    }
-  }
-}
-
-void PackedWeight::read_row(size_t row, float* out) const {
-  const uint8_t* data = panel(0, row / 16);
-  const int r = int(row % 16);
-  if (is_float(format)) {
-    for (size_t k = 0; k < n_in; k++) {
-      const size_t at = type == BF16 ? (k / 2 * 16 + size_t(r)) * 2 + k % 2 : k * 16 + size_t(r);
-      uint16_t bits;
-      if (type == F32) {
-        std::memcpy(out + k, data + 4 * at, 4);
-      } else {
-        std::memcpy(&bits, data + 2 * at, 2);
-        out[k] = type == F16 ? half_to_float(bits) : bf16_to_float(bits);
-      }
-    }
-    return;
-  }
-  const Entries table = entries(format.table);
-  for (size_t column = 0; column < n_in; column += 16) {
-    const uint8_t* unit = data + column / size_t(format.unit) * unit_bytes(format);
-    const size_t group = column % size_t(format.unit) / 32, half = column / 16 % 2;
-    const Affine a = read_factors(format, unit, group, half, r);
-    const uint8_t* codes = unit + size_t(format.factor_bytes) + group * group_bytes(format);
-    for (int k = 0; k < 16; k++) {
-      const unsigned code = read_code(format.bits, codes, r, int(16 * half) + k);
-      const int value = (format.table == Table::none ? int(code) : int(table.values[code])) - format.offset;
-      out[column + size_t(k)] = a.s * float(value) - a.m;
-    }
-  }
 }
 
 }  // namespace mpillama

@@ -8,7 +8,7 @@
 
 namespace mpillama {
 
-// Memory for weights: aligned to 64 bytes, in huge pages where it is large enough for some.
+// Memory for weights: zeros at first, aligned to 64 bytes, in huge pages where it is large enough for some.
 class Pages {
  public:
   explicit Pages(size_t bytes);
@@ -25,8 +25,9 @@ class Pages {
 
 class PackedWeight {
  public:
-  // raw: n_mats x n_rows rows of whole blocks, as the file has them.
-  PackedWeight(Pool& pool, int type, const uint8_t* raw, size_t n_mats, size_t n_rows, size_t n_in);
+  // raw: n_mats x n_rows rows of whole blocks, as the file has them. codebook: the format's n_vectors words, which are
+  // copied; see `codec_codebook.h`.
+  PackedWeight(Pool& pool, int type, const uint8_t* raw, size_t n_mats, size_t n_rows, size_t n_in, const uint16_t* codebook);
 
   const int type;
   const Format format;
@@ -38,13 +39,10 @@ class PackedWeight {
   const uint8_t* panel(size_t mat, size_t p) const { return pages_.data() + (mat * n_panels + p) * panel_bytes; }
   size_t bytes() const { return n_mats * n_panels * panel_bytes; }
 
-  // Writes row `row` of matrix 0 as n_in floats.
-  void read_row(size_t row, float* out) const;
+  const uint16_t* codebook() const { return reinterpret_cast<const uint16_t*>(codebook_.data()); }
 
  private:
-  void pack_panel(const uint8_t* rows, size_t n, uint8_t* out) const;
-
-  Pages pages_;
+  Pages pages_, codebook_;
 };
 
 }  // namespace mpillama

@@ -30,6 +30,45 @@ struct Vec {
   static Bytes lookup(const uint8_t* table, Bytes a) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), a);
   }
+  static Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+  static Bytes differ(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
+  // Lanes of 16 or 32 bits: a >> shift & mask, and a << shift.
+  static Bytes right16(Bytes a, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srl_epi16(a, _mm_cvtsi32_si128(shift)), _mm256_set1_epi16(short(mask)));
+  }
+  template <int shift> static Bytes left16(Bytes a) { return _mm256_slli_epi16(a, shift); }
+  static Bytes right32(Bytes a, int shift, uint32_t mask) {
+    return _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(int(mask)));
+  }
+  template <int shift> static Bytes left32(Bytes a) { return _mm256_slli_epi32(a, shift); }
+  // 8 or 16 bits for each lane of 32.
+  static Bytes widen8(const uint8_t* p) { return _mm256_cvtepu8_epi32(eight(p)); }
+  static Bytes widen16(const uint8_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Float lanes_to_float(Bytes a) { return _mm256_cvtepi32_ps(a); }
+  static Float half_lanes_to_float(Bytes a) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, a), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+  }
+  // a * factor modulo 256, in each byte.
+  static Bytes times8(Bytes a, int factor) {
+    const __m256i f = _mm256_set1_epi16(short(factor));
+    const __m256i odd = _mm256_slli_epi16(_mm256_mullo_epi16(_mm256_srli_epi16(a, 8), f), 8);
+    return _mm256_or_si256(odd, _mm256_and_si256(_mm256_mullo_epi16(a, f), _mm256_set1_epi16(255)));
+  }
+  // a * 3 / 256, in each byte.
+  static Bytes third(Bytes a) {
+    const auto reaches = [&](int n) { return _mm256_cmpeq_epi8(_mm256_max_epu8(a, _mm256_set1_epi8(char(n))), a); };
+    return _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_add_epi8(reaches(86), reaches(171)));
+  }
+  // Entries of a table of n words, in each 16 bits; reads one word past the entry.
+  template <int n> static Bytes lookup_words(const uint16_t* table, Bytes index) {
+    const int* t = reinterpret_cast<const int*>(table);
+    const __m256i first = _mm256_and_si256(index, _mm256_set1_epi32(0xffff)), second = _mm256_srli_epi32(index, 16);
+    const __m256i a = _mm256_and_si256(_mm256_i32gather_epi32(t, first, 2), _mm256_set1_epi32(0xffff));
+    return _mm256_or_si256(a, _mm256_slli_epi32(_mm256_i32gather_epi32(t, second, 2), 16));
+  }
   // factor * value in each lane; a power of two or 0
   template <int factor> static Int times(int32_t value) {
     if (!factor) return {_mm256_setzero_si256()};
@@ -66,6 +105,9 @@ struct Vec {
     const __m256i e = _mm256_max_epi32(_mm256_cvtepu8_epi32(eight(p)), _mm256_set1_epi32(1));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23));
   }
+  static Float load_ue4m3(const uint8_t* p) {
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(eight(p)), 7)), _mm256_set1_ps(128.0f));
+  }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float fnma(Float a, Float b, Float c) { return _mm256_fnmadd_ps(a, b, c); }
@@ -78,6 +120,7 @@ struct Vec {
       _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), a);
     }
   }
+  static void store_bytes(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
   static float quantize(const float* x, int8_t* q, int32_t* sums) {

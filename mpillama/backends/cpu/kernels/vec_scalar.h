@@ -33,6 +33,49 @@ struct Vec {
     for (uint8_t& b : a.v) b = table[b];
     return a;
   }
+  static Bytes either(Bytes a, const Bytes& b) { for (int i = 0; i < 64; i++) a.v[i] |= b.v[i]; return a; }
+  static Bytes differ(Bytes a, const Bytes& b) { for (int i = 0; i < 64; i++) a.v[i] ^= b.v[i]; return a; }
+  // Calls f(lane) for lanes of type T, which become what it returns.
+  template <class T, class F> static Bytes each(Bytes a, F f) {
+    T lane[64 / sizeof(T)];
+    std::memcpy(lane, a.v, 64);
+    for (T& value : lane) value = T(f(value));
+    std::memcpy(a.v, lane, 64);
+    return a;
+  }
+  // Lanes of 16 or 32 bits: a >> shift & mask, and a << shift.
+  static Bytes right16(const Bytes& a, int shift, int mask) {
+    return each<uint16_t>(a, [&](uint16_t v) { return v >> shift & mask; });
+  }
+  template <int shift> static Bytes left16(const Bytes& a) {
+    return each<uint16_t>(a, [](uint16_t v) { return v << shift; });
+  }
+  static Bytes right32(const Bytes& a, int shift, uint32_t mask) {
+    return each<uint32_t>(a, [&](uint32_t v) { return v >> shift & mask; });
+  }
+  template <int shift> static Bytes left32(const Bytes& a) {
+    return each<uint32_t>(a, [](uint32_t v) { return v << shift; });
+  }
+  // 8 or 16 bits for each lane of 32.
+  static Bytes widen8(const uint8_t* p) { Bytes r{}; for (int i = 0; i < 16; i++) r.v[4 * i] = p[i]; return r; }
+  static Bytes widen16(const uint8_t* p) {
+    Bytes r{};
+    for (int i = 0; i < 32; i++) r.v[4 * (i / 2) + i % 2] = p[i];
+    return r;
+  }
+  static Float lanes_to_float(const Bytes& a) { Int i; std::memcpy(i.v, a.v, 64); return to_float(i); }
+  static Float half_lanes_to_float(const Bytes& a) {
+    Float r;
+    for (int i = 0; i < 16; i++) r.v[i] = half_to_float(uint16_t(a.v[4 * i] | a.v[4 * i + 1] << 8));
+    return r;
+  }
+  // a * factor modulo 256, and a * 3 / 256, in each byte.
+  static Bytes times8(const Bytes& a, int factor) { return each<uint8_t>(a, [&](uint8_t v) { return v * factor; }); }
+  static Bytes third(const Bytes& a) { return each<uint8_t>(a, [](uint8_t v) { return v * 3 >> 8; }); }
+  // Entries of a table of n words, in each 16 bits.
+  template <int n> static Bytes lookup_words(const uint16_t* table, const Bytes& index) {
+    return each<uint16_t>(index, [&](uint16_t i) { return table[i]; });
+  }
   template <int factor> static Int times(int32_t value) { Int r; for (int32_t& i : r.v) i = factor * value; return r; }
   template <bool> static Int dot(Int a, const Bytes& w, const int8_t* x) {
     for (int i = 0; i < 16; i++)
@@ -71,11 +114,18 @@ struct Vec {
     for (int i = 0; i < 16; i++) r.v[i] = float_of(uint32_t(p[i] ? p[i] - 1 : 0) << 23);
     return r;
   }
+  // Half of numbers in E4M3 without a sign.
+  static Float load_ue4m3(const uint8_t* p) {
+    Float r;
+    for (int i = 0; i < 16; i++) r.v[i] = 128 * half_to_float(uint16_t(p[i] << 7));
+    return r;
+  }
   static Float mul(Float a, const Float& b) { for (int i = 0; i < 16; i++) a.v[i] *= b.v[i]; return a; }
   static Float fma(const Float& a, const Float& b, Float c) { for (int i = 0; i < 16; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
   static Float fnma(const Float& a, const Float& b, Float c) { for (int i = 0; i < 16; i++) c.v[i] -= a.v[i] * b.v[i]; return c; }
   static Float add(Float a, const Float& b) { for (int i = 0; i < 16; i++) a.v[i] += b.v[i]; return a; }
   static void store(float* p, const Float& a, int n) { std::memcpy(p, a.v, size_t(n) * 4); }
+  static void store_bytes(uint8_t* p, const Bytes& a) { std::memcpy(p, a.v, 64); }
   static void prefetch(const uint8_t*) {}
 
   // 32 values of x as int8 with one factor; the sums of the first and the last 16.

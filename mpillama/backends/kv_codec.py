@@ -5,15 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from mpillama.backends.quants import dequantize
+from mpillama.gguf import types
 from mpillama.gguf.types import GGMLType
-from mpillama.runner import KV_BYTES
 
-_QUANTIZED = {"q8_0": GGMLType.Q8_0, "q4_0": GGMLType.Q4_0}
+_TYPES = {
+    "f32": GGMLType.F32,
+    "f16": GGMLType.F16,
+    "bf16": GGMLType.BF16,
+    "q8_0": GGMLType.Q8_0,
+    "q4_0": GGMLType.Q4_0,
+}
 
 
 def row_bytes(type: str, n_dim: int) -> int:
     """Return the bytes of one key or value."""
-    return n_dim * KV_BYTES[type] // 32
+    return types.row_bytes(_TYPES[type], n_dim)
 
 
 def encode(x: np.ndarray, type: str) -> np.ndarray:
@@ -47,9 +53,4 @@ def _codes(blocks: np.ndarray, factor: np.ndarray) -> np.ndarray:
 
 def decode(raw: np.ndarray, type: str) -> np.ndarray:
     """Return float32 (..., n) of uint8 (..., row bytes)."""
-    raw = np.ascontiguousarray(raw)
-    if type in _QUANTIZED:
-        return dequantize(raw, _QUANTIZED[type])
-    if type == "bf16":
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return raw.view("<f4" if type == "f32" else "<f2").astype(np.float32)
+    return dequantize(np.ascontiguousarray(raw), _TYPES[type])

@@ -1,0 +1,149 @@
+"""A GPU through CuPy: CUDA or ROCm. Written to CuPy's documentation; it has not met a GPU yet (docs/gpu.md)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mpillama.backends.gpu.device import Array, Unit
+from mpillama.backends.gpu.driver import compile_failure, load_cupy, visible_gpus
+from mpillama.backends.gpu.source import assemble
+from mpillama.errors import UserError
+
+# Weights go over in pieces of this size, through two pinned buffers: one is filled while the other is sent.
+_PIECE = 16 << 20
+_GEMM_TOKENS = 128
+
+
+class CupyDevice:
+    """One GPU; the thread that makes it must be the one that uses it.
+
+    Args:
+        kind: ``cuda`` or ``hip``.
+        index: among the GPUs that this process sees.
+
+    Raises:
+        UserError: something that it needs is missing; see `driver`.
+    """
+
+    def __init__(self, kind: str, index: int = 0) -> None:
+        self._cupy: Any = load_cupy(kind)
+        cuda = self._cupy.cuda
+        count = visible_gpus(self._cupy)
+        if not 0 <= index < count:
+            raise UserError(f"GPU {index} was chosen, but this process sees {count}; see --list-devices")
+        self.name, self.index = kind, index
+        device = cuda.Device(index)
+        device.use()
+        attributes = device.attributes
+        self.warp = int(attributes["WarpSize"])
+        self.n_cores = int(attributes["MultiProcessorCount"])
+        self._stream = cuda.Stream(non_blocking=True)
+        self._stream.use()
+        self._modules: dict[Unit, Any] = {}
+        self._kernels: dict[tuple[Unit, str], Any] = {}
+        self._pinned: list[tuple[Any, Any]] = []
+        self._blas = self._load_blas()
+        self.gemm_tokens = _GEMM_TOKENS if self._blas is not None else 0
+
+    def _load_blas(self) -> Any:
+        """Return CuPy's cuBLAS module, or None; the tiled kernels then serve long prompts too, more slowly."""
+        if self.name == "hip":
+            return None
+        try:
+            from cupy_backends.cuda.libs import cublas
+        except (ImportError, RuntimeError):
+            return None
+        return cublas
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
+        """Return an array of the pool."""
+        try:
+            return self._cupy.empty(shape, dtype)
+        except self._cupy.cuda.memory.OutOfMemoryError:
+            free, total = self._cupy.cuda.runtime.memGetInfo()
+            raise UserError(
+                f"GPU {self.index} is out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free): use more "
+                "ranks, a smaller quantization, or a smaller -c"
+            ) from None
+
+    def upload(self, x: np.ndarray) -> Array:
+        """Return a copy; large ones through pinned memory."""
+        x = np.ascontiguousarray(x)
+        out = self.empty(x.shape, x.dtype)
+        if x.nbytes <= _PIECE:
+            # From pageable memory: CUDA has taken the bytes when this returns.
+            out.set(x, stream=self._stream)
+            return out
+        if not self._pinned:
+            cuda = self._cupy.cuda
+            self._pinned = [(cuda.alloc_pinned_memory(_PIECE), cuda.Event(disable_timing=True)) for _ in range(2)]
+        source = x.reshape(-1).view(np.uint8)
+        for i, start in enumerate(range(0, source.size, _PIECE)):
+            memory, sent = self._pinned[i % 2]
+            sent.synchronize()
+            piece = source[start : start + _PIECE]
+            np.frombuffer(memory, np.uint8, piece.size)[:] = piece
+            (out.data + start).copy_from_host_async(ctypes.c_void_p(memory.ptr), piece.size, self._stream)
+            sent.record(self._stream)
+        return out
+
+    def download(self, x: Array) -> np.ndarray:
+        """Return a copy on the host, after all work so far."""
+        return np.asarray(self._cupy.asnumpy(x, stream=self._stream))
+
+    def free_memory(self) -> int:
+        """Return the bytes that the driver has free."""
+        return int(self._cupy.cuda.runtime.memGetInfo()[0])
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self._stream.synchronize()
+
+    @property
+    def stream(self) -> int:
+        """The stream of all work, as the number that libraries take."""
+        return int(self._stream.ptr)
+
+    def launch(
+        self, unit: Unit, kernel: str, grid: tuple[int, ...], block: int, args: tuple[Any, ...], shared: int = 0
+    ) -> None:
+        """Start a kernel."""
+        function = self._kernels.get((unit, kernel)) or self._kernel(unit, kernel)
+        values = tuple(np.uint64(0) if arg is None else arg for arg in args)
+        function((*grid, 1, 1)[:3], (block, 1, 1), values, shared_mem=shared)
+
+    def _kernel(self, unit: Unit, name: str) -> Any:
+        module = self._modules.get(unit)
+        if module is None:
+            defines = (("MPL_WARP", self.warp), *unit.defines)
+            options = ("-std=c++17", *(f"-D{key}={value}" for key, value in defines))
+            module = self._modules[unit] = self._cupy.RawModule(code=assemble(unit), options=options)
+        try:
+            function = module.get_function(name)
+        except (RuntimeError, OSError, self._cupy.cuda.compiler.CompileException) as error:
+            raise compile_failure(self.name, unit.file, error) from error
+        self._kernels[unit, name] = function
+        return function
+
+    def gemm(self, x: Array, w: Array, out: Array) -> None:
+        """Set out = x w^T, summed in float32 (not TF32)."""
+        blas, runtime = self._blas, self._cupy.cuda.runtime
+        n_tokens, n_in = x.shape
+        n_rows = w.shape[0]
+        type = runtime.CUDA_R_32F if x.dtype == np.float32 else runtime.CUDA_R_16F
+        handle = self._cupy.cuda.device.get_cublas_handle()
+        one, zero = np.array(1, np.float32), np.array(0, np.float32)
+        mode = blas.getPointerMode(handle)
+        blas.setPointerMode(handle, blas.CUBLAS_POINTER_MODE_HOST)
+        # cuBLAS thinks in columns: there, w is (n_in, n_rows), and the result (n_rows, n_tokens).
+        left = (w.data.ptr, type, n_in)
+        right = (x.data.ptr, type, n_in)
+        result = (out.data.ptr, runtime.CUDA_R_32F, n_rows)
+        how = blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, n_rows, n_tokens, n_in
+        end = blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT
+        blas.gemmEx(handle, *how, one.ctypes.data, *left, *right, zero.ctypes.data, *result, *end)
+        blas.setPointerMode(handle, mode)

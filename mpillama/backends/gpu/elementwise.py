@@ -1,0 +1,183 @@
+"""The small ops of the GPU backend: sums, norms, rotations, activations, choosing experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpillama.backends.base import RawWeight
+from mpillama.backends.gpu.device import Array, Device, Unit
+from mpillama.backends.gpu.launcher import Launcher, int32, product, two_axes
+from mpillama.backends.quants import dequantize
+from mpillama.backends.rope import frequencies
+from mpillama.config import Rope
+
+EXPERTS = Unit("experts.cu")
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "swiglu_oai": 2}
+# Shorter rows have a warp each.
+_LONG_ROW = 1024
+
+
+@dataclass(frozen=True)
+class GpuRopeTable:
+    """Rotations of a step's tokens: cos and sin (T, n_rot / 2), magnitude included."""
+
+    cos: Array
+    sin: Array
+    neox: bool
+
+
+class ElementwiseOps:
+    """The ops of `Backend` that look at each element, row or head by itself."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.run = Launcher(device)
+        self._frequencies: dict[tuple[Rope, int], tuple[Array, Array | None]] = {}
+        self._indices: tuple[np.ndarray, Array] | None = None
+
+    def vector(self, raw: RawWeight) -> Array:
+        """Return float32 (rows, n)."""
+        return self.device.upload(dequantize(raw.raw[0], raw.type))
+
+    def asarray(self, x: np.ndarray) -> Array:
+        """Bring a small array over."""
+        return self.device.upload(np.asarray(x, np.float32))
+
+    def to_host(self, x: Array) -> np.ndarray:
+        """Return a host array."""
+        return self.device.download(x)
+
+    def upload_index(self, x: np.ndarray) -> Array:
+        """Bring integers over; ops that follow each other with the same ones share a copy."""
+        if self._indices is None or not np.array_equal(self._indices[0], x):
+            self._indices = x.copy(), self.device.upload(int32(x))
+        return self._indices[1]
+
+    def take(self, table: Array, index: Array) -> Array:
+        """Return ``table[index]``."""
+        n = product(tuple(table.shape[1:]))
+        out = self.device.empty((*index.shape, *table.shape[1:]))
+        self.run.elements("gather_rows", out.size, table, index, np.int32(n), np.int64(out.size), out)
+        return out
+
+    def rows(self, x: Array, index: np.ndarray) -> Array:
+        """Return these rows."""
+        return self.take(x, self.upload_index(index))
+
+    def add(self, a: Array, b: Array) -> Array:
+        """Return a + b."""
+        return self._binary(0, a, b)
+
+    def mul(self, a: Array, b: Array | float) -> Array:
+        """Return a * b."""
+        return self._unary(0, a, b) if isinstance(b, float) else self._binary(1, a, b)
+
+    def sigmoid(self, x: Array) -> Array:
+        """Return 1 / (1 + exp(-x))."""
+        return self._unary(1, x)
+
+    def softcap(self, x: Array, cap: float) -> Array:
+        """Return cap * tanh(x / cap)."""
+        return self._unary(2, x, cap)
+
+    def gated(self, activation: str, gate: Array, up: Array) -> Array:
+        """Return act(gate) * up."""
+        out = self.device.empty(tuple(gate.shape))
+        op = np.int32(_ACTIVATIONS[activation])
+        self.run.elements("gated", out.size, op, gate, up, out, np.int64(out.size))
+        return out
+
+    def sum_experts(self, x: Array, weights: Array) -> Array:
+        """Return the weighted sum over the chosen experts."""
+        n_tokens, n_used, n = x.shape
+        out = self.device.empty((n_tokens, n))
+        sizes = np.int32(n_used), np.int32(n), np.int64(out.size)
+        self.run.elements("sum_experts", out.size, x, weights, *sizes, out)
+        return out
+
+    def _unary(self, op: int, x: Array, number: float = 0.0) -> Array:
+        out = self.device.empty(tuple(x.shape))
+        self.run.elements("unary", out.size, np.int32(op), x, np.float32(number), out, np.int64(out.size))
+        return out
+
+    def _binary(self, op: int, a: Array, b: Array) -> Array:
+        shape = np.broadcast_shapes(tuple(a.shape), tuple(b.shape))
+        out = self.device.empty(shape)
+        _, n1, n2 = (1, 1, 1, *shape)[-3:]
+        steps = [np.int64(step) for x in (a, b) for step in _steps(tuple(x.shape), shape)]
+        size = np.int64(out.size)
+        self.run.elements("binary", out.size, np.int32(op), a, b, out, size, np.int32(n1), np.int32(n2), *steps)
+        return out
+
+    def rms_norm(self, x: Array, w: Array, eps: float) -> Array:
+        """Return the RMS norm."""
+        out = self.device.empty(tuple(x.shape))
+        n_rows, n = two_axes(x)
+        if n <= _LONG_ROW:
+            count = np.int32(n), np.int64(n_rows)
+            self.run.elements("rms_norm_short", n_rows * self.device.warp, x, w, np.float32(eps), *count, out)
+        else:
+            self.run.rows("rms_norm_long", n_rows, n, x, w, np.float32(eps), np.int32(n), out)
+        return out
+
+    def sum_squares(self, x: Array, start: int, stop: int) -> Array:
+        """Return the sum of squares of a range."""
+        n_rows, n = two_axes(x)
+        out = self.device.empty((*x.shape[:-1], 1))
+        self.run.rows("sum_squares", n_rows, stop - start, x, np.int32(n), np.int32(start), np.int32(stop), out)
+        return out
+
+    def scale_by_mean_square(self, x: Array, mean_square: Array, w: Array, eps: float) -> Array:
+        """Return x / sqrt(mean_square + eps) * w."""
+        out = self.device.empty(tuple(x.shape))
+        sizes = np.int32(x.shape[-1]), np.int64(out.size)
+        self.run.elements("scale_by_mean_square", out.size, x, mean_square, w, np.float32(eps), *sizes, out)
+        return out
+
+    def rope_table(self, positions: np.ndarray, rope: Rope, factors: Array | None) -> GpuRopeTable:
+        """Return cosines and sines of the step's tokens."""
+        key = rope, id(factors)
+        if key not in self._frequencies:
+            divisors = None if factors is None else self.device.download(factors)
+            # The factors are kept, so that no other array can get their id.
+            self._frequencies[key] = self.device.upload(frequencies(rope, divisors)), factors
+        n_tokens, half = len(positions), rope.n_rot // 2
+        cos, sin = self.device.empty((n_tokens, half)), self.device.empty((n_tokens, half))
+        args = np.float32(rope.attn_factor), np.int32(half), np.int64(cos.size), cos, sin
+        place = self.upload_index(positions)
+        self.run.elements("rope_table", cos.size, place, self._frequencies[key][0], *args)
+        return GpuRopeTable(cos, sin, rope.neox)
+
+    def rope(self, x: Array, table: GpuRopeTable) -> Array:
+        """Rotate heads."""
+        out = self.device.empty(tuple(x.shape))
+        n_tokens, n_head, n_dim = x.shape
+        half = int(table.cos.shape[1])
+        size = n_tokens * n_head * (n_dim - half)
+        sizes = np.int32(half), np.int32(n_dim), np.int32(n_head), np.int64(size)
+        self.run.elements("rope", size, x, table.cos, table.sin, np.int32(table.neox), *sizes, out)
+        return out
+
+    def route(self, logits: Array, n_used: int, gating: str, normalize: bool) -> tuple[Array, Array]:
+        """Choose the ``n_used`` likeliest experts of each token; among equals the first."""
+        n_tokens, n_expert = logits.shape
+        experts, weights = self.device.empty((n_tokens, n_used), np.int32), self.device.empty((n_tokens, n_used))
+        sizes = np.int32(n_expert), np.int32(n_used), np.int32(gating == "softmax"), np.int32(normalize)
+        args = (logits, *sizes, experts, weights)
+        if n_tokens:
+            self.device.launch(EXPERTS, "route", (n_tokens,), self.device.warp, args, shared=4 * n_expert)
+        return experts, weights
+
+
+def _steps(shape: tuple[int, ...], out: tuple[int, ...]) -> list[int]:
+    """Return the elements between neighbours along each of three axes, 0 where an axis is repeated.
+
+    Raises:
+        ValueError: there are more than three axes.
+    """
+    if len(out) > 3:
+        raise ValueError(f"{len(out)} axes")
+    sizes = (1, 1, 1, *shape)[-3:]
+    return [0 if size == 1 else product(sizes[axis + 1 :]) for axis, size in enumerate(sizes)]

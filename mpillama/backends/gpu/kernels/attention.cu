@@ -1,0 +1,295 @@
+// Attention over a paged cache of keys of type MPL_K_TYPE and values of type MPL_V_TYPE (numbers of enum ggml_type).
+//
+// A cache is [KV block][KV head][32 tokens][row]. A thread block has a tile of up to R query rows (tokens of one sequence
+// times query heads of one KV head) and a share of the keys. A lane scores one key, then the lanes share out the elements
+// of the values; each warp keeps a running maximum and sum (arXiv:2112.05682), which are joined at the end.
+#include "codec.cuh"
+
+#ifndef MPL_PAIRS
+#error "define MPL_PAIRS: pairs of value elements of a lane, at least n_v / (2 * MPL_WARP)"
+#endif
+constexpr int kWarps = 4;
+// Less than any score, and yet its differences are numbers.
+constexpr float kLeast = -1e30f;
+
+struct __align__(16) Quad { u32 x, y, z, w; };
+
+// -- rows of one type: bytes, elements one at a time, and eight at once from a multiple of eight.
+template <int TYPE> struct Row;
+
+template <> struct Row<T_F32> {
+  static constexpr int kUnit = 1;
+  MPL_INLINE i64 bytes(int n) { return 4 * (i64)n; }
+  MPL_INLINE float at(const u8* row, int i) { return ((const float*)row)[i]; }
+  MPL_INLINE void eight(const u8* row, int i, float* v) {
+    const Quad a = *(const Quad*)(row + 4 * i), b = *(const Quad*)(row + 4 * i + 16);
+    v[0] = as_float(a.x), v[1] = as_float(a.y), v[2] = as_float(a.z), v[3] = as_float(a.w);
+    v[4] = as_float(b.x), v[5] = as_float(b.y), v[6] = as_float(b.z), v[7] = as_float(b.w);
+  }
+  MPL_INLINE void store(const float* x, u8* row, int i) { ((float*)row)[i] = x[i]; }
+};
+
+template <bool BRAIN> struct Row16 {
+  static constexpr int kUnit = 1;
+  MPL_INLINE i64 bytes(int n) { return 2 * (i64)n; }
+  MPL_INLINE float wide(u16 h) { return BRAIN ? bf16_to_float(h) : half_to_float(h); }
+  MPL_INLINE float at(const u8* row, int i) { return wide(((const u16*)row)[i]); }
+  MPL_INLINE void eight(const u8* row, int i, float* v) {
+    const Quad a = *(const Quad*)(row + 2 * i);
+    const u32 words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[2 * j] = wide((u16)words[j]), v[2 * j + 1] = wide((u16)(words[j] >> 16));
+  }
+  MPL_INLINE void store(const float* x, u8* row, int i) { ((u16*)row)[i] = BRAIN ? float_to_bf16(x[i]) : float_to_half(x[i]); }
+};
+template <> struct Row<T_F16> : Row16<false> {};
+template <> struct Row<T_BF16> : Row16<true> {};
+
+template <> struct Row<T_Q8_0> {
+  static constexpr int kUnit = 32;
+  MPL_INLINE i64 bytes(int n) { return (i64)(n / 32) * 34; }
+  MPL_INLINE float at(const u8* row, int i) {
+    const u8* b = row + i / 32 * 34;
+    return half_at(b) * (float)(i8)b[2 + i % 32];
+  }
+  MPL_INLINE void eight(const u8* row, int i, float* v) {
+    const u8* b = row + i / 32 * 34;
+    const float d = half_at(b);
+    const u32 low = word<2>(b + 2 + i % 32), high = word<2>(b + 6 + i % 32);
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = d * (float)(i8)(low >> 8 * j), v[j + 4] = d * (float)(i8)(high >> 8 * j);
+  }
+  MPL_INLINE void store(const float* x, u8* row, int unit) {
+    u8* b = row + unit * 34;
+    x += unit * 32;
+    float top = 0.f;
+    for (int i = 0; i < 32; i++) top = fmaxf(top, fabsf(x[i]));
+    const float d = top / 127.f, inverse = d > 0.f ? 1.f / d : 0.f;
+    *(u16*)b = float_to_half(d);
+    for (int i = 0; i < 32; i++) b[2 + i] = (u8)(i8)(int)roundf(x[i] * inverse);
+  }
+};
+
+template <> struct Row<T_Q4_0> {
+  static constexpr int kUnit = 32;
+  MPL_INLINE i64 bytes(int n) { return (i64)(n / 32) * 18; }
+  MPL_INLINE float at(const u8* row, int i) {
+    const u8* b = row + i / 32 * 18;
+    return half_at(b) * (float)((b[2 + i % 16] >> i % 32 / 16 * 4 & 15) - 8);
+  }
+  MPL_INLINE void eight(const u8* row, int i, float* v) {
+    const u8* b = row + i / 32 * 18;
+    const float d = half_at(b);
+    const int shift = i % 32 / 16 * 4;
+    const u32 low = word<2>(b + 2 + i % 16) >> shift, high = word<2>(b + 6 + i % 16) >> shift;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      v[j] = d * (float)((int)(low >> 8 * j & 15) - 8);
+      v[j + 4] = d * (float)((int)(high >> 8 * j & 15) - 8);
+    }
+  }
+  MPL_INLINE void store(const float* x, u8* row, int unit) {
+    u8* b = row + unit * 18;
+    x += unit * 32;
+    float top = 0.f;
+    for (int i = 0; i < 32; i++)
+      if (fabsf(x[i]) > fabsf(top)) top = x[i];
+    const float d = top / -8.f, inverse = d != 0.f ? 1.f / d : 0.f;
+    *(u16*)b = float_to_half(d);
+    for (int i = 0; i < 16; i++) {
+      const int low = min(15, (int)(x[i] * inverse + 8.5f)), high = min(15, (int)(x[i + 16] * inverse + 8.5f));
+      b[2 + i] = (u8)(low | high << 4);
+    }
+  }
+};
+
+typedef Row<MPL_K_TYPE> K;
+typedef Row<MPL_V_TYPE> V;
+
+// Where a token's row is in a cache: `table` has the KV blocks of its sequence.
+MPL_INLINE i64 row_of(const int* table, int position, int n_kv, int head) {
+  return ((i64)table[position / 32] * n_kv + head) * 32 + position % 32;
+}
+
+// Puts the step's keys (blockIdx.y 0) or values (1) into their places; a thread has one element, or a block of 32.
+extern "C" __global__ void store(const float* k, const float* v, const int* positions, const int* sequences, const int* tables,
+                                 int n_table, int n_tokens, int n_kv, int n_k, int n_v, u8* keys, u8* values) {
+  const bool is_key = blockIdx.y == 0;
+  const int n = is_key ? n_k : n_v, units = n / (is_key ? K::kUnit : V::kUnit);
+  const i64 id = (i64)blockIdx.x * blockDim.x + threadIdx.x, head = id / units;
+  if (head >= (i64)n_tokens * n_kv) return;
+  const int token = (int)(head / n_kv), unit = (int)(id % units);
+  const i64 row = row_of(tables + (i64)sequences[token] * n_table, positions[token], n_kv, (int)(head % n_kv));
+  if (is_key) K::store(k + head * n, keys + row * K::bytes(n), unit);
+  else V::store(v + head * n, values + row * V::bytes(n), unit);
+}
+MPL_EXPORT(store)
+
+// tiles (n, 2): first token, count. groups (n, 3): KV head, first of its query heads in `heads`, count. grid: groups, tiles,
+// splits. With several splits, `part` gets maximum, sum and the unfinished n_v sums of each row, for `combine`.
+template <int R>
+MPL_INLINE void attend(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,
+                       const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head, int n_kv,
+                       int n_k, int n_v, float scale, float softcap, int window, const float* sinks, float* part, float* out) {
+  const int lane = threadIdx.x % MPL_WARP, warp = threadIdx.x / MPL_WARP;
+  const int first = tiles[2 * blockIdx.y], n_tokens = tiles[2 * blockIdx.y + 1];
+  const int kv = groups[3 * blockIdx.x], n_rows = n_tokens * groups[3 * blockIdx.x + 2], per_token = groups[3 * blockIdx.x + 2];
+  heads += groups[3 * blockIdx.x + 1];
+  const int* table = tables + (i64)sequences[first] * n_table;
+  MPL_DYN_SHARED(float, qs);                             // R x n_k
+  float *ps = qs + R * n_k, *ms = ps + kWarps * R * MPL_WARP;  // scores; then maxima and sums of the warps
+  float *ls = ms + kWarps * R, *mixed = ls + kWarps * R;       // kWarps x n_v
+
+  for (int i = threadIdx.x; i < R * n_k; i += blockDim.x) {
+    const int r = i / n_k;
+    qs[i] = r < n_rows ? q[((i64)(first + r / per_token) * n_head + heads[r % per_token]) * n_k + i % n_k] * scale : 0.f;
+  }
+  int seen[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) seen[r] = r < n_rows ? positions[first + r / per_token] : -1;
+  __syncthreads();
+
+  const int last = positions[first + n_tokens - 1], oldest = window ? max(0, positions[first] - window + 1) : 0;
+  const int chunk0 = oldest / MPL_WARP, n_chunks = last / MPL_WARP + 1 - chunk0;
+  const int share = (n_chunks + (int)gridDim.z - 1) / (int)gridDim.z;
+  const int stop = chunk0 + min(n_chunks, (int)(blockIdx.z + 1) * share);
+  float top[R], sum[R], acc[R][MPL_PAIRS][2];
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    top[r] = kLeast, sum[r] = 0.f;
+#pragma unroll
+    for (int i = 0; i < MPL_PAIRS; i++) acc[r][i][0] = acc[r][i][1] = 0.f;
+  }
+  float* p = ps + warp * R * MPL_WARP;
+
+  for (int chunk = chunk0 + (int)blockIdx.z * share + warp; chunk < stop; chunk += kWarps) {
+    const int position = chunk * MPL_WARP + lane;
+    const bool here = position >= oldest && position <= last;
+    float score[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) score[r] = 0.f;
+    if (here) {
+      const u8* row = keys + row_of(table, position, n_kv, kv) * K::bytes(n_k);
+      if (n_k % 8 == 0) {
+        for (int d = 0; d < n_k; d += 8) {
+          float k[8];
+          K::eight(row, d, k);
+#pragma unroll
+          for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int j = 0; j < 8; j++) score[r] += qs[r * n_k + d + j] * k[j];
+        }
+      } else {
+        for (int d = 0; d < n_k; d++) {
+          const float k = K::at(row, d);
+#pragma unroll
+          for (int r = 0; r < R; r++) score[r] += qs[r * n_k + d] * k;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      const bool visible = here && position <= seen[r] && (window == 0 || seen[r] - position < window);
+      if (softcap != 0.f) score[r] = softcap * tanhf(score[r] / softcap);
+      const float best = fmaxf(top[r], lanes_max<MPL_WARP>(visible ? score[r] : kLeast));
+      const float shrink = expf(top[r] - best), weight = visible ? expf(score[r] - best) : 0.f;
+      top[r] = best;
+      sum[r] = sum[r] * shrink + weight;
+      p[r * MPL_WARP + lane] = weight;
+#pragma unroll
+      for (int i = 0; i < MPL_PAIRS; i++) acc[r][i][0] *= shrink, acc[r][i][1] *= shrink;
+    }
+    __syncwarp();
+    // What lies outside of the range may be anything, not only numbers.
+    const int from = max(chunk * MPL_WARP, oldest), to = min(chunk * MPL_WARP + MPL_WARP - 1, last);
+    for (int other = from; other <= to; other++) {
+      const u8* row = values + row_of(table, other, n_kv, kv) * V::bytes(n_v);
+#pragma unroll
+      for (int i = 0; i < MPL_PAIRS; i++) {
+        const int d = 2 * (i * MPL_WARP + lane);
+        if (d >= n_v) break;
+        const float a = V::at(row, d), b = d + 1 < n_v ? V::at(row, d + 1) : 0.f;
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          const float weight = p[r * MPL_WARP + other - chunk * MPL_WARP];
+          acc[r][i][0] += weight * a;
+          acc[r][i][1] += weight * b;
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const float all = lanes_sum<MPL_WARP>(sum[r]);
+    if (lane == 0) ms[warp * R + r] = top[r], ls[warp * R + r] = all;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    if (r >= n_rows) break;
+    float best = kLeast, total = 0.f;
+    for (int i = 0; i < kWarps; i++) best = fmaxf(best, ms[i * R + r]);
+    const int head = heads[r % per_token];
+    const bool last_word = gridDim.z == 1;
+    if (last_word && sinks) best = fmaxf(best, sinks[head]);
+    for (int i = 0; i < kWarps; i++) total += ls[i * R + r] * expf(ms[i * R + r] - best);
+    if (last_word && sinks) total += expf(sinks[head] - best);
+    const float factor = expf(top[r] - best);
+#pragma unroll
+    for (int i = 0; i < MPL_PAIRS; i++) {
+      const int d = 2 * (i * MPL_WARP + lane);
+      if (d < n_v) mixed[warp * n_v + d] = acc[r][i][0] * factor;
+      if (d + 1 < n_v) mixed[warp * n_v + d + 1] = acc[r][i][1] * factor;
+    }
+    __syncthreads();
+    float* to = last_word ? out + ((i64)(first + r / per_token) * n_head + head) * n_v
+                          : part + ((((i64)blockIdx.y * gridDim.x + blockIdx.x) * gridDim.z + blockIdx.z) * R + r) * (n_v + 2) + 2;
+    for (int d = threadIdx.x; d < n_v; d += blockDim.x) {
+      float v = 0.f;
+      for (int i = 0; i < kWarps; i++) v += mixed[i * n_v + d];
+      to[d] = last_word ? v / total : v;
+    }
+    if (!last_word && threadIdx.x == 0) to[-2] = best, to[-1] = total;
+    __syncthreads();
+  }
+}
+
+#define ATTEND(R)                                                                                                             \
+  extern "C" __global__ void __launch_bounds__(kWarps* MPL_WARP)                                                              \
+      attend_##R(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,                \
+                 const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head, int n_kv, \
+                 int n_k, int n_v, float scale, float softcap, int window, const float* sinks, float* part, float* out) {     \
+    attend<R>(q, keys, values, positions, sequences, tables, n_table, tiles, groups, heads, n_head, n_kv, n_k, n_v, scale,    \
+              softcap, window, sinks, part, out);                                                                             \
+  }                                                                                                                           \
+  MPL_EXPORT(attend_##R)
+ATTEND(1)
+ATTEND(2)
+ATTEND(4)
+// With more elements of values, eight rows do not fit into registers.
+#if MPL_PAIRS <= 2
+ATTEND(8)
+#endif
+
+// Joins the splits of each row; grid: groups, tiles, rows.
+extern "C" __global__ void combine(const float* part, int n_split, int n_rows_max, const int* tiles, const int* groups,
+                                   const int* heads, int n_head, int n_v, const float* sinks, float* out) {
+  const int r = blockIdx.z, per_token = groups[3 * blockIdx.x + 2];
+  if (r >= tiles[2 * blockIdx.y + 1] * per_token) return;
+  const int head = heads[groups[3 * blockIdx.x + 1] + r % per_token];
+  const i64 step = (i64)n_rows_max * (n_v + 2);
+  part += ((i64)blockIdx.y * gridDim.x + blockIdx.x) * n_split * step + (i64)r * (n_v + 2);
+  float best = sinks ? sinks[head] : kLeast;
+  for (int s = 0; s < n_split; s++) best = fmaxf(best, part[s * step]);
+  float total = sinks ? expf(sinks[head] - best) : 0.f;
+  for (int s = 0; s < n_split; s++) total += part[s * step + 1] * expf(part[s * step] - best);
+  float* to = out + ((i64)(tiles[2 * blockIdx.y] + r / per_token) * n_head + head) * n_v;
+  for (int d = threadIdx.x; d < n_v; d += blockDim.x) {
+    float v = 0.f;
+    for (int s = 0; s < n_split; s++) v += part[s * step + 2 + d] * expf(part[s * step] - best);
+    to[d] = v / total;
+  }
+}
+MPL_EXPORT(combine)

@@ -1,0 +1,344 @@
+// Of the one type MPL_TYPE: how many weights and bytes a block has, whether its halves of 32 differ in scale, whether there
+// is a minimum, and `decode` of sub-block `sub` of a row.
+#pragma once
+#include "codec.cuh"
+
+#define FORMAT(block, bytes, halves, min) \
+  constexpr int kBlock = block, kBytes = bytes; \
+  constexpr bool kHalves = halves, kMin = min;
+#ifdef MPL_EMULATE
+// One copy for all kernels, for the sake of the compiler's time.
+#define DECODE static __attribute__((noinline)) void decode(const u8* row, int sub, Sub& s)
+#else
+#define DECODE static __device__ __forceinline__ void decode(const u8* row, int sub, Sub& s)
+#endif
+// The block of a sub-block, and the sub-block's number in it.
+#define BLOCK_OF_32 const u8* b = row + (i64)sub * kBytes
+#define BLOCK_OF(n) const u8* b = row + (i64)(sub / (n)) * kBytes; const int k = sub % (n)
+
+#if MPL_TYPE == T_Q4_0
+FORMAT(32, 18, false, true)
+DECODE { BLOCK_OF_32; const float d = half_at(b); nibbles<2>(s, b + 2); uniform(s, d, 8.f * d); }
+
+#elif MPL_TYPE == T_Q4_1
+FORMAT(32, 20, false, true)
+DECODE { BLOCK_OF_32; nibbles<4>(s, b + 4); uniform(s, half_at(b), -half_at(b + 2)); }
+
+#elif MPL_TYPE == T_Q5_0 || MPL_TYPE == T_Q5_1
+#if MPL_TYPE == T_Q5_0
+FORMAT(32, 22, false, true)
+#else
+FORMAT(32, 24, false, true)
+#endif
+DECODE {
+  BLOCK_OF_32;
+  constexpr int at = kBytes - 20;
+  const u32 high = word<2>(b + at);
+  nibbles<2>(s, b + at + 4);
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] |= spread(high >> 4 * i & 15) << 4;
+  const float d = half_at(b);
+  uniform(s, d, at == 2 ? 16.f * d : -half_at(b + 2));
+}
+
+#elif MPL_TYPE == T_Q8_0
+FORMAT(32, 34, false, false)
+DECODE {
+  BLOCK_OF_32;
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] = word<2>(b + 2 + 4 * i);
+  uniform(s, half_at(b), 0.f);
+}
+
+#elif MPL_TYPE == T_Q2_K
+FORMAT(256, 84, true, true)
+DECODE {
+  BLOCK_OF(8);
+  const float d = half_at(b + 80), dmin = half_at(b + 82);
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] = word<4>(b + 16 + k / 4 * 32 + 4 * i) >> 2 * (k % 4) & 0x03030303;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    s.scale[h] = d * (float)(b[2 * k + h] & 15);
+    s.min[h] = dmin * (float)(b[2 * k + h] >> 4);
+  }
+}
+
+#elif MPL_TYPE == T_Q3_K
+FORMAT(256, 110, true, true)
+DECODE {
+  BLOCK_OF(8);
+  const float d = half_at(b + 108);
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    s.q[i] = (word<2>(b + 32 + k / 4 * 32 + 4 * i) >> 2 * (k % 4) & 0x03030303) | (word<2>(b + 4 * i) >> k & 0x01010101) << 2;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int n = 2 * k + h;
+    const int low = n < 8 ? b[96 + n] & 15 : b[88 + n] >> 4;
+    s.scale[h] = d * (float)((low | (b[104 + n % 4] >> 2 * (n / 4) & 3) << 4) - 32);
+    s.min[h] = 4.f * s.scale[h];
+  }
+}
+
+#elif MPL_TYPE == T_Q4_K || MPL_TYPE == T_Q5_K
+#if MPL_TYPE == T_Q4_K
+FORMAT(256, 144, false, true)
+#else
+FORMAT(256, 176, false, true)
+#endif
+DECODE {
+  BLOCK_OF(8);
+  const u8* low = b + kBytes - 128 + k / 2 * 32;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    s.q[i] = word<4>(low + 4 * i) >> 4 * (k % 2) & 0x0F0F0F0F;
+    if (MPL_TYPE == T_Q5_K) s.q[i] |= (word<4>(b + 16 + 4 * i) >> k & 0x01010101) << 4;
+  }
+  const u8* f = b + 4;
+  const int scale = k < 4 ? f[k] & 63 : (f[k + 4] & 15) | f[k - 4] >> 6 << 4;
+  const int min = k < 4 ? f[k + 4] & 63 : f[k + 4] >> 4 | f[k] >> 6 << 4;
+  uniform(s, half_at(b) * (float)scale, half_at(b + 2) * (float)min);
+}
+
+#elif MPL_TYPE == T_Q6_K
+FORMAT(256, 210, true, true)
+DECODE {
+  BLOCK_OF(8);
+  const float d = half_at(b + 208);
+  const u8 *low = b + k / 4 * 64 + k % 2 * 32, *high = b + 128 + k / 4 * 32;
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    s.q[i] = (word<2>(low + 4 * i) >> k % 4 / 2 * 4 & 0x0F0F0F0F) | (word<2>(high + 4 * i) >> 2 * (k % 4) & 0x03030303) << 4;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    s.scale[h] = d * (float)(i8)b[192 + 2 * k + h];
+    s.min[h] = 32.f * s.scale[h];
+  }
+}
+
+#elif MPL_TYPE == T_IQ4_NL
+FORMAT(32, 18, false, false)
+DECODE {
+  BLOCK_OF_32;
+  nibbles<2>(s, b + 2);
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] = iq4_values(s.q[i]);
+  uniform(s, half_at(b), 0.f);
+}
+
+#elif MPL_TYPE == T_IQ4_XS
+FORMAT(256, 136, false, false)
+DECODE {
+  BLOCK_OF(8);
+  nibbles<4>(s, b + 8 + 16 * k);
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] = iq4_values(s.q[i]);
+  const int scale = (b[4 + k / 2] >> 4 * (k % 2) & 15) | (short_at(b + 2) >> 2 * k & 3) << 4;
+  uniform(s, half_at(b) * (float)(scale - 32), 0.f);
+}
+
+#elif MPL_TYPE == T_MXFP4
+FORMAT(32, 17, false, false)
+DECODE {
+  BLOCK_OF_32;
+  nibbles<1>(s, b + 1);
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] = fp4_values(s.q[i]);
+  const u32 e = b[0];
+  uniform(s, as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23), 0.f);
+}
+
+#elif MPL_TYPE == T_NVFP4
+FORMAT(64, 36, true, false)
+DECODE {
+  BLOCK_OF(2);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const u32 e = b[2 * k + h];
+    const float fraction = (float)(e % 8 + ((e & 127) > 7 ? 8 : 0));
+    const u32 power = (e & 127) > 15 ? (e & 127) / 8 : 1;
+    s.scale[h] = e == 127 ? 0.f : fraction * as_float((power + 116) << 23);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 v = word<4>(b + 4 + 16 * k + 8 * h + 4 * i);
+      s.q[4 * h + i] = fp4_values(v & 0x0F0F0F0F);
+      s.q[4 * h + i + 2] = fp4_values(v >> 4 & 0x0F0F0F0F);
+    }
+    s.min[h] = 0.f;
+  }
+}
+
+#elif MPL_TYPE == T_Q1_0
+FORMAT(128, 18, false, true)
+DECODE {
+  BLOCK_OF(4);
+  const u32 bits = word<2>(b + 2 + 4 * k);
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] = spread(bits >> 4 * i & 15);
+  const float d = half_at(b);
+  uniform(s, 2.f * d, d);
+}
+
+#elif MPL_TYPE == T_Q2_0
+FORMAT(64, 18, false, true)
+DECODE {
+  BLOCK_OF(2);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const u32 v = b[2 + 8 * k + i];
+    s.q[i] = (v | v << 6 | v << 12 | v << 18) & 0x03030303;
+  }
+  const float d = half_at(b);
+  uniform(s, d, d);
+}
+
+#elif MPL_TYPE == T_TQ1_0
+FORMAT(256, 54, false, true)
+MPL_INLINE int digits(const u8* p, int power) {
+  u32 q = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) q |= ((p[i] * power & 255) * 3 >> 8) << 8 * i;
+  return (int)q;
+}
+MPL_INLINE int power_of_3(int n) { return n == 0 ? 1 : n == 1 ? 3 : n == 2 ? 9 : n == 3 ? 27 : 81; }
+DECODE {
+  BLOCK_OF(8);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int run = 2 * (k - 5) + i / 4;
+    if (k < 5) s.q[i] = digits(b + 4 * i, power_of_3(k));
+    else if (run < 5) s.q[i] = digits(b + 32 + 4 * (i % 4), power_of_3(run));
+    else s.q[i] = digits(b + 48, power_of_3(i % 4));
+  }
+  const float d = half_at(b + 52);
+  uniform(s, d, d);
+}
+
+#elif MPL_TYPE == T_TQ2_0
+FORMAT(256, 66, false, true)
+DECODE {
+  BLOCK_OF(8);
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] = word<2>(b + k / 4 * 32 + 4 * i) >> 2 * (k % 4) & 0x03030303;
+  const float d = half_at(b + 64);
+  uniform(s, d, d);
+}
+
+#elif MPL_TYPE == T_IQ2_XXS
+FORMAT(256, 66, false, false)
+DECODE {
+  BLOCK_OF(8);
+  const u8* at = b + 2 + 8 * k;
+  const u32 bits = word<2>(at + 4);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u64 size = iq2_xxs[at[i]];
+    const u32 signs = even_signs(bits >> 7 * i & 127);
+    s.q[2 * i] = negate((u32)size, signs & 15);
+    s.q[2 * i + 1] = negate((u32)(size >> 32), signs >> 4);
+  }
+  uniform(s, half_at(b) * ((float)(2 * (bits >> 28) + 1) * 0.125f), 0.f);
+}
+
+#elif MPL_TYPE == T_IQ2_XS || MPL_TYPE == T_IQ2_S
+#if MPL_TYPE == T_IQ2_XS
+FORMAT(256, 74, true, false)
+#else
+FORMAT(256, 82, true, false)
+#endif
+DECODE {
+  BLOCK_OF(8);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#if MPL_TYPE == T_IQ2_XS
+    const u32 v = short_at(b + 2 + 8 * k + 2 * i), signs = even_signs(v >> 9);
+    const u64 size = iq2_xs[v & 511];
+#else
+    const u32 signs = b[34 + 4 * k + i];
+    const u64 size = iq2_s[b[2 + 4 * k + i] | (b[66 + k] >> 2 * i & 3) << 8];
+#endif
+    s.q[2 * i] = negate((u32)size, signs & 15);
+    s.q[2 * i + 1] = negate((u32)(size >> 32), signs >> 4);
+  }
+  const int scales = b[kBytes - 8 + k];
+  s.scale[0] = half_at(b) * ((float)(2 * (scales & 15) + 1) * 0.125f);
+  s.scale[1] = half_at(b) * ((float)(2 * (scales >> 4) + 1) * 0.125f);
+  s.min[0] = s.min[1] = 0.f;
+}
+
+#elif MPL_TYPE == T_IQ3_XXS
+FORMAT(256, 98, false, false)
+DECODE {
+  BLOCK_OF(8);
+  const u32 bits = word<2>(b + 66 + 4 * k);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const u32 signs = even_signs(bits >> 7 * (i / 2) & 127);
+    s.q[i] = negate(iq3_xxs[b[2 + 8 * k + i]], i % 2 ? signs >> 4 : signs & 15);
+  }
+  uniform(s, half_at(b) * ((float)(2 * (bits >> 28) + 1) * 0.25f), 0.f);
+}
+
+#elif MPL_TYPE == T_IQ3_S
+FORMAT(256, 110, false, false)
+DECODE {
+  BLOCK_OF(8);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const u32 size = iq3_s[b[2 + 8 * k + i] | (b[66 + k] >> i & 1) << 8];
+    s.q[i] = negate(size, b[74 + 4 * k + i / 2] >> i % 2 * 4 & 15);
+  }
+  uniform(s, half_at(b) * (float)(2 * (b[106 + k / 2] >> k % 2 * 4 & 15) + 1), 0.f);
+}
+
+#elif MPL_TYPE == T_IQ1_S
+FORMAT(256, 50, false, true)
+DECODE {
+  BLOCK_OF(8);
+  const u32 bits = short_at(b + 34 + 2 * k), up = bits >> 15 ? 0u : 0x02020202u;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u64 v = iq1[b[2 + 4 * k + i] | (bits >> 3 * i & 7) << 8];  // from 0 to 16
+    s.q[2 * i] = (u32)v + up;
+    s.q[2 * i + 1] = (u32)(v >> 32) + up;
+  }
+  const float scale = half_at(b) * ((float)(2 * (bits >> 12 & 7) + 1) * 0.125f);
+  uniform(s, scale, 9.f * scale);
+}
+
+#elif MPL_TYPE == T_IQ1_M
+FORMAT(256, 56, true, true)
+DECODE {
+  BLOCK_OF(8);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u32 high = b[32 + 2 * k + i / 2] >> i % 2 * 4 & 15, up = high >> 3 ? 0u : 0x02020202u;
+    const u64 v = iq1[b[4 * k + i] | (high & 7) << 8];
+    s.q[2 * i] = (u32)v + up;
+    s.q[2 * i + 1] = (u32)(v >> 32) + up;
+  }
+  u32 factor = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) factor |= short_at(b + 48 + 2 * i) >> 12 << 4 * i;
+  const float d = half_to_float((u16)factor);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int n = 2 * k + h;
+    s.scale[h] = d * ((float)(2 * (short_at(b + 48 + n / 4 * 2) >> 3 * (n % 4) & 7) + 1) * 0.125f);
+    s.min[h] = 9.f * s.scale[h];
+  }
+}
+
+#elif MPL_TYPE == T_F32
+constexpr int kBytes = 4;
+MPL_INLINE float weight_at(const u8* row, int i) { return ((const float*)row)[i]; }
+#elif MPL_TYPE == T_F16
+constexpr int kBytes = 2;
+MPL_INLINE float weight_at(const u8* row, int i) { return half_to_float(((const u16*)row)[i]); }
+#elif MPL_TYPE == T_BF16
+constexpr int kBytes = 2;
+MPL_INLINE float weight_at(const u8* row, int i) { return bf16_to_float(((const u16*)row)[i]); }
+#else
+#error "a type without a decoder"
+#endif

@@ -1,0 +1,208 @@
+// Ops that look at each element, row or head by itself.
+#include "compat.cuh"
+
+#define THREAD_ID ((i64)blockIdx.x * blockDim.x + threadIdx.x)
+
+// -- activations in 8 bits: sub-blocks of 32 share a scale, their largest size / 127. Eight lanes work on one. Columns
+// before `before` and after the n of x are zeros.
+extern "C" __global__ void __launch_bounds__(256)
+    quantize(const float* x, int n, int before, int n_sub, i64 n_units, int* xq, float* xd, float* xs) {
+  const i64 id = THREAD_ID, unit = id / 8;
+  const int part = id % 8;
+  const bool here = unit < n_units;
+  const float* row = x + (here ? unit / n_sub * n : 0);
+  const int col = (int)(unit % n_sub) * 32 + part * 4 - before;
+  float v[4], top = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    v[i] = here && col + i >= 0 && col + i < n ? row[col + i] : 0.f;
+    top = fmaxf(top, fabsf(v[i]));
+  }
+  top = lanes_max<8>(top);
+  const float inverse = top > 0.f ? 127.f / top : 0.f, scale = top / 127.f;
+  u32 packed = 0;
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int q = (int)rintf(v[i] * inverse);
+    sum += q;
+    packed |= (u32)(q & 255) << 8 * i;
+  }
+  const float total = lanes_sum<4>((float)sum);
+  if (!here) return;
+  xq[unit * 8 + part] = (int)packed;
+  if (part == 0) xd[unit] = scale;
+  if (part % 4 == 0) xs[unit * 2 + part / 4] = scale * total;
+}
+MPL_EXPORT(quantize)
+
+// out (rows, n_out) has x (rows, n) from column `before` on, and zeros elsewhere.
+extern "C" __global__ void pad(const float* x, int n, int before, int n_out, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  const int col = (int)(id % n_out) - before;
+  out[id] = col >= 0 && col < n ? x[id / n_out * n + col] : 0.f;
+}
+MPL_EXPORT(pad)
+
+// As pad, in float16, each row divided by a power of 2 (in `scales`) that brings its largest number below 2.
+extern "C" __global__ void halve(const float* x, int n, int before, int n_out, u16* out, float* scales) {
+  __shared__ float scratch[32];
+  x += (i64)blockIdx.x * n;
+  float top = 0.f;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) top = fmaxf(top, fabsf(x[i]));
+  top = block_max(top, scratch);
+  const float scale = top >= 1e-30f ? as_float(as_bits(top) & 0x7F800000u) : 1.f, inverse = 1.f / scale;
+  if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+  for (int i = threadIdx.x; i < n_out; i += blockDim.x) {
+    const int col = i - before;
+    out[(i64)blockIdx.x * n_out + i] = float_to_half(col >= 0 && col < n ? x[col] * inverse : 0.f);
+  }
+}
+MPL_EXPORT(halve)
+
+// -- two arrays of up to three axes, n0 x n1 x n2 elements; a stride of 0 repeats. op 0 adds, 1 multiplies.
+extern "C" __global__ void binary(int op, const float* a, const float* b, float* out, i64 size, int n1, int n2, i64 a0, i64 a1,
+                                  i64 a2, i64 b0, i64 b1, i64 b2) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  const i64 i2 = id % n2, i1 = id / n2 % n1, i0 = id / n2 / n1;
+  const float u = a[i0 * a0 + i1 * a1 + i2 * a2], v = b[i0 * b0 + i1 * b1 + i2 * b2];
+  out[id] = op ? u * v : u + v;
+}
+MPL_EXPORT(binary)
+
+MPL_INLINE float logistic(float x) {
+  const float e = expf(-fabsf(x));
+  return (x >= 0.f ? 1.f : e) / (1.f + e);
+}
+
+// op 0: x * number; 1: logistic function; 2: number * tanh(x / number).
+extern "C" __global__ void unary(int op, const float* x, float number, float* out, i64 size) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  const float v = x[id];
+  out[id] = op == 0 ? v * number : op == 1 ? logistic(v) : number * tanhf(v / number);
+}
+MPL_EXPORT(unary)
+
+// act(gate) * up; op 0: silu, 1: gelu (tanh), 2: the clamped swiglu of gpt-oss.
+extern "C" __global__ void gated(int op, const float* gate, const float* up, float* out, i64 size) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  float g = gate[id], u = up[id];
+  if (op == 0) {
+    out[id] = g * logistic(g) * u;
+  } else if (op == 1) {
+    out[id] = 0.5f * g * (1.f + tanhf(0.7978845608028654f * g * (1.f + 0.044715f * g * g))) * u;
+  } else {
+    g = fminf(g, 7.f);
+    u = fminf(fmaxf(u, -7.f), 7.f);
+    out[id] = g * logistic(1.702f * g) * (u + 1.f);
+  }
+}
+MPL_EXPORT(gated)
+
+// out (rows, n): row index[i] of table.
+extern "C" __global__ void gather_rows(const float* table, const int* index, int n, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = table[(i64)index[id / n] * n + id % n];
+}
+MPL_EXPORT(gather_rows)
+
+// out (T, n): the sum over K of weights (T, K) times x (T, K, n).
+extern "C" __global__ void sum_experts(const float* x, const float* weights, int n_used, int n, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  const i64 token = id / n, col = id % n;
+  float sum = 0.f;
+  for (int k = 0; k < n_used; k++) sum += weights[token * n_used + k] * x[(token * n_used + k) * n + col];
+  out[id] = sum;
+}
+MPL_EXPORT(sum_experts)
+
+// -- norms. Short rows (heads) have a warp each, long ones a block.
+MPL_INLINE void scale_row(const float* x, const float* w, float factor, int n, float* out, int first, int step) {
+  for (int i = first; i < n; i += step) out[i] = x[i] * factor * w[i];
+}
+
+extern "C" __global__ void rms_norm_short(const float* x, const float* w, float eps, int n, i64 n_rows, float* out) {
+  const i64 row = THREAD_ID / MPL_WARP;
+  const int lane = threadIdx.x % MPL_WARP;
+  if (row >= n_rows) return;
+  const float* r = x + row * n;
+  float sum = 0.f;
+  for (int i = lane; i < n; i += MPL_WARP) sum += r[i] * r[i];
+  sum = lanes_sum<MPL_WARP>(sum);
+  scale_row(r, w, 1.f / sqrtf(sum / (float)n + eps), n, out + row * n, lane, MPL_WARP);
+}
+MPL_EXPORT(rms_norm_short)
+
+extern "C" __global__ void rms_norm_long(const float* x, const float* w, float eps, int n, float* out) {
+  __shared__ float scratch[32];
+  const float* r = x + (i64)blockIdx.x * n;
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) sum += r[i] * r[i];
+  sum = block_sum(sum, scratch);
+  scale_row(r, w, 1.f / sqrtf(sum / (float)n + eps), n, out + (i64)blockIdx.x * n, threadIdx.x, blockDim.x);
+}
+MPL_EXPORT(rms_norm_long)
+
+// out (rows): the sum of squares of columns [start, stop).
+extern "C" __global__ void sum_squares(const float* x, int n, int start, int stop, float* out) {
+  __shared__ float scratch[32];
+  const float* r = x + (i64)blockIdx.x * n;
+  float sum = 0.f;
+  for (int i = start + threadIdx.x; i < stop; i += blockDim.x) sum += r[i] * r[i];
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+MPL_EXPORT(sum_squares)
+
+extern "C" __global__ void scale_by_mean_square(const float* x, const float* mean, const float* w, float eps, int n, i64 size,
+                                                float* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = x[id] * (1.f / sqrtf(mean[id / n] + eps)) * w[id % n];
+}
+MPL_EXPORT(scale_by_mean_square)
+
+// -- rope. Angles are float64 until they are within a turn: positions go up to millions.
+extern "C" __global__ void rope_table(const int* positions, const double* frequencies, float factor, int half, i64 size,
+                                      float* cosines, float* sines) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  const double angle = (double)positions[id / half] * frequencies[id % half];
+  const float rest = (float)(angle - floor(angle * 0.15915494309189535) * 6.283185307179586);
+  cosines[id] = cosf(rest) * factor;
+  sines[id] = sinf(rest) * factor;
+}
+MPL_EXPORT(rope_table)
+
+// Heads x (T, H, D); `half` pairs of the first elements turn, the rest stays. A thread has a pair or a single element.
+extern "C" __global__ void rope(const float* x, const float* cosines, const float* sines, int neox, int half, int n_dim,
+                                int n_head, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  const int units = n_dim - half, unit = (int)(id % units);
+  const i64 head = id / units, token = head / n_head;
+  x += head * n_dim;
+  out += head * n_dim;
+  if (unit >= half) {
+    out[half + unit] = x[half + unit];
+    return;
+  }
+  const int i = neox ? unit : 2 * unit, j = neox ? unit + half : 2 * unit + 1;
+  const float c = cosines[token * half + unit], s = sines[token * half + unit], a = x[i], b = x[j];
+  out[i] = a * c - b * s;
+  out[j] = a * s + b * c;
+}
+MPL_EXPORT(rope)
+
+// out (cols, rows) = x (rows, cols) transposed, times the factor of each of its columns.
+extern "C" __global__ void transpose_scaled(const float* x, const float* factors, int rows, int cols, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  const i64 row = id % rows, col = id / rows;
+  out[id] = x[row * cols + col] * factors[col];
+}
+MPL_EXPORT(transpose_scaled)

@@ -1,0 +1,229 @@
+// Products of one weight type, MPL_TYPE, straight from the blocks of the file, and its rows as floats.
+//
+// Quantized weights meet activations rounded to 8 bits (`quantize`, below): xq (T, subs, 8) words of four, xd (T, subs) their
+// scales, xs (T, subs, 2) the scaled sums of 16, which minima need. Floating-point weights meet float32.
+// A product for few tokens reads each weight once and gives a row to a warp; one for many works on tiles of 64 rows and 32
+// tokens. With experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
+#include "decode.cuh"
+
+// Rows as floats: out (n, 32 n_sub) of rows index[i], or i where index is null; zeros for rows outside of [0, n_rows).
+#define DEQUANTIZE(name, T, STORE)                                                                                     \
+  extern "C" __global__ void name(const u8* w, i64 row_bytes, const int* index, T* out, int n_in, int n_rows) {        \
+    const int unit = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;                                            \
+    const int row = index ? index[i] : i;                                                                              \
+    if (unit * kUnit >= n_in) return;                                                                                  \
+    T* to = out + (i64)i * n_in + (i64)unit * kUnit;                                                                   \
+    float v[kUnit];                                                                                                    \
+    floats_of(w + (i64)row * row_bytes, unit, row >= 0 && row < n_rows, v);                                            \
+    _Pragma("unroll") for (int j = 0; j < kUnit; j++) to[j] = STORE(v[j]);                                             \
+  }                                                                                                                    \
+  MPL_EXPORT(name)
+
+#if MPL_FLOAT
+constexpr int kUnit = 1;
+MPL_INLINE void floats_of(const u8* row, int unit, bool here, float* v) { v[0] = here ? weight_at(row, unit) : 0.f; }
+#else
+constexpr int kUnit = 32;
+MPL_INLINE void floats_of(const u8* row, int unit, bool here, float* v) {
+  Sub s;
+  if (here) decode(row, unit, s);
+#pragma unroll
+  for (int j = 0; j < 32; j++) {
+    const float q = (float)(i8)(s.q[j / 4] >> 8 * (j % 4));
+    v[j] = !here ? 0.f : kMin ? s.scale[j / 16] * q - s.min[j / 16] : s.scale[j / 16] * q;
+  }
+}
+#endif
+DEQUANTIZE(dequantize_f32, float, )
+DEQUANTIZE(dequantize_f16, u16, float_to_half)
+
+#if MPL_FLOAT
+typedef const float* X;
+#define X_ARGS const float* x
+#define X_CALL x
+#else
+#define X_ARGS const int *xq, const float *xd, const float *xs
+#define X_CALL xq, xd, xs
+
+// What 32 weights add to the product with one token's activations.
+MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums) {
+  int low = 0, high = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) low = dot4(s.q[i], a[i], low);
+#pragma unroll
+  for (int i = 4; i < 8; i++) (kHalves ? high : low) = dot4(s.q[i], a[i], kHalves ? high : low);
+  float v = s.scale[0] * (float)low;
+  if (kHalves) v += s.scale[1] * (float)high;
+  v *= d;
+  if (kMin) v -= s.min[0] * sums[0] + s.min[1] * sums[1];
+  return v;
+}
+#endif
+
+// -- few tokens: one row to a warp, NT tokens at once. With `experts`, blockIdx.y is a pair, whose activations are row
+// pair / share of x; else it is NT tokens.
+template <int NT>
+MPL_INLINE void matvec(const u8* w, i64 row_bytes, i64 mat_bytes, const int* experts, int share, X_ARGS, float* y, int n_rows,
+                       int n_in, int n_tokens) {
+  const int row = blockIdx.x * (blockDim.x / MPL_WARP) + threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP;
+  if (row >= n_rows) return;
+  const int first = blockIdx.y * NT, n = min(NT, n_tokens - first);
+  const u8* r = w + (i64)row * row_bytes + (experts ? experts[first] * mat_bytes : 0);
+  float sum[NT];
+#pragma unroll
+  for (int t = 0; t < NT; t++) sum[t] = 0.f;
+#if MPL_FLOAT
+  for (int i = lane; i < n_in; i += MPL_WARP) {
+    const float v = weight_at(r, i);
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+      if (t < n) sum[t] += v * x[(i64)((first + t) / share) * n_in + i];
+  }
+#else
+  const int n_sub = n_in / 32;
+  for (int i = lane; i < n_sub; i += MPL_WARP) {
+    Sub s;
+    decode(r, i, s);
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+      if (t < n) {
+        const i64 at = (i64)((first + t) / share) * n_sub + i;
+        int a[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) a[j] = xq[at * 8 + j];
+        sum[t] += dot_sub(s, a, xd[at], xs + at * 2);
+      }
+  }
+#endif
+#pragma unroll
+  for (int t = 0; t < NT; t++) {
+    const float v = lanes_sum<MPL_WARP>(sum[t]);
+    if (lane == 0 && t < n) y[(i64)(first + t) * n_rows + row] = v;
+  }
+}
+
+#define MATVEC(NT)                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(128)                                                                         \
+      matvec_##NT(const u8* w, i64 row_bytes, X_ARGS, float* y, int n_rows, int n_in, int n_tokens) {                       \
+    matvec<NT>(w, row_bytes, 0, nullptr, 1, X_CALL, y, n_rows, n_in, n_tokens);                                             \
+  }                                                                                                                         \
+  MPL_EXPORT(matvec_##NT)
+MATVEC(1)
+MATVEC(2)
+MATVEC(4)
+MATVEC(8)
+
+extern "C" __global__ void __launch_bounds__(128)
+    matvec_experts(const u8* w, i64 row_bytes, i64 mat_bytes, const int* experts, int share, X_ARGS, float* y, int n_rows,
+                   int n_in, int n_pairs) {
+  matvec<1>(w, row_bytes, mat_bytes, experts, share, X_CALL, y, n_rows, n_in, n_pairs);
+}
+MPL_EXPORT(matvec_experts)
+
+// -- many tokens: 256 threads, each with 4 rows and 2 tokens of a tile.
+constexpr int kRows = 64, kTokens = 32;
+
+// `tiles` (n, 3): expert, first, count; `order`: the pairs, by expert. Without them, tile y is tokens 32 y to 32 y + 31.
+MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, X_ARGS, float* y,
+                       int n_rows, int n_in, int n_tokens) {
+  int first = blockIdx.y * kTokens, n = min(kTokens, n_tokens - first);
+  if (tiles) {
+    const int* tile = tiles + 3 * blockIdx.y;
+    w += tile[0] * mat_bytes;
+    first = tile[1];
+    n = tile[2];
+    if (n == 0) return;
+  }
+  const int t = threadIdx.x, row0 = blockIdx.x * kRows, my_row = t % 16, my_token = t / 16;
+  float sum[4][2] = {};
+#if MPL_FLOAT
+  constexpr int kDepth = 32;
+  MPL_DYN_SHARED(float, shared);
+  float *ws = shared, *xs = shared + kRows * (kDepth + 1);
+  for (int i0 = 0; i0 < n_in; i0 += kDepth) {
+    const int depth = min(kDepth, n_in - i0);
+    for (int i = t; i < kRows * kDepth; i += 256) {
+      const int row = i / kDepth, col = i % kDepth;
+      const bool here = row0 + row < n_rows && col < depth;
+      ws[row * (kDepth + 1) + col] = here ? weight_at(w + (i64)(row0 + row) * row_bytes, i0 + col) : 0.f;
+    }
+    for (int i = t; i < kTokens * kDepth; i += 256) {
+      const int token = i / kDepth, col = i % kDepth;
+      float v = 0.f;
+      if (token < n && col < depth) v = x[(i64)((order ? order[first + token] : first + token) / share) * n_in + i0 + col];
+      xs[token * (kDepth + 1) + col] = v;
+    }
+    __syncthreads();
+    for (int i = 0; i < depth; i++)
+#pragma unroll
+      for (int a = 0; a < 4; a++)
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+          sum[a][b] += ws[(my_row + 16 * a) * (kDepth + 1) + i] * xs[(my_token + 16 * b) * (kDepth + 1) + i];
+    __syncthreads();
+  }
+#else
+  constexpr int kSubs = 4;
+  // 9 words to 8 codes, against bank conflicts; then the factors.
+  MPL_DYN_SHARED(int, shared);
+  int *wq = shared, *aq = wq + kRows * kSubs * 9;
+  float *wf = (float*)(aq + kTokens * kSubs * 9), *af = wf + kRows * kSubs * 4;
+  const int n_sub = n_in / 32;
+  for (int s0 = 0; s0 < n_sub; s0 += kSubs) {
+    {
+      const int row = t / kSubs, sub = s0 + t % kSubs;
+      Sub s = {};
+      if (row0 + row < n_rows && sub < n_sub) decode(w + (i64)(row0 + row) * row_bytes, sub, s);
+#pragma unroll
+      for (int j = 0; j < 8; j++) wq[t * 9 + j] = s.q[j];
+      wf[t * 4] = s.scale[0], wf[t * 4 + 1] = s.scale[1], wf[t * 4 + 2] = s.min[0], wf[t * 4 + 3] = s.min[1];
+    }
+    if (t < kTokens * kSubs) {
+      const int token = t / kSubs, sub = s0 + t % kSubs;
+      const bool here = token < n && sub < n_sub;
+      const i64 at = here ? (i64)((order ? order[first + token] : first + token) / share) * n_sub + sub : 0;
+#pragma unroll
+      for (int j = 0; j < 8; j++) aq[t * 9 + j] = here ? xq[at * 8 + j] : 0;
+      af[t * 3] = here ? xd[at] : 0.f, af[t * 3 + 1] = here ? xs[at * 2] : 0.f, af[t * 3 + 2] = here ? xs[at * 2 + 1] : 0.f;
+    }
+    __syncthreads();
+    for (int i = 0; i < kSubs; i++)
+#pragma unroll
+      for (int a = 0; a < 4; a++) {
+        Sub s;
+        const int at = (my_row + 16 * a) * kSubs + i;
+#pragma unroll
+        for (int j = 0; j < 8; j++) s.q[j] = wq[at * 9 + j];
+        s.scale[0] = wf[at * 4], s.scale[1] = wf[at * 4 + 1], s.min[0] = wf[at * 4 + 2], s.min[1] = wf[at * 4 + 3];
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+          const int to = (my_token + 16 * b) * kSubs + i;
+          sum[a][b] += dot_sub(s, aq + to * 9, af[to * 3], af + to * 3 + 1);
+        }
+      }
+    __syncthreads();
+  }
+#endif
+#pragma unroll
+  for (int b = 0; b < 2; b++) {
+    const int token = my_token + 16 * b;
+    if (token >= n) continue;
+    float* to = y + (i64)(order ? order[first + token] : first + token) * n_rows;
+#pragma unroll
+    for (int a = 0; a < 4; a++)
+      if (row0 + my_row + 16 * a < n_rows) to[row0 + my_row + 16 * a] = sum[a][b];
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    matmul_tokens(const u8* w, i64 row_bytes, X_ARGS, float* y, int n_rows, int n_in, int n_tokens) {
+  matmul(w, row_bytes, 0, nullptr, nullptr, 1, X_CALL, y, n_rows, n_in, n_tokens);
+}
+MPL_EXPORT(matmul_tokens)
+
+extern "C" __global__ void __launch_bounds__(256)
+    matmul_experts(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, X_ARGS, float* y,
+                   int n_rows, int n_in) {
+  matmul(w, row_bytes, mat_bytes, tiles, order, share, X_CALL, y, n_rows, n_in, 0);
+}
+MPL_EXPORT(matmul_experts)

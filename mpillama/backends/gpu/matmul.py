@@ -1,0 +1,215 @@
+"""Weights of the GPU backend, as the file has them, and their products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpillama.backends.base import RawWeight
+from mpillama.backends.gpu.device import Array, Device, Unit
+from mpillama.backends.gpu.elementwise import EXPERTS, ElementwiseOps
+from mpillama.backends.gpu.launcher import int32
+from mpillama.backends.quants import SUPPORTED
+from mpillama.gguf.types import GGMLType
+
+FLOATS = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
+# As in matmul.cu.
+_TILE_ROWS, _TILE_TOKENS = 64, 32
+_MATVEC_TOKENS = 8
+_SHARED_FLOATS = (_TILE_ROWS + _TILE_TOKENS) * 33 * 4
+_SHARED_BLOCKS = _TILE_ROWS * 4 * (9 + 4) * 4 + _TILE_TOKENS * 4 * (9 + 3) * 4
+# Weights that are made floats at a time, for a product with many tokens.
+_GEMM_ELEMENTS = 32 << 20
+_MAX_GRID = 65535
+
+
+@dataclass(frozen=True)
+class GpuMatrix:
+    """A stack of matrices on the device: uint8 (n_mats, n_rows, row bytes).
+
+    Attributes:
+        n_in: elements of a row, pads included.
+        pad: how many of them lie before the rank's own.
+        unit: the kernels for the type.
+    """
+
+    data: Array
+    type: GGMLType
+    n_in: int
+    pad: int
+    unit: Unit
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of each matrix."""
+        return int(self.data.shape[1])
+
+    @property
+    def row_bytes(self) -> np.int64:
+        """Bytes from row to row."""
+        return np.int64(self.data.shape[2])
+
+    @property
+    def mat_bytes(self) -> np.int64:
+        """Bytes from matrix to matrix."""
+        return np.int64(self.data.shape[1] * self.data.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return int(self.data.nbytes)
+
+
+def unit_of(type: GGMLType) -> Unit:
+    """Return the kernels for weights of a type."""
+    return Unit("matmul.cu", (("MPL_TYPE", int(type)),))
+
+
+class MatmulOps(ElementwiseOps):
+    """The ops of `Backend` that need matrices."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self._rounded: tuple[Array, int, int, tuple[Array, ...]] | None = None
+
+    def supports(self, type: GGMLType) -> bool:
+        """Whether there is a decoder for the type."""
+        return type in SUPPORTED
+
+    def weight(self, raw: RawWeight) -> GpuMatrix:
+        """Copy the slice to the device."""
+        return GpuMatrix(self.device.upload(raw.raw), raw.type, raw.n_in, raw.pad[0], unit_of(raw.type))
+
+    def embedding(self, tokens: np.ndarray, w: GpuMatrix, first: int) -> Array:
+        """Return rows of the embedding, zeros for those that are elsewhere."""
+        index = self.device.upload(int32(tokens - np.int32(first)))
+        out = self.device.empty((len(tokens), w.n_in))
+        for start in range(0, len(tokens), _MAX_GRID):
+            part = slice(start, start + _MAX_GRID)
+            self._dequantize("dequantize_f32", w, 0, index[part], out[part], w.n_rows)
+        return out
+
+    def linear(self, x: Array, w: GpuMatrix) -> Array:
+        """Return x W^T."""
+        n_tokens = int(x.shape[0])
+        out = self.device.empty((n_tokens, w.n_rows))
+        grid: tuple[int, ...]
+        if out.size == 0:
+            return out
+        if n_tokens <= _MATVEC_TOKENS:
+            width = next(width for width in (1, 2, 4, 8) if width >= n_tokens)
+            args = (w.data, w.row_bytes, *self._operand(x, w), out, np.int32(w.n_rows), np.int32(w.n_in))
+            grid = (-(-w.n_rows // self._warps),)
+            self.device.launch(w.unit, f"matvec_{width}", grid, self._block, (*args, np.int32(n_tokens)))
+        elif self.device.gemm_tokens and n_tokens >= self.device.gemm_tokens:
+            self._gemm(x, w, out)
+        else:
+            args = (w.data, w.row_bytes, *self._operand(x, w), out, np.int32(w.n_rows), np.int32(w.n_in))
+            grid = (-(-w.n_rows // _TILE_ROWS), -(-n_tokens // _TILE_TOKENS))
+            self.device.launch(w.unit, "matmul_tokens", grid, 256, (*args, np.int32(n_tokens)), self._shared(w))
+        return out
+
+    def expert_linear(self, x: Array, w: GpuMatrix, experts: Array) -> Array:
+        """Multiply each token by the matrices of its experts."""
+        n_tokens, n_used = experts.shape
+        n_pairs = n_tokens * n_used
+        out = self.device.empty((n_tokens, n_used, w.n_rows))
+        if out.size == 0:
+            return out
+        if not w.data.shape[0]:
+            out[...] = 0
+            return out
+        # Experts that are on other ranks: any matrix will do, and its answer counts for nothing.
+        here = experts >= 0
+        experts = experts * here
+        share = np.int32(n_used if x.ndim == 2 else 1)
+        operand = self._operand(x, w)
+        sizes = np.int32(w.n_rows), np.int32(w.n_in)
+        grid: tuple[int, ...]
+        if n_tokens <= _MATVEC_TOKENS:
+            grid = (-(-w.n_rows // self._warps), n_pairs)
+            args = (w.data, w.row_bytes, w.mat_bytes, experts, share, *operand, out, *sizes, np.int32(n_pairs))
+            self.device.launch(w.unit, "matvec_experts", grid, self._block, args)
+        else:
+            tiles, order = self._group(experts, int(w.data.shape[0]))
+            grid = (-(-w.n_rows // _TILE_ROWS), int(tiles.shape[0]))
+            args = (w.data, w.row_bytes, w.mat_bytes, tiles, order, share, *operand, out, *sizes)
+            self.device.launch(w.unit, "matmul_experts", grid, 256, args, self._shared(w))
+        out *= here[..., None]
+        return out
+
+    @property
+    def _warps(self) -> int:
+        """Rows that a block of matvec has."""
+        return self._block // self.device.warp
+
+    @property
+    def _block(self) -> int:
+        return 128
+
+    @staticmethod
+    def _shared(w: GpuMatrix) -> int:
+        return _SHARED_FLOATS if w.type in FLOATS else _SHARED_BLOCKS
+
+    def _group(self, experts: Array, n_expert: int) -> tuple[Array, Array]:
+        """Return tiles of pairs that share an expert, and the pairs by expert."""
+        n_pairs = int(experts.size)
+        n_tiles = n_pairs // _TILE_TOKENS + min(n_expert, n_pairs)
+        tiles, order = self.device.empty((n_tiles, 3), np.int32), self.device.empty((n_pairs,), np.int32)
+        sizes = np.int32(n_pairs), np.int32(n_expert), np.int32(_TILE_TOKENS), np.int32(n_tiles)
+        shared = 4 * (3 * n_expert + 1)
+        self.device.launch(EXPERTS, "group_pairs", (1,), 256, (experts, *sizes, order, tiles), shared)
+        return tiles, order
+
+    def _operand(self, x: Array, w: GpuMatrix) -> tuple[Any, ...]:
+        """Return the activations as the kernels for ``w`` take them; the last are kept, for q, k, v and gate, up."""
+        n_own = int(x.shape[-1])
+        if w.type in FLOATS and n_own == w.n_in:
+            return (x,)
+        if w.type in FLOATS:
+            out = self.device.empty((*x.shape[:-1], w.n_in))
+            sizes = np.int32(n_own), np.int32(w.pad), np.int32(w.n_in), np.int64(out.size)
+            self.run.elements("pad", out.size, x, *sizes, out)
+            return (out,)
+        known = self._rounded
+        if known is not None and known[0] is x and known[1:3] == (w.n_in, w.pad):
+            return known[3]
+        n_units, n_sub = x.size // max(1, n_own) * (w.n_in // 32), w.n_in // 32
+        xq = self.device.empty((n_units, 8), np.int32)
+        xd, xs = self.device.empty((n_units,)), self.device.empty((n_units, 2))
+        sizes = np.int32(n_own), np.int32(w.pad), np.int32(n_sub), np.int64(n_units)
+        self.run.elements("quantize", n_units * 8, x, *sizes, xq, xd, xs)
+        self._rounded = x, w.n_in, w.pad, (xq, xd, xs)
+        return xq, xd, xs
+
+    def _dequantize(self, kernel: str, w: GpuMatrix, start: int, index: Array | None, out: Array, n_rows: int) -> None:
+        if out.size == 0:
+            return
+        units = w.n_in if w.type in FLOATS else w.n_in // 32
+        block = min(256, -(-units // self.device.warp) * self.device.warp)
+        data = w.data.reshape(-1)[start * int(w.row_bytes) :] if start else w.data
+        args = (data, w.row_bytes, index, out, np.int32(w.n_in), np.int32(n_rows))
+        self.device.launch(w.unit, kernel, (-(-units // block), int(out.shape[0])), block, args)
+
+    def _gemm(self, x: Array, w: GpuMatrix, out: Array) -> None:
+        """Make the weights floats, some rows at a time, and multiply: F32 in float32, all others in float16."""
+        n_tokens = int(x.shape[0])
+        if w.type == GGMLType.F32:
+            (padded,) = self._operand(x, w)
+            self.device.gemm(padded, w.data.reshape(-1).view(np.float32).reshape(w.n_rows, w.n_in), out)
+            return
+        halves, scales = self.device.empty((n_tokens, w.n_in), np.uint16), self.device.empty((n_tokens, 1))
+        sizes = np.int32(x.shape[1]), np.int32(w.pad), np.int32(w.n_in)
+        self.run.rows("halve", n_tokens, w.n_in, x, *sizes, halves, scales)
+        result = self.device.empty((w.n_rows, n_tokens))
+        step = min(_MAX_GRID, max(1, _GEMM_ELEMENTS // w.n_in))
+        for start in range(0, w.n_rows, step):
+            stop = min(w.n_rows, start + step)
+            rows = self.device.empty((stop - start, w.n_in), np.uint16)
+            self._dequantize("dequantize_f16", w, start, None, rows, stop - start)
+            # Transposed, so that the result of some rows is in one piece.
+            self.device.gemm(rows.view(np.float16), halves.view(np.float16), result[start:stop])
+        n_row, n_tok, size = np.int32(w.n_rows), np.int32(n_tokens), np.int64(out.size)
+        self.run.elements("transpose_scaled", out.size, result, scales, n_row, n_tok, size, out)

@@ -1,0 +1,1 @@
+"""What is right and wrong with a job: facts of each rank, messages timed between them, and findings with fixes."""

@@ -1,0 +1,63 @@
+"""mpirun over two hosts, each with its own name, network and shared memory, by launch/hostfile.sh."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+from machines import MPILLAMA, ROOT, Hosts, clean_environment, two_hosts
+
+LAUNCH = [ROOT / "launch" / "hostfile.sh"]
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with two_hosts() as made:
+        yield made
+
+
+def on_both(hosts: Hosts, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run mpillama with two ranks on each host, started on the first."""
+    return hosts.on("hA", [*LAUNCH, hosts.file, 2, *MPILLAMA.split(), *command])
+
+
+def test_text_over_two_hosts_is_that_of_one(hosts: Hosts) -> None:
+    arguments = ["generate", "-p", "Once upon a time", "-n", "32", "--temp", "0", "-t", "1"]
+    alone = subprocess.run(
+        [*MPILLAMA.split(), *arguments], capture_output=True, text=True, cwd=ROOT, env=clean_environment()
+    )
+    told = on_both(hosts, *arguments, "-v")
+    assert told.returncode == 0, told.stderr
+    assert "4 ranks on 2 hosts" in told.stderr
+    assert told.stdout == alone.stdout
+    assert len(alone.stdout.split()) > 20
+
+
+def test_doctor_over_two_hosts(hosts: Hosts) -> None:
+    file = hosts.folder / "cluster.toml"
+    told = on_both(hosts, "doctor", "--json", "--save", str(file), "--types", "Q8_0")
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    assert [rank["host"] for rank in found["ranks"]] == ["hA", "hA", "hB", "hB"]
+    times = {(time["where"], time["what"], time["bytes"]): time["seconds"] for time in found["times"]}
+    assert {where for where, _, _ in times} == {"within", "between"}
+    assert all(seconds > 0 for seconds in times.values())
+    assert times["between", "ping-pong", 4 << 20] > times["between", "ping-pong", 8]
+    # What was measured is what plan takes.
+    plan = hosts.on("hA", [*MPILLAMA.split(), "plan", "--shape", "llama-1b:Q8_0", "--cluster", file, "--json"])
+    assert plan.returncode == 0, plan.stderr
+    cluster = json.loads(plan.stdout)["cluster"]
+    assert (cluster["hosts"], cluster["per_host"]) == (2, 2)
+    assert cluster["between"]["latency_us"] == pytest.approx(1e6 * times["between", "ping-pong", 8], rel=1e-3)
+    assert set(cluster["device"]["types"]) == {"Q8_0"}
+
+
+def test_an_error_on_a_far_host_ends_the_job(hosts: Hosts) -> None:
+    began = time.monotonic()
+    told = on_both(hosts, "generate", "-m", str(hosts.folder / "none.gguf"))
+    assert told.returncode != 0
+    assert told.stderr.count("mpillama: error: ") == 1
+    assert time.monotonic() - began < 20

@@ -1,0 +1,179 @@
+"""A stand-in for CuPy, as far as `CupyDevice` uses it, on the CPU.
+
+Kernels are compiled with g++ from the text and options that a GPU's compiler would get. It proves that calls have the
+shape that CuPy documents, not that a GPU understands them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import mpillama.backends.gpu as package
+from mpillama.backends.gpu.cache import cached, user_cache
+
+KERNELS = Path(package.__file__).parent / "kernels"
+
+
+class Pointer:
+    """Device memory: an address that can be moved."""
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+    def __add__(self, offset: int) -> Pointer:
+        return Pointer(self.ptr + offset)
+
+    def copy_from_host_async(self, memory, size, stream):
+        assert isinstance(memory, ctypes.c_void_p)
+        assert stream is not None
+        ctypes.memmove(self.ptr, memory, size)
+
+
+class Array(np.ndarray):
+    """An array with CuPy's ``set`` and ``data``."""
+
+    @property
+    def data(self):
+        return Pointer(self.ctypes.data)
+
+    def set(self, x, stream=None):
+        assert type(x) is np.ndarray
+        assert x.shape == self.shape
+        assert x.dtype == self.dtype
+        np.copyto(self, x)
+
+
+class Pinned(bytearray):
+    @property
+    def ptr(self):
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+
+class Event:
+    def __init__(self, block=False, disable_timing=False):
+        self.recorded = False
+
+    def record(self, stream):
+        self.recorded = True
+
+    def synchronize(self):
+        pass
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+class RawModule:
+    def __init__(self, *, code, options):
+        self.code, self.options = code, options
+
+    def get_function(self, name):
+        flags = [*self.options, "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DMPL_EMULATE"]
+
+        def make(path):
+            command = ["g++", *flags, "-include", str(KERNELS / "emulate.h"), "-x", "c++", "-", "-o", str(path)]
+            subprocess.run(command, input=self.code, text=True, check=True)
+
+        emulator = (KERNELS / "emulate.h").read_text()
+        library = ctypes.CDLL(str(cached(user_cache(), "\n".join([*flags, emulator, self.code]), ".so", make)))
+        function = library[f"{name}__launch"]
+        function.restype = ctypes.c_char_p
+
+        def call(grid, block, args, *, shared_mem=0):
+            assert len(grid) == len(block) == 3
+            values = []
+            for arg in args:
+                # As CuPy, which takes arrays by address and NumPy's scalars by their bytes.
+                assert isinstance(arg, (Array, np.generic)), type(arg)
+                values.append(np.array(arg.ctypes.data, np.uint64) if isinstance(arg, Array) else np.array(arg))
+            pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
+            how = np.array([*grid, *block, 0, 0], np.uint32)
+            fault = function(ctypes.c_void_p(how.ctypes.data), ctypes.c_size_t(shared_mem), pointers)
+            assert fault is None, fault
+
+        return call
+
+
+def _at(ptr, rows, cols, type):
+    dtype = np.dtype(np.float32 if type == 0 else np.float16)
+    buffer = (ctypes.c_char * (rows * cols * dtype.itemsize)).from_address(ptr)
+    return np.frombuffer(buffer, dtype).reshape(rows, cols)
+
+
+def gemm_ex(handle, ta, tb, m, n, k, one, a, ta_, lda, b, tb_, ldb, zero, c, tc, ldc, compute, algo):
+    """Column-major C (m, n) = A^T B, as cuBLAS documents it."""
+    assert (ta, tb, lda, ldb, ldc, tc, compute) == (1, 0, k, k, m, 0, 68)
+    left, right = _at(a, m, k, ta_).astype(np.float32), _at(b, n, k, tb_).astype(np.float32)
+    _at(c, n, m, tc)[:] = right @ left.T
+
+
+CUBLAS = SimpleNamespace(
+    gemmEx=gemm_ex,
+    getPointerMode=lambda handle: 1,
+    setPointerMode=lambda handle, mode: None,
+    CUBLAS_POINTER_MODE_HOST=0,
+    CUBLAS_OP_N=0,
+    CUBLAS_OP_T=1,
+    CUBLAS_COMPUTE_32F=68,
+    CUBLAS_GEMM_DEFAULT=-1,
+)
+
+
+class Device:
+    def __init__(self, index, warp=32):
+        self.index = index
+        self.attributes = {"WarpSize": warp, "MultiProcessorCount": 4}
+        self.pci_bus_id = f"0000:0{index}:00.0"
+
+    def use(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def fake_cupy(n_gpus: int = 2, hip: bool = False, error: str = "") -> SimpleNamespace:
+    """Return a module that sees so many GPUs, or none because of ``error``."""
+
+    def count():
+        if error:
+            raise CUDARuntimeError(error)
+        return n_gpus
+
+    def properties(index):
+        return {"name": b"Fake GPU", "uuid": bytes([index + 1] * 16)}
+
+    runtime = SimpleNamespace(
+        is_hip=hip,
+        getDeviceCount=count,
+        CUDARuntimeError=CUDARuntimeError,
+        memGetInfo=lambda: (8 << 30, 16 << 30),
+        getDeviceProperties=properties,
+        CUDA_R_32F=0,
+        CUDA_R_16F=2,
+    )
+    cuda = SimpleNamespace(
+        runtime=runtime,
+        Device=Device,
+        Stream=lambda non_blocking: SimpleNamespace(use=lambda: None, ptr=1, synchronize=lambda: None),
+        Event=Event,
+        alloc_pinned_memory=Pinned,
+        device=SimpleNamespace(get_cublas_handle=lambda: 7),
+        compiler=SimpleNamespace(CompileException=type("CompileException", (Exception,), {})),
+        memory=SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})),
+    )
+    return SimpleNamespace(
+        cuda=cuda,
+        RawModule=RawModule,
+        empty=lambda shape, dtype: np.empty(shape, dtype).view(Array),
+        asnumpy=lambda x, stream=None: np.array(x, subok=False),
+    )

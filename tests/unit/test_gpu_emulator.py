@@ -1,0 +1,143 @@
+"""The emulated device finds the mistakes that it is there to find."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpu_host import needs_compiler
+from mpillama.backends.gpu import source
+from mpillama.backends.gpu.device import Unit
+from mpillama.backends.gpu.emulated import EmulatedDevice
+
+pytestmark = needs_compiler
+UNIT = Unit("mistakes.cu")
+MISTAKES = """#include "compat.cuh"
+template <bool BARRIER> MPL_INLINE void reverse(const float* x, float* out) {
+  MPL_DYN_SHARED(float, kept);
+  kept[threadIdx.x] = x[threadIdx.x];
+  if (BARRIER) __syncthreads();
+  out[threadIdx.x] = kept[blockDim.x - 1 - threadIdx.x];
+}
+extern "C" __global__ void with_barrier(const float* x, float* out) { reverse<true>(x, out); }
+MPL_EXPORT(with_barrier)
+extern "C" __global__ void without_barrier(const float* x, float* out) { reverse<false>(x, out); }
+MPL_EXPORT(without_barrier)
+extern "C" __global__ void divergent(const float* x, float* out) {
+  if (threadIdx.x % 2) __syncthreads();
+  if (threadIdx.x % 2 == 0) out[threadIdx.x] = lanes_sum<MPL_WARP>(x[threadIdx.x]);
+}
+MPL_EXPORT(divergent)
+extern "C" __global__ void lost_lanes(const float* x, float* out) {
+  if (threadIdx.x == 3) return;
+  out[threadIdx.x] = lanes_sum<MPL_WARP>(x[threadIdx.x]);
+}
+MPL_EXPORT(lost_lanes)
+extern "C" __global__ void beyond(float* out, int n) { out[threadIdx.x + n] = 1.f; }
+MPL_EXPORT(beyond)
+"""
+
+
+@pytest.fixture
+def mistakes(monkeypatch):
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda name: MISTAKES if name == UNIT.file else read(name))
+
+
+def reversed_by(kernel, warp, order, seed, x):
+    device = EmulatedDevice(warp, order, seed)
+    out = device.empty(x.shape)
+    device.launch(UNIT, kernel, (1,), x.size, (device.upload(x), out), 4 * x.size)
+    return device.download(out)
+
+
+def test_a_missing_barrier_changes_results(mistakes, rng):
+    x = rng.standard_normal(128).astype("f4")
+    for warp in (32, 64):
+        for order in (0, 1, 2):
+            assert (reversed_by("with_barrier", warp, order, 5, x) == x[::-1]).all()
+        assert any((reversed_by("without_barrier", warp, order, 5, x) != x[::-1]).any() for order in (0, 1, 2))
+
+
+@pytest.mark.parametrize(("kernel", "said"), [("divergent", "not all threads"), ("lost_lanes", "lost lanes")])
+def test_what_would_hang_is_an_error_and_the_device_still_works(mistakes, kernel, said, rng):
+    x = rng.standard_normal(64).astype("f4")
+    for order in (0, 1, 2):
+        with pytest.raises(RuntimeError, match=said):
+            reversed_by(kernel, 32, order, 5, x)
+        assert (reversed_by("with_barrier", 32, order, 5, x) == x[::-1]).all()
+
+
+def test_wrong_arguments_are_refused(mistakes):
+    device = EmulatedDevice()
+    x = device.empty((64,))
+
+    def launch(*args, kernel="with_barrier", block=64, grid=(1,)):
+        device.launch(UNIT, kernel, grid, block, args, 256)
+
+    for args, said in (
+        ((np.zeros(64, "f4"), x), "not in device memory"),
+        ((x,), "takes 2 arguments"),
+        ((x, device.empty((64,), np.int32)), "int32"),
+        ((x, x[::2]), "contiguous"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            launch(*args)
+    with pytest.raises(TypeError, match="argument 1 is int64, not int32"):
+        launch(x, np.int64(3), kernel="beyond")
+    for options in ({"block": 48}, {"block": 2048}, {"grid": (0,)}, {"grid": (1, 70000)}):
+        with pytest.raises(ValueError, match="grid"):
+            launch(x, x, **options)
+
+
+SANITIZED = """
+import sys
+import numpy as np
+sys.path[:0] = {path!r}
+from gpu_host import RawWeight, emulated
+from mpillama.backends.gpu import source
+from mpillama.backends.gpu.device import Unit
+from mpillama.gguf.types import GGMLType
+from test_gpu_emulator import MISTAKES, UNIT
+from test_gpu_attention import Pair
+from tiny import random_blocks
+rng = np.random.default_rng({seed})
+backend = emulated(32, 2, 3, sanitize=True)
+for type in {types}:
+    raw = random_blocks(rng, GGMLType[type], (3, 37, 256))
+    w = backend.weight(RawWeight("w", GGMLType[type], raw, 256))
+    for n in (1, 5, 40):
+        x = rng.standard_normal((n, 256)).astype("f4")
+        backend.linear(x, w)
+        backend.expert_linear(x, w, rng.integers(0, 3, (n, 2)).astype("i4"))
+    backend.embedding(np.array([0, 36, 37, -1], "i4"), w, 0)
+pair = Pair(rng, backend, (6, 2, 64, 32), ("f16", "q8_0"), n_blocks=6, sinks=True)
+for n in (33, 1, 100):
+    pair.step(n)
+backend.route(rng.standard_normal((5, 7)).astype("f4"), 3, "softmax", True)
+backend.rms_norm(rng.standard_normal((3, 2000)).astype("f4"), np.ones(2000, "f4"), 1e-5)
+backend.rope(rng.standard_normal((3, 2, 10)).astype("f4"), backend.rope_table(np.arange(3, dtype="i4"), {rope}, None))
+print("clean", flush=True)
+read = source.read
+source.read = lambda name: MISTAKES if name == UNIT.file else read(name)
+device = backend.device
+device.launch(UNIT, "beyond", (1,), 64, (device.empty((100,)), np.int32(40)))
+"""
+
+
+def test_address_sanitizer_sees_no_fault_but_the_one_that_is_there(rng):
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer")
+    types = [str(name) for name in rng.choice(["Q4_K", "Q6_K", "IQ3_S", "MXFP4", "TQ1_0", "F16"], 2, replace=False)]
+    rope = "__import__('mpillama.config', fromlist='Rope').Rope(n_rot=6, neox=True, freq_base=100.0)"
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = SANITIZED.format(path=path, seed=int(rng.integers(1 << 30)), types=types, rope=rope)
+    environment = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    environment["PATH"] = "/usr/local/bin:/usr/bin:/bin"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "clean", (types, done.stderr[-3000:])
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr

@@ -1,0 +1,170 @@
+"""The NCCL group against a stand-in for NCCL whose ranks are threads: the contract, and failures at each stage."""
+
+import ctypes
+import threading
+
+import numpy as np
+import pytest
+
+import fake_cupy
+from comm_contract import allgather_joins_uneven_slices, allreduce_sums_to_the_same_bits
+from mpillama.comm.nccl import NcclGroup, device_group
+from mpillama.comm.solo import SoloWorld
+from mpillama.comm.staged import StagedGroup
+from mpillama.comm.threads import run_threads
+from mpillama.errors import PeerFailure, UserError
+
+
+class FakeNccl:
+    """What CuPy's module offers, for threads of one process."""
+
+    NCCL_FLOAT32, NCCL_SUM = 7, 0
+
+    def __init__(self, size, fail_id=False, fail_join=(), fail_call=()):
+        self.size, self.fail_id, self.fail_join, self.fail_call = size, fail_id, fail_join, fail_call
+        self.barrier = threading.Barrier(size, timeout=20)
+        self.slots = [None] * size
+        nccl = self
+
+        class NcclCommunicator:
+            def __init__(self, n, name, rank):
+                assert (n, name) == (nccl.size, b"i" * 128)
+                if rank in nccl.fail_join:
+                    raise RuntimeError("NCCL_ERROR_UNHANDLED_CUDA_ERROR: unhandled cuda error")
+                self.rank = rank
+
+            def check_async_error(self):
+                if self.rank in nccl.fail_call:
+                    raise RuntimeError("NCCL_ERROR_REMOTE_ERROR: remote process exited")
+
+            def _exchange(self, value):
+                nccl.slots[self.rank] = value
+                nccl.barrier.wait()
+                values = [value.copy() for value in nccl.slots]
+                nccl.barrier.wait()
+                return values
+
+            def allReduce(self, send, receive, count, type, op, stream):  # noqa: N802
+                assert (type, op, stream) == (7, 0, 99)
+                values = self._exchange(_floats(send, count))
+                _floats(receive, count)[:] = np.sum(values, axis=0, dtype=np.float32)
+
+            def broadcast(self, send, receive, count, type, root, stream):
+                assert (type, stream) == (7, 99)
+                values = self._exchange(_floats(send, count))
+                _floats(receive, count)[:] = values[root]
+
+        self.NcclCommunicator = NcclCommunicator
+
+    def get_unique_id(self):
+        if self.fail_id:
+            raise RuntimeError("NCCL_ERROR_SYSTEM_ERROR: no interface")
+        return b"i" * 128
+
+    def groupStart(self):  # noqa: N802
+        pass
+
+    def groupEnd(self):  # noqa: N802
+        pass
+
+
+def _floats(ptr, count):
+    return np.frombuffer((ctypes.c_float * count).from_address(ptr), np.float32)
+
+
+class Memory:
+    stream = 99
+
+    def empty(self, shape):
+        return np.full(shape, np.nan, np.float32).view(fake_cupy.Array)
+
+
+class OnGpu:
+    """A world whose group takes arrays of the host and hands on those of the GPU."""
+
+    def __init__(self, world, nccl):
+        self._world, self._group = world, NcclGroup(world, nccl, Memory())
+        self.rank, self.size, self.leader = self._group.rank, self._group.size, self._group.leader
+        self.bcast = world.bcast
+
+    def group(self):
+        return self
+
+    def allreduce(self, x):
+        return np.array(self._group.allreduce(np.array(x).view(fake_cupy.Array)), subok=False)
+
+    def allgather(self, x, cut):
+        return np.array(self._group.allgather(np.array(x).view(fake_cupy.Array), cut), subok=False)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("check", [allreduce_sums_to_the_same_bits, allgather_joins_uneven_slices])
+def test_contract(check, n_ranks):
+    nccl = FakeNccl(n_ranks)
+    run_threads(n_ranks, lambda world: check(OnGpu(world, nccl)))
+
+
+def test_rank_0_cannot_begin_and_nobody_waits():
+    nccl = FakeNccl(3, fail_id=True)
+
+    def main(world):
+        with pytest.raises(UserError if world.rank == 0 else PeerFailure) as caught:
+            NcclGroup(world, nccl, Memory())
+        assert caught.value.told
+        if world.rank == 0:
+            assert caught.value.line.startswith("NCCL cannot begin: NCCL_ERROR_SYSTEM_ERROR: no interface; run with")
+
+    run_threads(3, main)
+
+
+def test_a_rank_that_cannot_join_says_so_at_once():
+    nccl = FakeNccl(3, fail_join=(1,))
+
+    def main(world):
+        if world.rank != 1:
+            NcclGroup(world, nccl, Memory())
+            return
+        with pytest.raises(UserError, match="NCCL cannot join the GPUs: NCCL_ERROR_UNHANDLED_CUDA_ERROR") as caught:
+            NcclGroup(world, nccl, Memory())
+        # Not told: the program ends the others, which may wait inside of NCCL.
+        assert not caught.value.told
+
+    run_threads(3, main)
+
+
+def test_an_error_while_running_names_the_call():
+    nccl = FakeNccl(2, fail_call=(0, 1))
+
+    def main(world):
+        group = NcclGroup(world, nccl, Memory())
+        with pytest.raises(UserError, match="NCCL failed in allReduce: NCCL_ERROR_REMOTE_ERROR"):
+            group.allreduce(Memory().empty((3,)))
+
+    run_threads(2, main)
+
+
+class Backend:
+    host_arrays = False
+
+    def __init__(self, name="cuda"):
+        self.name, self.device = name, Memory()
+
+    def asarray(self, x):
+        return x
+
+    to_host = asarray
+
+
+@pytest.mark.parametrize(
+    ("having", "by_host", "kind"), [({0, 1}, False, NcclGroup), ({0}, False, StagedGroup), ({0, 1}, True, StagedGroup)]
+)
+def test_all_ranks_choose_alike(having, by_host, kind, monkeypatch):
+    nccl, here = FakeNccl(2), threading.local()
+    monkeypatch.setattr("mpillama.comm.nccl.load_nccl", lambda: nccl if here.rank in having else None)
+
+    def main(world):
+        here.rank = world.rank
+        return type(device_group(world, Backend(), by_host))
+
+    assert run_threads(2, main) == [kind] * 2
+    assert type(device_group(SoloWorld(), Backend(), False)) is StagedGroup

@@ -1,0 +1,233 @@
+"""The server's application without sockets: what it does when clients or the model are slow, or something breaks."""
+
+import asyncio
+import json
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mpillama.chat import template_from
+from mpillama.data import demo_model_path
+from mpillama.engine.engine import Engine
+from mpillama.gguf.reader import read_header
+from mpillama.openai.context import Context
+from mpillama.server import app as app_module
+from mpillama.server.app import Api, Served
+from mpillama.server.bridge import Bridge
+from mpillama.server.encoder import Encoder
+from mpillama.server.settings import Settings
+from mpillama.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def metadata():
+    return read_header(demo_model_path()).metadata
+
+
+def test_long_texts_are_encoded_elsewhere(metadata, rng):
+    tokenizer = load_tokenizer(metadata)
+    encoder = Encoder(tokenizer, metadata)
+    proxy = encoder.proxy()
+    words = ["Lily", " and", " the", "\n", "<|endoftext|>", " é", "\ud800", "🙂", " dragon"]
+    text = "".join(rng.choice(words, 20_000))
+    for asked in ((text, True, True), (text, False, False), (text[:50],)):
+        assert proxy.encode(*asked) == tokenizer.encode(*asked)
+    process = encoder._process
+    process.send_signal(signal.SIGTERM)  # a launcher's, which is for the ranks
+    assert proxy.encode(text) == tokenizer.encode(text)
+    assert encoder._process is process
+    process.kill()
+    process.wait()
+    assert proxy.encode(text) == tokenizer.encode(text)
+    assert proxy.encode(text) == tokenizer.encode(text)
+    replaced = encoder._process
+    assert replaced is not process
+    replaced.stdin.close()  # what happens when the server is killed
+    assert replaced.wait(10) == 0
+
+
+class Stand:
+    """An application with an engine that writes at random on a thread behind it."""
+
+    def __init__(self, step_seconds=0.0, loaded=True, **settings):
+        metadata = read_header(demo_model_path()).metadata
+        tokenizer = load_tokenizer(metadata)
+        rng = np.random.default_rng(0)
+
+        def run(batch):
+            time.sleep(step_seconds)
+            return rng.standard_normal((len(batch.logit_rows), tokenizer.n_vocab)).astype(np.float32)
+
+        self.settings = Settings(grace=0, **settings)
+        self.bridge = Bridge(self.settings.max_queue)
+        self.api = Api(self.bridge, self.settings, lambda line: None)
+        self.signals = SimpleNamespace(exit_code=0, time_is_short=False)
+        self._engine = Engine(run, tokenizer, tokenizer.n_vocab, 512, 64, 64, 4)
+        self._loaded = loaded
+        if loaded:
+            context = Context("demo", tokenizer, template_from(metadata, "chatml"), tokenizer.n_vocab, 512, 4)
+            self.api.served = Served(context, {}, "")
+
+    def play(self, scenario, grace=0):
+        """Run a coroutine function of this stand, with the engine on a thread."""
+
+        async def main():
+            self.bridge.open()
+            thread = threading.Thread(target=self.bridge.run, args=(self._engine, self.signals, grace, lambda n: None))
+            if self._loaded:
+                thread.start()
+            try:
+                return await asyncio.wait_for(scenario(self), 30)
+            finally:
+                self.signals.exit_code = 1
+                if self._loaded:
+                    await asyncio.get_running_loop().run_in_executor(None, thread.join)
+
+        return asyncio.run(main())
+
+    async def ask(self, path, body=None, send=None, receive=None, method="POST", headers=()):
+        """Return what the application has sent."""
+        data, sent, fed = json.dumps(body).encode(), [], False
+
+        async def give():
+            nonlocal fed
+            if fed:
+                await asyncio.Event().wait()
+            fed = True
+            return {"type": "http.request", "body": data, "more_body": False}
+
+        async def take(message):
+            sent.append(message)
+            if send:
+                await send(message)
+
+        scope = {"type": "http", "method": method, "path": path, "headers": list(headers), "query_string": b""}
+        await self.api.app({**scope, "root_path": "", "http_version": "1.1"}, receive or give, take)
+        return sent
+
+    async def until_free(self):
+        while self.bridge.stats.kv_used or self.bridge.tickets or not self.bridge.stats.cancelled:
+            await asyncio.sleep(0.01)
+
+
+ENDLESS = {"prompt": "a", "ignore_eos": True, "max_tokens": 500, "stream": True}
+
+
+def status_of(sent):
+    return sent[0]["status"]
+
+
+def body_of(sent):
+    return b"".join(message.get("body", b"") for message in sent)
+
+
+def test_a_reader_that_takes_nothing_is_dropped():
+    async def scenario(stand):
+        async def stuck(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        sent = await stand.ask("/v1/completions", ENDLESS, stuck)
+        assert status_of(sent) == 200
+        assert len(sent) == 2
+        await stand.until_free()
+
+    Stand(step_seconds=0.005, timeout=0.3).play(scenario)
+
+
+def test_what_ends_with_the_server_is_still_told():
+    async def scenario(stand):
+        task = asyncio.create_task(stand.ask("/v1/completions", {**ENDLESS, "max_tokens": 9, "stream": False}))
+        while not stand.bridge.stats.running:
+            await asyncio.sleep(0.001)
+        stand.signals.time_is_short = True
+        sent = await task
+        assert status_of(sent) == 200
+        assert json.loads(body_of(sent))["usage"]["completion_tokens"] == 9
+        assert stand.bridge.draining
+
+    for _ in range(5):
+        Stand(step_seconds=0.01).play(scenario, grace=30)
+
+
+def test_a_sender_that_stops_is_told_so():
+    async def scenario(stand):
+        fed = False
+
+        async def receive():
+            nonlocal fed
+            if fed:
+                await asyncio.Event().wait()
+            fed = True
+            return {"type": "http.request", "body": b"{", "more_body": True}
+
+        assert status_of(await stand.ask("/v1/completions", receive=receive)) == 408
+
+    Stand(timeout=0.1).play(scenario)
+
+
+def test_a_stream_shows_that_it_is_alive():
+    async def scenario(stand):
+        sent = await stand.ask("/v1/completions", {**ENDLESS, "max_tokens": 2})
+        body = body_of(sent)
+        assert body.count(b":\n\n") >= 2
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert sent[-1]["more_body"] is False
+
+    Stand(step_seconds=0.3, ping=0.05).play(scenario)
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/props"])
+def test_while_the_model_is_loaded(path):
+    async def scenario(stand):
+        sent = await stand.ask(path, method="GET")
+        assert status_of(sent) == 503
+        assert (b"retry-after", b"2") in sent[0]["headers"]
+        assert status_of(await stand.ask("/v1/completions", ENDLESS)) == 503
+        assert status_of(await stand.ask("/", method="GET")) == 200
+
+    Stand(loaded=False).play(scenario)
+
+
+def test_a_mistake_of_ours_is_one_answer_and_a_log_entry(monkeypatch, capsys):
+    async def scenario(stand):
+        sent = await stand.ask("/v1/completions", {"prompt": "a"})
+        assert status_of(sent) == 500
+        assert b"secret" not in body_of(sent)
+
+    def broken(context, url, body):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(app_module, "open_call", broken)
+    Stand().play(scenario)
+    assert "RuntimeError: secret" in capsys.readouterr().err
+
+
+def test_the_queue_has_an_end():
+    async def scenario(stand):
+        many = await stand.ask("/v1/completions", {**ENDLESS, "prompt": ["a"] * 7})
+        assert status_of(many) == 400
+        tasks = [asyncio.create_task(stand.ask("/v1/completions", {**ENDLESS, "stream": False})) for _ in range(9)]
+        while len(running := [task for task in tasks if not task.done()]) > 6:
+            await asyncio.sleep(0.01)
+        assert [status_of(task.result()) for task in tasks if task.done()] == [429] * 3
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await stand.until_free()
+
+    Stand(step_seconds=0.02, max_queue=2).play(scenario)
+
+
+@pytest.mark.parametrize("given", [b"Bearer right", b"Bearer wrong", b"Bearer righ", b"Bearer \xe9", b"right", b""])
+def test_keys(given):
+    async def scenario(stand):
+        headers = [(b"authorization", given)] if given else []
+        sent = await stand.ask("/tokenize", {"content": "a"}, headers=headers)
+        assert status_of(sent) == (200 if given == b"Bearer right" else 401)
+
+    Stand(api_keys=("right", "other")).play(scenario)
