@@ -51,7 +51,8 @@ with LLM(threads=1, chat_template="chatml", n_parallel=4) as llm:
     seen.append("".join(pieces))
     for piece in llm.stream("Once"):
         break
-    chat = llm.chat(own([{"role": "user", "content": "A story!"}]), GenerationParams(max_tokens=12, n=2, seed=4, temperature=2.0))
+    hot = GenerationParams(max_tokens=12, n=2, seed=4, temperature=2.0)
+    chat = llm.chat(own([{"role": "user", "content": "A story!"}]), hot)
     seen.append([choice.text for choice in chat[0].choices] + [chat[0].message])
     seen.append(llm.embed(["a cat", "a dog"]).tolist())
 wrong(lambda: llm.generate("a"))
