@@ -41,9 +41,12 @@ class PeerFailure(UserError):
 
     told = True
 
-    def __init__(self, exit_code: int = 1) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
+    def __init__(self, exit_code: int = 1, message: str = "another rank failed") -> None:
+        super().__init__(exit_code, message)
+        self.exit_code, self.message = exit_code, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class JobError(Exception):

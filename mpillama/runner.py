@@ -65,6 +65,7 @@ class Runner:
         pipe: Pipe | None = None,
     ) -> None:
         self.cfg, self._weights, self._ops = cfg, weights, ops
+        self.type_k, self.type_v = type_k, type_v
         self._stage, self._pipe = range(cfg.n_layer) if blocks is None else blocks, pipe or Pipe()
         self.n_blocks = -(-n_ctx // KV_BLOCK)
         new_cache = ops.backend.new_cache
@@ -112,6 +113,19 @@ class Runner:
         if pipe.leader is not None and n_logits:
             pipe.leader.send(result)
         return logits
+
+    @property
+    def layers(self) -> range:
+        """The blocks of the model whose KV is here."""
+        return self._stage
+
+    def read_kv(self, il: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return keys and values of KV blocks in block ``il`` of the model; see `Backend.read_blocks`."""
+        return self._ops.backend.read_blocks(self._caches[il - self._stage.start], blocks)
+
+    def write_kv(self, il: int, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Put keys and values into whole KV blocks."""
+        self._ops.backend.write_blocks(self._caches[il - self._stage.start], blocks, k, v)
 
 
 class VirtualRunner(Runner):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mpillama.errors import JobError, PeerFailure, UsageError, UserError
 
@@ -50,8 +50,13 @@ def launch(environ: Mapping[str, str]) -> Launch:
     return Launch(0, 1, "")
 
 
-def start(place: Launch, limit: float | None = None) -> World:
-    """Join the other ranks; ``limit``: seconds that they may keep each other waiting inside a step, 0 for ever.
+def start(place: Launch, limit: float | None = None, embedded: bool = False) -> World:
+    """Join the other ranks.
+
+    Args:
+        place: of this rank.
+        limit: seconds that ranks may keep each other waiting inside a step, 0 for ever.
+        embedded: whether MPI belongs to a program that goes on afterwards.
 
     Raises:
         UsageError: there is no MPI library, or it belongs to another launcher, so that N ranks would be N runs of one.
@@ -83,20 +88,59 @@ def start(place: Launch, limit: float | None = None) -> World:
             "MPI library do not match; use the mpirun of that library (with srun, try --mpi=pmi2 for MPICH, --mpi=pmix "
             "for Open MPI), or name another library in MPI4PY_LIBMPI"
         )
-    return MPIWorld() if limit is None else MPIWorld(limit)
+    options: dict[str, Any] = {} if limit is None else {"limit": limit}
+    return MPIWorld(embedded=embedded, **options)
+
+
+def embed(comm: Any = None) -> World:
+    """Return the world of a program that uses mpillama as a library.
+
+    Args:
+        comm: an ``mpi4py.MPI.Comm`` whose ranks share a model; None: all ranks of the launch.
+
+    Raises:
+        UsageError: it is no communicator, or as `start`.
+    """
+    if comm is None:
+        return start(launch(os.environ), embedded=True)
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        MPI = None  # type: ignore[assignment]
+    if MPI is None or not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise UsageError(f"comm must be an mpi4py.MPI.Intracomm such as MPI.COMM_WORLD, got {comm!r}")
+    if comm.size == 1:
+        from mpillama.comm.solo import SoloWorld
+
+        return SoloWorld()
+    from mpillama.comm.mpi import MPIWorld
+
+    return MPIWorld(comm=comm, embedded=True)
+
+
+def ranks_on_host(environ: Mapping[str, str]) -> int:
+    """Return how many ranks of the launch the launcher says are on this host; 1 if it does not say."""
+    for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        # Slurm counts as in 4(x2),3: the most on any host.
+        counts = [int(part.partition("(")[0]) for part in environ.get(name, "").split(",") if part[:1].isdigit()]
+        if counts:
+            return max(counts)
+    return 1
 
 
 class Interrupts:
     """Turns Ctrl-C and SIGTERM into a request to stop between two steps; asked a second time, they stop at once.
 
     As long as nothing is deferred they raise `Stopped` wherever the program is. SIGUSR1, by which a batch system
-    announces the end of a job's time, never stops anything by itself: it sets ``time_is_short``.
+    announces the end of a job's time, never stops anything by itself: it sets ``time_is_short``. If ``on_ctrl_c``
+    is set, Ctrl-C does only that.
     """
 
     def __init__(self) -> None:
         self.deferred = False
         self.exit_code = 0
         self.time_is_short = False
+        self.on_ctrl_c: Callable[[], None] | None = None
         self._since = 0.0
 
     def install(self) -> None:
@@ -109,6 +153,9 @@ class Interrupts:
         self.time_is_short = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.on_ctrl_c is not None:
+            self.on_ctrl_c()
+            return
         now = time.monotonic()
         if self.exit_code and now - self._since < _SAME_SIGNAL:
             return

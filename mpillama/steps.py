@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from mpillama.backends.base import Batch
-from mpillama.comm.base import Arrival, World, check_agreement
+from mpillama.comm.base import Arrival, World, attempt, check_agreement
+from mpillama.errors import UserError
 from mpillama.runner import Runner, pack, unpack
 
 # Steps between two comparisons of what the ranks have been told and what they have computed.
 _AGREE_EVERY = 64
+
+
+# What a message says that is no batch, whose first number counts tokens.
+_STOP, _TASK = -1, -2
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Task(Protocol[T_co]):
+    """Something for every rank to do; it travels pickled."""
+
+    def __call__(self, world: World, runner: Runner) -> T_co:
+        """Do it; a UserError ends the task, not the run."""
+        ...
 
 
 class Leader:
@@ -57,20 +75,38 @@ class Leader:
         self.submit(batch)
         return self.collect()
 
+    def everywhere(self, task: Task[T]) -> list[T]:
+        """Run a task on all ranks between two steps, and return what it returns on each.
+
+        Raises:
+            UserError: the first that a rank has raised; all ranks go on.
+        """
+        if self._in_flight:
+            raise AssertionError("collect what is in flight before running a task")
+        self._world.send(np.array([_TASK, 0], np.int32))
+        self._world.bcast(task)
+        outcomes = self._world.gather(attempt(partial(task, self._world, self._runner)))
+        for rank, outcome in enumerate(outcomes):
+            if isinstance(outcome, UserError):
+                where = f"rank {rank} on {self._world.hosts[rank]}: " if self._world.size > 1 else ""
+                raise UserError(where + outcome.line)
+        return outcomes
+
     def stop(self, exit_code: int = 0) -> None:
         """End the loop of the others, who then return ``exit_code``."""
-        import numpy as np
-
-        self._world.send(np.array([-1, exit_code], np.int32))
+        self._world.send(np.array([_STOP, exit_code], np.int32))
 
 
 def follow(world: World, runner: Runner) -> int:
     """The other ranks' side: run what rank 0 says until it says stop; returns the exit code it gives."""
-
     while True:
         message = world.receive()
-        if message[0] < 0:
+        if message[0] == _STOP:
             return int(message[1])
+        if message[0] == _TASK:
+            task: Task[Any] = world.bcast(None)
+            world.gather(attempt(partial(task, world, runner)))
+            continue
         world.watch.begin_step()
         _begin(world, runner, message, unpack(message))
 

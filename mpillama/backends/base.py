@@ -201,6 +201,17 @@ class Backend(Protocol):
         """Copy blocks of keys and values within a cache, as they are stored; see `Batch.copies`."""
         ...
 
+    def read_blocks(self, cache: Handle, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what blocks hold as numbers in host memory, float32 (blocks, KV_BLOCK, G, D) and (…, Dv).
+
+        `write_blocks` of these numbers restores the blocks exactly, whatever the cache's type.
+        """
+        ...
+
+    def write_blocks(self, cache: Handle, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Put keys and values into whole blocks."""
+        ...
+
     def attention(
         self, q: Array, k: Array, v: Array, cache: Handle, batch: Batch, params: AttentionParams, sinks: Array | None
     ) -> Array:

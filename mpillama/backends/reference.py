@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.backends.attention import KVCache, attend
-from mpillama.backends.base import AttentionParams, Batch, RawWeight
+from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
 from mpillama.backends.quants import SUPPORTED, dequantize
 from mpillama.backends.rope import RopeTable, rope_table, rotate
 from mpillama.config import Rope
@@ -196,6 +196,15 @@ class ReferenceBackend:
         """Copy blocks within a cache."""
         cache.copy_blocks(copies)
 
+    def read_blocks(self, cache: KVCache, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of blocks."""
+        k, v = cache.load(_slots(blocks))
+        return k.reshape(-1, KV_BLOCK, *k.shape[1:]), v.reshape(-1, KV_BLOCK, *v.shape[1:])
+
+    def write_blocks(self, cache: KVCache, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Put keys and values into blocks."""
+        cache.store(_slots(blocks), k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:]))
+
     def attention(
         self,
         q: np.ndarray,
@@ -208,6 +217,11 @@ class ReferenceBackend:
     ) -> np.ndarray:
         """Store k and v, then attend."""
         return attend(q, k, v, cache, batch, params, sinks)
+
+
+def _slots(blocks: np.ndarray) -> np.ndarray:
+    """Return the places of the blocks' tokens in the cache."""
+    return (blocks[:, None].astype(np.int64) * KV_BLOCK + np.arange(KV_BLOCK)).reshape(-1)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

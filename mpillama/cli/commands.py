@@ -11,6 +11,7 @@ from typing import cast
 from mpillama.cli import values
 from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
+from mpillama.cli.chat_options import CHAT, check_chat
 from mpillama.cli.doctor_options import DOCTOR
 from mpillama.cli.grammar import GRAMMAR
 from mpillama.cli.grid_options import GRID
@@ -27,6 +28,7 @@ from mpillama.cli.options import (
     sampling_params,
 )
 from mpillama.cli.plan_options import PLAN, check_plan
+from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.cli.serve_options import SERVE, check_serve
 from mpillama.errors import UsageError
 
@@ -130,11 +132,24 @@ COMMANDS = (
             'mpirun -n 4 mpillama generate -m model.gguf -p "The capital of France is" -n 32 --temp 0',
             "mpirun -n 2 mpillama generate -m model.gguf -ts 3,1 -f prompt.txt -c 4096",
             "mpirun -n 8 mpillama generate -m model.gguf --tp 4 --pp 2 -f prompt.txt",
+            "mpirun -n 4 mpillama generate -m model.gguf -f book.txt --prompt-cache book.kv -n 256",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
         ),
-        (*MODEL, *PROMPT, *CONTEXT, *GRID, *PARALLEL, *SAMPLING, *GRAMMAR, *ROPE, *LOGGING),
+        (*MODEL, *PROMPT, *CONTEXT, *PROMPT_CACHE, *GRID, *PARALLEL, *SAMPLING, *GRAMMAR, *ROPE, *LOGGING),
         "mpillama.cli.generate:run",
         check_generate,
+    ),
+    Command(
+        "chat",
+        "talk to a model",
+        (
+            "mpillama chat -m model.gguf",
+            'mpirun -n 4 mpillama chat -m model.gguf -sys "You are brief." -c 8192',
+            'echo "What is MPI?" | mpirun -n 2 mpillama chat -m model.gguf --single-turn',
+        ),
+        CHAT,
+        "mpillama.cli.chat:run",
+        check_chat,
     ),
     Command(
         "logits",

@@ -13,11 +13,12 @@ from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log
 from mpillama.cli.serving_options import n_sequences
 from mpillama.cli.session import Loaded, Model, load, open_model
-from mpillama.comm.base import World
+from mpillama.comm.base import World, from_root
 from mpillama.engine.embedding import pooling_type
 from mpillama.engine.engine import Engine
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import UsageError, UserError
+from mpillama.runner import Runner
 from mpillama.spmd import Interrupts
 from mpillama.steps import Leader, follow
 from mpillama.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +34,7 @@ class Service:
 
     Attributes:
         loaded: the model.
+        leader: of the ranks that follow.
         engine: with this model behind it.
         tokenizer: of the model.
         template: chat template, None if there is neither one in the file nor a flag for one.
@@ -42,6 +44,7 @@ class Service:
     """
 
     loaded: Loaded
+    leader: Leader
     engine: Engine
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -52,7 +55,10 @@ class Service:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
+    """What rank 0 has made of the header."""
+
+    model: Model
     tokenizer: Tokenizer
     template: ChatTemplate | None
     metadata: Mapping[str, Any]
@@ -65,32 +71,61 @@ def run_engine(
     log: Log,
     body: Callable[[Service], int],
     before: Callable[[], None] = lambda: None,
+    check: Callable[[Prepared], None] = lambda prepared: None,
 ) -> int:
     """Load the model on all ranks, run ``body`` on rank 0 with the others behind its engine; returns its exit code.
 
-    ``before`` runs on rank 0 ahead of everything else, so that a mistake it finds costs no loading.
+    ``before`` runs on rank 0 ahead of everything else, and ``check`` when the header has been read, so that a mistake
+    that they find costs no loading.
     """
 
-    def prepare() -> tuple[Model, _Prepared]:
-        before()
-        return _prepare(args, world.size)
-
-    loaded, prepared = load(args, world, log, prepare)
+    runner, service = open_service(args, world, log, before, check)
     interrupts.deferred = True
-    if prepared is None:
-        return follow(world, loaded.runner)
-    leader = Leader(world, loaded.runner)
+    if service is None:
+        return follow(world, runner)
     try:
-        code = body(_service(args, loaded, leader, prepared))
+        code = body(service)
     except UserError as error:
-        leader.stop(error.exit_code)
+        service.leader.stop(error.exit_code)
         error.told = True
         raise
-    leader.stop(code)
+    service.leader.stop(code)
     return code
 
 
-def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Prepared]:
+def open_service(
+    args: Namespace,
+    world: World,
+    log: Log,
+    before: Callable[[], None] = lambda: None,
+    check: Callable[[Prepared], None] = lambda prepared: None,
+) -> tuple[Runner, Service | None]:
+    """Load the model on all ranks; returns this rank's part and, on rank 0, what runs requests.
+
+    The other ranks then have to `follow` rank 0's leader.
+
+    Raises:
+        UserError: on rank 0, what is wrong; PeerFailure elsewhere.
+    """
+
+    def prepare() -> tuple[Model, Prepared]:
+        before()
+        model, prepared = _prepare(args, world.size)
+        check(prepared)
+        return model, prepared
+
+    loaded, prepared = load(args, world, log, prepare)
+    made: list[Service] = []
+
+    def make() -> None:
+        if prepared is not None:
+            made.append(_service(args, loaded, Leader(world, loaded.runner), prepared))
+
+    from_root(world, make)
+    return loaded.runner, made[0] if made else None
+
+
+def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Prepared]:
     header, model = open_model(args, n_ranks)
     if not args.ctx_size:
         n_kv = min(n_sequences(args) * model.n_ctx, max(model.n_ctx, n_sequences(args) * _TOKENS_PER_SEQUENCE))
@@ -103,10 +138,10 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Prepared]:
             reason = getattr(error, "strerror", None) or "the file is not UTF-8 text"
             raise UsageError(f"--chat-template-file {args.chat_template_file}: {reason}") from None
     template = template_from(header.metadata, override)
-    return model, _Prepared(load_tokenizer(header.metadata), template, header.metadata)
+    return model, Prepared(model, load_tokenizer(header.metadata), template, header.metadata)
 
 
-def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: _Prepared) -> Service:
+def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: Prepared) -> Service:
     model, metadata = loaded.model, prepared.metadata
     engine = Engine(
         leader.run,
@@ -120,5 +155,13 @@ def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: _Prepare
     )
     name = str(metadata.get("general.name") or Path(model.paths[0]).stem)
     return Service(
-        loaded, engine, prepared.tokenizer, prepared.template, metadata, name, sampling_params(args), args.ignore_eos
+        loaded,
+        leader,
+        engine,
+        prepared.tokenizer,
+        prepared.template,
+        metadata,
+        name,
+        sampling_params(args),
+        args.ignore_eos,
     )

@@ -56,6 +56,7 @@ IGNORED = """
 --warmup
 --no-warmup
 --simple-io
+--prompt-cache-all
 -co --color on|off|auto
 -no-cnv --no-conversation
 -lv --verbosity --log-verbosity N
@@ -79,11 +80,7 @@ UNSUPPORTED = """
 --context-shift
 -bf --binary-file FNAME
 -ptc --print-token-count N
---prompt-cache FNAME
---prompt-cache-all
---prompt-cache-ro
 -cnv --conversation
--st --single-turn
 -i --interactive
 -if --interactive-first
 -mli --multiline-input

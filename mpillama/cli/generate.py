@@ -11,6 +11,7 @@ from mpillama.chat import encode_chat, template_from
 from mpillama.cli.grammar import constraint_from
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
+from mpillama.cli.prompt_cache import PromptCache
 from mpillama.cli.session import Loaded, Model, load, open_model
 from mpillama.cli.values import unescape
 from mpillama.comm.base import World
@@ -31,12 +32,13 @@ class _Work:
     tokenizer: Tokenizer
     request: Request
     shown_prompt: str
+    cache: PromptCache
 
 
 def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     """Run the command on this rank; returns the exit code."""
     log = Log(args, world.rank)
-    loaded, work = load(args, world, log, lambda: _prepare(args, world.size))
+    loaded, work = load(args, world, log, lambda: _prepare(args, world.size, log))
     interrupts.deferred = True
     if work is None:
         return follow(world, loaded.runner)
@@ -53,8 +55,8 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     return interrupts.exit_code
 
 
-def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Work]:
-    text, system = _prompt_texts(args)
+def _prepare(args: Namespace, n_ranks: int, log: Log) -> tuple[Model, _Work]:
+    text, system = prompt_texts(args)
     header, model = open_model(args, n_ranks)
     tokenizer = load_tokenizer(header.metadata)
     text, templated = _templated(args, header, text, system)
@@ -79,13 +81,14 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, _Work]:
         special=args.special,
         constraint=constraint_from(args, tokenizer, model.cfg.n_vocab),
     )
+    cache = PromptCache(args, header.metadata, model, log)
     # Now, and not when the weights have been read: a bias may be wrong.
     Sampler(params.sampling, model.cfg.n_vocab, model.n_ctx, tokenizer.token_bytes)
     shown = tokenizer.decode(prompt, special=args.special) if args.display_prompt and not templated else ""
-    return model, _Work(tokenizer, Request("generate", tuple(prompt), params), shown)
+    return model, _Work(tokenizer, Request("generate", tuple(prompt), params), shown, cache)
 
 
-def _prompt_texts(args: Namespace) -> tuple[str, str | None]:
+def prompt_texts(args: Namespace) -> tuple[str, str | None]:
     """Return the prompt and the system prompt, from flags or files; escapes in ``-p`` are replaced already."""
     prompt = _read(args.file, "-f") if args.file else args.prompt or ""
     if args.file and args.escape:
@@ -123,8 +126,10 @@ def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, inte
     """Evaluate the prompt, then sample and stream tokens; returns the timings."""
     n_vocab, n_ctx, n_blocks = loaded.model.cfg.n_vocab, loaded.model.n_ctx, loaded.runner.n_blocks
     engine = Engine(leader.run, work.tokenizer, n_vocab, n_ctx, n_blocks, min(args.batch_size, args.ubatch_size))
+    work.cache.restore(loaded, leader, engine, work.request.prompt)
     engine.add(work.request)
     outputs: list[Output] = []
+    tokens = list(work.request.prompt)
     begun = False
     while engine.has_work() and not interrupts.exit_code:
         outputs = engine.step()
@@ -132,10 +137,12 @@ def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, inte
             # Not before: a launcher forwards stdout and stderr separately: the prompt would meet the line of layout.
             begun = _write(work.shown_prompt) or True
         _write("".join(output.text for output in outputs))
+        tokens += [token for output in outputs for token in output.tokens]
     if engine.has_work():
         _write("".join(output.text for output in engine.cancel(work.request.id)))
     if begun:
         _write("\n")
+    work.cache.save(loaded, leader, engine, tokens)
     if interrupts.exit_code or not outputs:
         return ""
     end = outputs[-1]

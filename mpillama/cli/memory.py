@@ -68,8 +68,6 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
         if n_kv_min < n_kv and modest >= n_kv_min:
             granted = min(granted, modest)
             continue
-        if world.rank:
-            raise PeerFailure
         advice = (
             f"the largest context that fits is -c {largest}"
             if largest >= KV_BLOCK
@@ -80,6 +78,8 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
             f"{format_bytes(fixed)} for weights and work and {format_bytes(cache)} for a KV cache of {n_kv} tokens; "
             f"{advice}"
         )
+        if world.rank:
+            raise PeerFailure(error.exit_code, error.line)
         error.told = True
         raise error
     return granted

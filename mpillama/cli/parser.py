@@ -18,6 +18,7 @@ from mpillama import __version__
 from mpillama.cli import values
 from mpillama.cli.commands import COMMANDS, DEFAULT_COMMAND, Command
 from mpillama.cli.foreign import ForeignFlag, foreign_flags
+from mpillama.cli.namespace import default_namespace
 from mpillama.cli.options import Option
 from mpillama.errors import UsageError
 
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, argpars
     notes: list[str] = []
     given = _read_flags(command, words, notes)
     found = {**_read_environment(command, environ, given), **given}
-    namespace = argparse.Namespace(**{option.dest: option.default for option in command.options})
+    namespace = default_namespace(command.options)
     for dest, (_, value) in found.items():
         setattr(namespace, dest, value)
     for option in command.options:

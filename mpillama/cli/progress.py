@@ -84,13 +84,14 @@ class JointProgress:
     """
 
     def __init__(self, world: World, shares: Sequence[int], enabled: bool) -> None:
-        self._world, self._share = world, shares[world.rank]
+        self._world, self._share, self._left = world, shares[world.rank], shares[world.rank]
         self._others = sum(shares) - shares[0]
         self._pending = 0
         self._bar = LoadProgress(sum(shares), enabled)
 
     def update(self, n: int) -> None:
         """Count ``n`` more bytes of this rank."""
+        self._left -= n
         if self._world.rank == 0:
             self._bar.update(n)
             self._collect()
@@ -98,6 +99,10 @@ class JointProgress:
         self._pending += n
         if self._pending * 100 >= self._share:
             self._flush()
+
+    def give_up(self) -> None:
+        """Count what this rank will not load, so that nobody waits for it."""
+        self.update(self._left)
 
     def _flush(self) -> None:
         if self._pending:

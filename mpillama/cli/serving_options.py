@@ -43,5 +43,6 @@ def check_engine(namespace: Namespace) -> None:
 
 
 def n_sequences(namespace: Namespace) -> int:
-    """Return how many sequences are evaluated together."""
-    return namespace.parallel if namespace.parallel > 0 else DEFAULT_PARALLEL
+    """Return how many sequences are evaluated together: one where there is no flag for it."""
+    parallel = getattr(namespace, "parallel", 1)
+    return parallel if parallel > 0 else DEFAULT_PARALLEL

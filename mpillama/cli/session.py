@@ -23,14 +23,14 @@ from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.cli.shares import choose_shares
-from mpillama.comm.base import Group, World, from_root
+from mpillama.comm.base import Group, World, attempt, from_root, settle
 from mpillama.comm.nccl import device_group
 from mpillama.comm.pipeline import Pipe, open_pipe
 from mpillama.comm.staged import tensor_group
 from mpillama.comm.virtual import VIRTUAL_RANKS, Crew
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
-from mpillama.errors import UsageError
+from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
 from mpillama.grid import ONE_RANK, Grid, choose_grid
 from mpillama.layout import apportion
@@ -38,6 +38,7 @@ from mpillama.loader import check_types, load_weights
 from mpillama.ops import Ops
 from mpillama.partition import Partition
 from mpillama.runner import Runner, VirtualRunner, kv_bytes
+from mpillama.state.sequence import KVPlace
 from mpillama.tensors import model_tensors
 
 T = TypeVar("T")
@@ -66,11 +67,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to run on this rank, and how long that took in seconds."""
+    """A model that is ready to run on this rank, and how long that took in seconds.
+
+    ``places`` are the ranks' parts of the KV; empty where there are virtual ranks.
+    """
 
     model: Model
     runner: Runner
     seconds: float
+    places: tuple[KVPlace, ...] = ()
 
 
 def model_path(args: Namespace) -> Path:
@@ -127,7 +132,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer))
 
     model = from_root(world, describe)
-    backend, threads = open_backend(args, world, one_thread=args.deterministic)
+    backend, threads = settle(world, attempt(lambda: open_backend(args, world, one_thread=args.deterministic)))
     model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
     virtual = virtual_ranks(model.weights) if args.deterministic else None
     if virtual:
@@ -150,16 +155,18 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         if virtual:
             crew = Crew(world.group(), [len(here) for here in virtual])
             backends = [backend, *(open_backend(args, world, one_thread=True)[0] for _ in virtual[world.rank][1:])]
-            members = [
-                open_runner(model, partition, i, Ops(member, tensor_group(group, member)), Pipe(), kv_types, bar.update)
+            parts = [
+                (i, Ops(member, tensor_group(group, member)), Pipe())
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
-            runner: Runner = VirtualRunner([runner for runner, _ in members], crew)
-            n_read = sum(n for _, n in members)
         else:
-            ops = Ops(backend, _stage_group(world, model.grid, backend))
-            pipe = open_pipe(world, model.grid)
-            runner, n_read = open_runner(model, partition, world.rank, ops, pipe, kv_types, bar.update)
+            parts = [(world.rank, Ops(backend, _stage_group(world, model.grid, backend)), open_pipe(world, model.grid))]
+        loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
+        if isinstance(loading, UserError):
+            bar.give_up()
+    members = settle(world, loading)
+    runner = VirtualRunner([runner for runner, _ in members], crew) if virtual else members[0][0]
+    n_read = sum(n for _, n in members)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
     log.info(_layout_line(world, backend.name, threads, model, partition, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
@@ -171,7 +178,9 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     log.verbose(
         f"read in all: {format_bytes(sum(n for n, _ in everyone))} of {format_bytes(n_file)} of tensors in the file"
     )
-    return Loaded(model, runner, time.perf_counter() - began), own[0] if own else None
+    n_k = model.cfg.n_embd_head_k
+    places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else world.size))
+    return Loaded(model, runner, time.perf_counter() - began, places), own[0] if own else None
 
 
 def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:

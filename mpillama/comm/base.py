@@ -8,7 +8,7 @@ to end it. `tests/unit/test_comm_contract.py` holds every implementation to the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -158,7 +158,35 @@ def from_root(world: World, make: Callable[[], T]) -> T:
     try:
         value = make()
     except UserError as error:
-        world.bcast(PeerFailure(error.exit_code))
+        world.bcast(PeerFailure(error.exit_code, error.line))
         error.told = True
         raise
     return world.bcast(value)
+
+
+def attempt(make: Callable[[], T]) -> T | UserError:
+    """Return what ``make`` returns, or the UserError that it raises, for `settle`."""
+    try:
+        return make()
+    except UserError as error:
+        return error
+
+
+def settle(world: World, outcome: T | UserError) -> T:
+    """Return this rank's outcome of an `attempt` if no rank's is an error.
+
+    Raises:
+        UserError: on rank 0, if any rank has one; it names the rank.
+        PeerFailure: on the other ranks then.
+    """
+    said = world.gather((outcome.exit_code, outcome.line) if isinstance(outcome, UserError) else None)
+
+    def judge() -> None:
+        for rank, told in enumerate(said):
+            if told is not None:
+                error = UserError(f"rank {rank} on {world.hosts[rank]}: {told[1]}" if world.size > 1 else told[1])
+                error.exit_code = told[0]
+                raise error
+
+    from_root(world, judge)
+    return cast("T", outcome)

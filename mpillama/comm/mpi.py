@@ -65,16 +65,27 @@ class MPIGroup:
 
 
 class MPIWorld:
-    """All ranks of ``MPI.COMM_WORLD``.
+    """All ranks of a communicator.
 
     Args:
         limit: seconds that a rank waits for another inside a step; 0: for ever.
         hosts: names of hosts to pretend, one for each rank; ranks of the same name share memory.
         shared: whether ranks of one host exchange through shared memory (where that can be had).
+        comm: whose ranks they are; not used for messages itself.
+        embedded: whether MPI belongs to a program that goes on after `close`.
     """
 
-    def __init__(self, limit: float = DEFAULT_LIMIT, hosts: Sequence[str] = (), shared: bool = True) -> None:
-        world = MPI.COMM_WORLD
+    def __init__(
+        self,
+        limit: float = DEFAULT_LIMIT,
+        hosts: Sequence[str] = (),
+        shared: bool = True,
+        comm: MPI.Intracomm = MPI.COMM_WORLD,
+        embedded: bool = False,
+    ) -> None:
+        world = self._world = comm
+        self._embedded = embedded
+        self._groups: list[MPI.Comm] = []
         self.rank, self.size = world.rank, world.size
         self._control, self._progress, self._pulse = world.Dup(), world.Dup(), world.Dup()
         self._link_comm = world.Dup()
@@ -129,13 +140,15 @@ class MPIWorld:
     def group(self, ranks: Sequence[int] | None = None) -> Group:
         """Return the group of all ranks, or of these; each rank names those of its own group."""
         members = tuple(range(self.size)) if ranks is None else tuple(ranks)
-        comm = MPI.COMM_WORLD.Split(members[0], members.index(self.rank))
+        comm = self._world.Split(members[0], members.index(self.rank))
+        self._groups.append(comm)
         if not self._shared or len(members) == 1:
             return MPIGroup(comm, members, self.watch)
         by_host = [[rank for rank in host if rank in members] for host in self._by_host]
         by_host = [host for host in by_host if host]
         here = next(i for i, host in enumerate(by_host) if self.rank in host)
         local = comm.Split(here, comm.rank)
+        self._groups.append(local)
         capacity = CAPACITY if len(by_host) == 1 else CAPACITY_NETWORK
         nbytes = segment_bytes(local.size, capacity)
         fd = share_file(local, nbytes)
@@ -146,6 +159,7 @@ class MPIWorld:
         exchange = None
         if len(by_host) > 1:
             counterparts = comm.Split(local.rank, here)
+            self._groups.append(counterparts)
             if local.rank < min(map(len, by_host)):
                 exchange = MPIExchange(counterparts, [host[local.rank] for host in by_host], self.watch)
         everyone_here = next(host for host in self._by_host if self.rank in host)
@@ -221,14 +235,19 @@ class MPIWorld:
         last_resort = threading.Timer(_ABORT_TAKES, os._exit, (exit_code,))
         last_resort.daemon = True
         last_resort.start()
-        MPI.COMM_WORLD.Abort(exit_code)
+        self._world.Abort(exit_code)
         os._exit(exit_code)
 
     def close(self) -> None:
-        """Wait for all ranks, asleep, and finalize."""
+        """Wait for all ranks, asleep, and finalize MPI, or leave it to the program that it belongs to."""
         self._wait_idle(self._control.Ibarrier())
         self._board.stop_heart()
         self._wait_idle(self._control.Ibarrier())
         while self._pulse.Iprobe():
             self._pulse.recv()
-        MPI.Finalize()
+        if not self._embedded:
+            MPI.Finalize()
+            return
+        MPI.Request.Waitall([*self._requests, *self._pulses])
+        for comm in (self._control, self._progress, self._pulse, self._link_comm, self._local, *self._groups):
+            comm.Free()

@@ -19,6 +19,15 @@ def chain(parent: bytes, content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16, key=parent).digest()
 
 
+def names_of(tokens: Sequence[int], block_size: int = KV_BLOCK) -> list[bytes]:
+    """Return the names of the full blocks of a sequence."""
+    content, size = np.array(tokens, np.int32).tobytes(), 4 * block_size
+    names: list[bytes] = []
+    for at in range(0, len(content) - size + 1, size):
+        names.append(chain(names[-1] if names else b"", content[at : at + size]))
+    return names
+
+
 class BlockManager:
     """Reference counts of KV blocks, and the cache of full blocks by the digest of all tokens up to their end.
 

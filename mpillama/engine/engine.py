@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Batch
-from mpillama.engine.blocks import BlockManager
+from mpillama.engine.blocks import BlockManager, names_of
 from mpillama.engine.branch import Branch
 from mpillama.engine.embedding import Pooling
 from mpillama.engine.logprobs import logprob_of
@@ -208,6 +208,36 @@ class Engine:
             kv_used=self._blocks.n_used,
             kv_cached=self._blocks.n_cached,
         )
+
+    # -- the prefix cache from outside -----------------------------------------------------------------------------
+
+    def cached_blocks(self, tokens: Sequence[int]) -> list[int]:
+        """Return the full KV blocks that hold the beginning of these tokens; the next step may give them up."""
+        return self._blocks.find(names_of(tokens, self._blocks.block_size))
+
+    def adopt(self, tokens: Sequence[int], fill: Callable[[int, list[int]], None]) -> int:
+        """Take KV that was computed elsewhere into the prefix cache, as much as there is room for.
+
+        Args:
+            tokens: of the sequence.
+            fill: called with the number of a first block of the sequence and the KV blocks for it and its successors,
+                has to fill these; if it raises, they are forgotten.
+
+        Returns:
+            How many of the tokens are in the cache now.
+        """
+        blocks, names = self._blocks, names_of(tokens, self._blocks.block_size)
+        known = blocks.find(names)
+        blocks.take(known)
+        new = [blocks.allocate() for _ in range(min(len(names) - len(known), blocks.n_available))]
+        try:
+            if new:
+                fill(len(known), new)
+            for block, name in zip(new, names[len(known) :], strict=False):
+                blocks.register(block, name)
+        finally:
+            blocks.release([*known, *new])
+        return (len(known) + len(new)) * blocks.block_size
 
     # -- steps -----------------------------------------------------------------------------------------------------
 

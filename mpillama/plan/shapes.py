@@ -269,6 +269,14 @@ class ShapeBackend:
     def copy_blocks(self, cache: ShapeCache, copies: np.ndarray) -> None:
         """Do nothing: a cache of shapes has no content."""
 
+    def read_blocks(self, cache: ShapeCache, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Refuse: a cache of shapes has no content."""
+        raise NotImplementedError
+
+    def write_blocks(self, cache: ShapeCache, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Refuse: a cache of shapes has no content."""
+        raise NotImplementedError
+
     def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> Any:
         """Refuse: the walk makes its own caches, which hold no tokens."""
         raise NotImplementedError

@@ -10,6 +10,7 @@ import pytest
 from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
+from mpillama.backends.kv_codec import decode, encode
 from mpillama.backends.quants import dequantize
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.backends.rope import frequencies
@@ -285,3 +286,35 @@ def test_routing(gating, normalize, backend, rng):
         total = sum(math.exp(logits[t, e]) for e in over)
         expected = np.array([math.exp(logits[t, e]) / total for e in order])
         np.testing.assert_allclose(weights[t], expected / expected.sum() if normalize else expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_blocks_are_read_as_they_were_kept_and_written_back_exactly(backend, kv_type, rng):
+    n_tokens, n_heads, n_k, n_v = 5 * KV_BLOCK, 3, 64, 32
+    cache = backend.new_cache(8, n_heads, n_k, n_v, kv_type, kv_type)
+    k, v = (rng.standard_normal((n_tokens, n_heads, n)).astype(np.float32) for n in (n_k, n_v))
+    k[7], v[9] = 0, 0
+    k *= np.exp(rng.uniform(-9, 9, (n_tokens, n_heads, 1))).astype(np.float32)
+    batch = batch_of([n_tokens], [0], 8, rng)
+    q = rng.standard_normal((n_tokens, n_heads, n_k)).astype(np.float32)
+    params = AttentionParams(0.1, 0.0, 0, (0, 1, 2))
+    backend.attention(q, k, v, cache, batch, params, None)
+    blocks = batch.block_tables[0, :5]
+    found = backend.read_blocks(cache, blocks)
+    for x, read in zip((k, v), found, strict=True):
+        assert read.shape == (5, KV_BLOCK, *x.shape[1:])
+        assert read.dtype == np.float32
+        rows = read.reshape(-1, *x.shape[1:])[:n_tokens]
+        if kv_type == "bf16":
+            np.testing.assert_allclose(rows, x, rtol=2**-8)
+        elif kv_type in _QUANTS:
+            # Halves may be rounded either way.
+            assert np.abs(rows - kept(x, kv_type)).max() <= np.abs(x).max() * 1e-3
+        else:
+            np.testing.assert_array_equal(rows, x.astype(np.float16 if kv_type == "f16" else np.float32))
+    other = backend.new_cache(9, n_heads, n_k, n_v, kv_type, kv_type)
+    backend.write_blocks(other, np.array([8, 1, 6, 0, 3]), *found)
+    for read, again in zip(found, backend.read_blocks(other, np.array([8, 1, 6, 0, 3])), strict=True):
+        np.testing.assert_array_equal(read, again)
+    for x, type_ in zip(found, (kv_type, kv_type), strict=True):
+        np.testing.assert_array_equal(decode(encode(x, type_), type_), x)

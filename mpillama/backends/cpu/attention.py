@@ -8,8 +8,9 @@ import numpy as np
 
 from mpillama import _cpu
 from mpillama.backends.attention import check_cache_type
-from mpillama.backends.base import AttentionParams, Batch
+from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
 from mpillama.backends.cpu.elementwise import CpuRopeTable
+from mpillama.backends.cpu.tiles import read_keys, read_values
 
 
 class AttentionOps:
@@ -42,6 +43,24 @@ class AttentionOps:
     def copy_blocks(self, cache: Any, copies: np.ndarray) -> None:
         """Copy blocks within a cache."""
         _cpu.copy_blocks(cache, copies)
+
+    def read_blocks(self, cache: Any, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of blocks; see `Backend.read_blocks`."""
+        return read_keys(cache.k[blocks], cache.type_k), read_values(cache.v[blocks], cache.type_v)
+
+    def write_blocks(self, cache: Any, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Put keys and values into blocks: attention without queries."""
+        n_tokens = len(blocks) * KV_BLOCK
+        k, v = (np.ascontiguousarray(x, np.float32).reshape(n_tokens, *x.shape[2:]) for x in (k, v))
+        batch = Batch(
+            tokens=np.zeros(n_tokens, np.int32),
+            positions=np.arange(n_tokens, dtype=np.int32),
+            seq_lens=np.array([n_tokens], np.int32),
+            block_tables=np.asarray(blocks, np.int32)[None],
+            logit_rows=np.zeros(0, np.int32),
+        )
+        q = np.zeros((n_tokens, 0, k.shape[2]), np.float32)
+        self.attention(q, k, v, cache, batch, AttentionParams(1.0, 0.0, 0, ()), None)
 
     def attention(
         self,

@@ -10,6 +10,7 @@ from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
 from mpillama.backends.gpu.device import Array, Unit
 from mpillama.backends.gpu.launcher import int32
 from mpillama.backends.gpu.matmul import MatmulOps
+from mpillama.backends.kv_codec import decode, encode
 from mpillama.errors import UsageError
 from mpillama.gguf.types import GGMLType, row_bytes
 
@@ -37,6 +38,8 @@ class GpuCache:
     n_k: int
     n_v: int
     unit: Unit
+    type_k: str
+    type_v: str
 
     @property
     def nbytes(self) -> int:
@@ -82,13 +85,26 @@ class AttentionOps(MatmulOps):
         rows = n_blocks, n_head_kv, KV_BLOCK
         keys = self.device.empty((*rows, row_bytes(k, n_k)), np.uint8)
         values = self.device.empty((*rows, row_bytes(v, n_v)), np.uint8)
-        return GpuCache(keys, values, n_head_kv, n_k, n_v, attention_unit(k, v, n_v, self.device.warp))
+        return GpuCache(keys, values, n_head_kv, n_k, n_v, attention_unit(k, v, n_v, self.device.warp), type_k, type_v)
 
     def copy_blocks(self, cache: GpuCache, copies: np.ndarray) -> None:
         """Copy blocks of keys and values within a cache, as they are stored; see `Batch.copies`."""
         source, target = (self.device.upload(np.ascontiguousarray(column)) for column in copies.T)
         for stored in (cache.keys, cache.values):
             stored[target] = stored[source]
+
+    def read_blocks(self, cache: GpuCache, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of blocks; see `Backend.read_blocks`."""
+        index = self.device.upload(np.ascontiguousarray(blocks))
+        kinds = ((cache.keys, cache.type_k), (cache.values, cache.type_v))
+        k, v = (decode(self.device.download(stored[index]).transpose(0, 2, 1, 3), type) for stored, type in kinds)
+        return k, v
+
+    def write_blocks(self, cache: GpuCache, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Put keys and values into blocks."""
+        index = self.device.upload(np.ascontiguousarray(blocks))
+        for stored, type, x in ((cache.keys, cache.type_k, k), (cache.values, cache.type_v, v)):
+            stored[index] = self.device.upload(np.ascontiguousarray(encode(x, type).transpose(0, 2, 1, 3)))
 
     def attention(
         self,

@@ -70,6 +70,21 @@ void bind_copy_blocks(const KVCache& cache, const Ints& copies) {
   }
 }
 
+const char* cache_type_name(CacheType type) {
+  switch (type) {
+    case CacheType::f32: return "f32";
+    case CacheType::f16: return "f16";
+    case CacheType::bf16: return "bf16";
+    case CacheType::q8_0: return "q8_0";
+    case CacheType::q4_0: return "q4_0";
+  }
+  return "";
+}
+
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<3>> tiles_view(const KVCache& cache, const Tiles& tiles) {
+  return {tiles.data, {cache.n_blocks, tiles.n_heads, tile_bytes(tiles.type, tiles.n_dim)}};
+}
+
 void bind_gated(Pool& pool, int activation, const ConstFloats& gate, const ConstFloats& up, const Floats& out) {
   check(activation >= 0 && activation <= int(Activation::swiglu_oai), "there is no such activation");
   check(gate.size() == up.size() && gate.size() == out.size(), "sizes differ");
@@ -155,7 +170,13 @@ void bind_attention(nb::module_& m) {
            "Reserve memory for types f32, f16, bf16, and, for heads of multiples of 32, q8_0 and q4_0.\n\n"
            "Raises:\n    ValueError: there is no such type, or the heads do not fit it.")
       .def_ro("n_blocks", &KVCache::n_blocks)
-      .def_prop_ro("nbytes", &KVCache::bytes);
+      .def_prop_ro("type_k", [](const KVCache& cache) { return cache_type_name(cache.k().type); })
+      .def_prop_ro("type_v", [](const KVCache& cache) { return cache_type_name(cache.v().type); })
+      .def_prop_ro("nbytes", &KVCache::bytes)
+      .def_prop_ro("k", [](const KVCache& cache) { return tiles_view(cache, cache.k()); }, nb::rv_policy::reference_internal,
+                   "The tiles of keys as they are stored, uint8 (n_blocks, n_head_kv, bytes); see attention_cache.h.")
+      .def_prop_ro("v", [](const KVCache& cache) { return tiles_view(cache, cache.v()); }, nb::rv_policy::reference_internal,
+                   "The tiles of values, likewise.");
   m.def("copy_blocks", bind_copy_blocks, nb::arg("cache"), nb::arg("copies"),
         "Copy blocks of keys and values, int32 (C, 2): source, destination; see Batch.copies.\n\n"
         "Raises:\n    ValueError: there is no such block.");
