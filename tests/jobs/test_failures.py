@@ -198,7 +198,7 @@ def test_an_error_of_one_rank_while_loading_is_told_once_and_ends_all(model, tmp
         "from mpillama import loader\n"
         "from mpillama.cli.main import main\n"
         "from mpillama.errors import GGUFError\n"
-        "def read(self, info, part): raise GGUFError('m.gguf: cannot read it')\n"
+        "def read(self, *_, **__): raise GGUFError('m.gguf: cannot read it')\n"
         f"if MPI.COMM_WORLD.rank == {victim}: loader.SliceReader.read = read\n"
         f"sys.exit(main(['logits', '-m', {str(model)!r}, '--tokens', '1', '--out', {str(tmp_path / 'o.npy')!r}]))\n"
     )
