@@ -85,7 +85,7 @@ def test_damaged_file(model, tmp_path, how, word, n_ranks):
         (["generate", "-m", "MODEL", "-p", "hi", "-n", "0"], "-n 0"),
         (["generate", "-m", "MODEL", "-p", "hi"], "tokenizer"),
         (["generate", "-m", "MODEL", "-p", "hi", "--temperatur", "1"], "did you mean --temp"),
-        (["generate", "-m", "MODEL", "-p", "hi", "--grammar", "x"], "not support"),
+        (["generate", "-m", "MODEL", "-p", "hi", "--lora", "x"], "not support"),
         (["generate", "-m", "MODEL", "-f", "/no/such/prompt"], "No such file"),
         (["generate", "-m", "MODEL", "-p", "hi", "--top-p", "7"], "top-p"),
         (["generate", "-m", "/no/such/model.gguf", "-p", "hi"], "no such file"),
