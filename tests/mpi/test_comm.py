@@ -24,7 +24,7 @@ def world():
 def any_world(request):
     size = MPI.COMM_WORLD.size
     world = MPIWorld(hosts=HOSTS.get(request.param, "a" * size)[:size], shared=request.param in HOSTS)
-    assert isinstance(world.group(), SharedGroup if request.param in HOSTS else MPIGroup)
+    assert isinstance(world.group(), SharedGroup if request.param in HOSTS and world.size > 1 else MPIGroup)
     return world
 
 
