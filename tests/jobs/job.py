@@ -35,6 +35,11 @@ def mpirun(n_ranks: int) -> list[str]:
     return [found, "-n", str(n_ranks)]
 
 
+def launcher() -> str:
+    """Return what mpirun says of itself."""
+    return subprocess.run([*mpirun(1)[:1], "--version"], capture_output=True, text=True, check=False).stdout
+
+
 def start(
     arguments: Sequence[object],
     n_ranks: int = 0,

@@ -17,12 +17,22 @@ from pathlib import Path
 
 import pytest
 
-from job import mpirun, ranks_of
+from job import launcher, mpirun, ranks_of
 
 FLAGS = ["chat", "-t", "1", "--chat-template", "chatml", "--temp", "0"]
 
 
+# Open MPI's launcher does not pass on the end of its input (nor does `mpirun -n 2 cat` end there).
+LEAVE = {True: "/exit\n", False: ""}
+
+
+def leaves_by_word(n_ranks):
+    """Whether a job has to be told to leave."""
+    return bool(n_ranks) and "Open MPI" in launcher()
+
+
 def piped(text, *flags, n_ranks=0, template=True):
+    text += LEAVE[leaves_by_word(n_ranks)]
     command = [*mpirun(n_ranks), sys.executable, "-m", "mpillama", *FLAGS[: None if template else 3], *map(str, flags)]
     return subprocess.run(command, input=text.encode(), capture_output=True, timeout=60, check=False)
 
@@ -92,7 +102,7 @@ class Terminal:
 
 @pytest.mark.parametrize("n_ranks", [0, 2])
 def test_piped_messages_and_commands(n_ranks, tmp_path):
-    first = piped("A cat\n", "-n", 12, n_ranks=n_ranks).stdout.decode().removeprefix("> ").removesuffix("> \n")
+    first = piped("A cat\n", "-n", 12, n_ranks=n_ranks).stdout.decode().removeprefix("> ").rstrip("> \n")
     text = (
         f"A cat\n/save {tmp_path}/a\ntwo \\\nlines\n/regen\n/save {tmp_path}/b\n/clear\n/system Be kind.\nA cat\n"
         f"/save {tmp_path}/c\n/load {tmp_path}/a\n/regen\n/load {tmp_path}/none\n/what\n /a message\n"
@@ -195,15 +205,23 @@ def test_a_thought_is_shown_apart(n_ranks):
     flags = ["chat", "-t", "1", "--chat-template", template, "--temp", "0", "-n", "8"]
     ended = subprocess.run(
         [*mpirun(n_ranks), sys.executable, "-m", "mpillama", *flags],
-        input=b"Go.\n",
+        input=b"Go.\n" + LEAVE[leaves_by_word(n_ranks)].encode(),
         capture_output=True,
         timeout=60,
         check=False,
     )
-    assert re.search(r"<think>\n.+\n</think>", ended.stdout.decode(), re.S), ended
+    # Open MPI's launcher gives ranks a terminal for stdout, where thoughts are dimmed.
+    shown = r"<think>\n.+\n</think>|\x1b\[2m.+\x1b\[22m"
+    assert re.search(shown, ended.stdout.decode(), re.S), ended
+
+
+def skip_where_text_is_held_back():
+    if "Open MPI" in launcher():
+        pytest.skip("Open MPI's launcher shows text only when a line is complete")
 
 
 def test_ranks_sleep_while_somebody_types():
+    skip_where_text_is_held_back()
     with Terminal(n_ranks=2) as terminal:
         terminal.wait_for("> ")
         ranks = ranks_of(terminal.job, 2)
@@ -231,6 +249,7 @@ def test_ranks_sleep_while_somebody_types():
 
 
 def test_sigterm_ends_a_waiting_chat():
+    skip_where_text_is_held_back()
     with Terminal(n_ranks=2) as terminal:
         terminal.wait_for("> ")
         os.kill(ranks_of(terminal.job, 2)[0], signal.SIGTERM)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from job import finish, mpirun, ranks_of, run, start
+from job import finish, launcher, mpirun, ranks_of, run, start
 from shared import shared
 from tiny import write_llama
 
@@ -166,10 +166,6 @@ def test_ctrl_c(n_ranks):
     assert "mpillama: error" not in ended.err
     if "Open MPI" not in launcher():
         assert ended.code == 130
-
-
-def launcher():
-    return subprocess.run([*mpirun(1)[:1], "--version"], capture_output=True, text=True, check=False).stdout
 
 
 @pytest.mark.parametrize("victim", [0, 2])
