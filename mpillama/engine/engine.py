@@ -239,6 +239,10 @@ class Engine:
             blocks.release([*known, *new])
         return (len(known) + len(new)) * blocks.block_size
 
+    def forget(self, tokens: Sequence[int]) -> int:
+        """Drop from the prefix cache what nobody uses of these tokens; returns how many of them."""
+        return self._blocks.discard(self.cached_blocks(tokens)) * self._blocks.block_size
+
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:

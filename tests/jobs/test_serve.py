@@ -42,8 +42,9 @@ WEATHER = {
 
 
 @pytest.fixture(scope="module")
-def server():
-    with Server("--chat-template", "chatml", "-np", 8, "--max-body", 1) as running:
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slots")
+    with Server("--chat-template", "chatml", "-np", 8, "--max-body", 1, "--slot-save-path", folder) as running:
         yield running
 
 

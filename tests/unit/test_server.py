@@ -13,6 +13,7 @@ import pytest
 from mpillama.chat import template_from
 from mpillama.data import demo_model_path
 from mpillama.engine.engine import Engine
+from mpillama.engine.request import Request
 from mpillama.gguf.reader import read_header
 from mpillama.openai.context import Context
 from mpillama.server import app as app_module
@@ -20,6 +21,7 @@ from mpillama.server.app import Api, Served
 from mpillama.server.bridge import Bridge
 from mpillama.server.encoder import Encoder
 from mpillama.server.settings import Settings
+from mpillama.server.slots import Slots
 from mpillama.tokenizer import load_tokenizer
 
 
@@ -231,3 +233,45 @@ def test_keys(given):
         assert status_of(sent) == (200 if given == b"Bearer right" else 401)
 
     Stand(api_keys=("right", "other")).play(scenario)
+
+
+def test_slots_know_who_has_written_what(rng):
+    """Requests come and go at random; no two have a slot at a time, and each slot has the text of its last one."""
+    slots, running, expected = Slots(3), {}, {}
+    texts = [rng.integers(0, 9, 40).tolist() for _ in range(3)]
+    for i in range(400):
+        if rng.random() < 0.5:
+            prompt = texts[rng.integers(3)] + rng.integers(0, 9, rng.integers(0, 60)).tolist()
+            call = SimpleNamespace(id=f"{i}", slot=-1, wanted_slot=int(rng.integers(-1, 3)))
+            before = [list(slot.text.tokens) for slot in slots]
+            free = [slot.id for slot in slots if not slot.busy]
+            slots.enter(Request(call.id, tuple(prompt)), call)
+            running[call.id] = (call, prompt)
+            assert (call.slot >= 0) == bool(free)
+            alike = [
+                n
+                for n in free
+                if before[n] and before[n][: (len(before[n]) + 1) // 2] == prompt[: (len(before[n]) + 1) // 2]
+            ]
+            if call.wanted_slot in free:
+                assert call.slot == call.wanted_slot
+            elif alike:
+                assert call.slot in alike
+        elif running:
+            id_ = str(rng.choice(list(running)))
+            call, tokens = running[id_]
+            more = rng.integers(0, 9, 2).tolist()
+            slots.add(id_, more)
+            tokens += more
+            if rng.random() < 0.7:
+                del running[id_]
+                if call.slot >= 0:
+                    expected[call.slot] = tokens
+                slots.leave(id_)
+                slots.leave(id_)
+        busy = [call.slot for call, _ in running.values() if call.slot >= 0]
+        assert len(set(busy)) == len(busy) == min(3, len(running))
+        for slot in slots:
+            assert slot.busy == (slot.id in busy)
+            if not slot.busy:
+                assert slot.text.tokens == expected.get(slot.id, [])
