@@ -7,7 +7,7 @@ import resource
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,7 @@ from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.cli.shares import choose_shares
 from mpillama.comm.base import Group, World, attempt, from_root, settle
+from mpillama.comm.metered import MeteredGroup, Traffic
 from mpillama.comm.nccl import device_group
 from mpillama.comm.pipeline import Pipe, open_pipe
 from mpillama.comm.staged import tensor_group
@@ -69,13 +70,15 @@ class Model:
 class Loaded:
     """A model that is ready to run on this rank, and how long that took in seconds.
 
-    ``places`` are the ranks' parts of the KV; empty where there are virtual ranks.
+    ``places`` are the ranks' parts of the KV; empty where there are virtual ranks. ``traffic`` counts this rank's
+    collectives, but those of virtual ranks.
     """
 
     model: Model
     runner: Runner
     seconds: float
     places: tuple[KVPlace, ...] = ()
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 def model_path(args: Namespace) -> Path:
@@ -151,6 +154,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room)
     model = replace(model, n_kv=n_kv)
     kv = kv_shares(n_kv)
+    traffic = Traffic()
     with JointProgress(world, shares, enabled=log.interactive) as bar:
         if virtual:
             crew = Crew(world.group(), [len(here) for here in virtual])
@@ -160,7 +164,11 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
         else:
-            parts = [(world.rank, Ops(backend, _stage_group(world, model.grid, backend)), open_pipe(world, model.grid))]
+            group = _stage_group(world, model.grid, backend)
+            if group.size > 1:
+                group = metered = MeteredGroup(group)
+                traffic = metered.traffic
+            parts = [(world.rank, Ops(backend, group), open_pipe(world, model.grid))]
         loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
         if isinstance(loading, UserError):
             bar.give_up()
@@ -180,7 +188,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     )
     n_k = model.cfg.n_embd_head_k
     places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else world.size))
-    return Loaded(model, runner, time.perf_counter() - began, places), own[0] if own else None
+    return Loaded(model, runner, time.perf_counter() - began, places, traffic), own[0] if own else None
 
 
 def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mpillama.comm.metered import Traffic
 from mpillama.openai.calls import Call, open_call
 from mpillama.openai.context import Context
 from mpillama.openai.errors import ApiError, as_bad_request, bad
@@ -57,6 +58,7 @@ class Served:
     meta: dict[str, Any]
     path: str
     slot_files: SlotFiles | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class Api:
@@ -214,7 +216,8 @@ class Api:
         return json_response({"id_slot": slot.id, "filename": name, **told})
 
     async def _metrics(self, request: Request) -> Response:
-        text = render(self._bridge.stats, self._bridge.totals, self._front.answers)
+        traffic = self.served.traffic if self.served else Traffic()
+        text = render(self._bridge.stats, self._bridge.totals, traffic, self._front.answers)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, request: Request) -> Response:

@@ -14,6 +14,8 @@ import numpy as np
 import openai
 import pytest
 
+from mpillama.data import demo_model_path
+from mpillama.gguf.reader import read_header
 from server import Server
 
 CHAT = [{"role": "user", "content": "Tell me a story"}]
@@ -188,6 +190,28 @@ def test_about_the_server(server):
     assert server.ask("/detokenize", {"tokens": ids})[1] == {"content": "Once upon a time"}
     assert "<|im_start|>user\nTell me a story" in server.ask("/apply-template", {"messages": CHAT})[1]["prompt"]
     assert "<!doctype html>" in server.ask("/")[1]
+
+
+def test_where_the_time_of_steps_goes(server, client):
+    names = (
+        "step_seconds",
+        "run_seconds",
+        "collective_seconds",
+        "sample_seconds",
+        "steps",
+        "collectives",
+        "collective_bytes",
+    )
+    before = [server.metric(f"mpillama_{name}_total") for name in names]
+    client.completions.create(model="", prompt="One day", max_tokens=20, extra_body={"ignore_eos": True})
+    after = [server.metric(f"mpillama_{name}_total") for name in names]
+    spent = {name: b - a for name, a, b in zip(names, before, after, strict=True)}
+    assert spent["step_seconds"] > spent["run_seconds"] > spent["collective_seconds"] > 0
+    assert spent["step_seconds"] - spent["run_seconds"] > spent["sample_seconds"] > 0
+    # In each step at least two sums for each block of the model, and the logits.
+    n_blocks = read_header(demo_model_path()).metadata["llama.block_count"]
+    assert spent["collectives"] >= spent["steps"] * (2 * n_blocks + 1)
+    assert spent["collective_bytes"] > spent["collectives"]
 
 
 def endless(stream=True):
