@@ -8,10 +8,10 @@ import gguf
 import numpy as np
 import pytest
 
-from mpillama.backends.attention import CACHE_TYPES, KVCache, attend
+from mpillama.backends.attention import KVCache, attend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
+from mpillama.backends.kv_codec import CACHE_TYPES, row_bytes
 from mpillama.config import Rope
-from mpillama.runner import KV_BYTES
 
 _cpu = pytest.importorskip("mpillama._cpu", reason="the cpu backend is not built")
 from mpillama.backends.cpu.backend import CpuBackend  # noqa: E402
@@ -175,7 +175,7 @@ def test_a_rank_without_query_heads_keeps_its_keys(rng):
 @pytest.mark.parametrize("level", LEVELS)
 def test_random_steps_of_many_sequences(rng, level):
     n_seqs, longest = 9, 8 * KV_BLOCK
-    types = tuple(rng.choice(CACHE_TYPES, 2).tolist())
+    types = tuple(rng.choice(list(CACHE_TYPES), 2).tolist())
     options = {
         "n_seqs": n_seqs,
         "n_blocks": n_seqs * 8,
@@ -258,7 +258,7 @@ def test_scores_far_apart(rng):
 def test_bytes_of_a_cache():
     backend = CpuBackend(1)
     for type in CACHE_TYPES:
-        bytes_of_32 = 2 * 3 * KV_BYTES[type] + 3 * 3 * KV_BYTES["f16"]
+        bytes_of_32 = 2 * 3 * row_bytes(type, 32) + 3 * 3 * row_bytes("f16", 32)
         assert backend.new_cache(7, 3, 64, 96, type, "f16").nbytes == 7 * KV_BLOCK * bytes_of_32
 
 

@@ -9,9 +9,8 @@ import pytest
 from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.backends.attention import KVCache, attend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
-from mpillama.backends.gpu.attention import CACHE_TYPES
+from mpillama.backends.kv_codec import CACHE_TYPES, row_bytes
 from mpillama.errors import UsageError
-from mpillama.runner import KV_BYTES
 
 pytestmark = needs_compiler
 _QUANTS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
@@ -164,7 +163,7 @@ def test_a_rank_without_query_heads_keeps_its_keys(rng):
 def test_bytes_of_a_cache_and_types_that_do_not_fit():
     backend = emulated()
     for type in CACHE_TYPES:
-        bytes_of_32 = 2 * 3 * KV_BYTES[type] + 3 * 3 * KV_BYTES["f16"]
+        bytes_of_32 = 2 * 3 * row_bytes(type, 32) + 3 * 3 * row_bytes("f16", 32)
         assert backend.new_cache(7, 3, 64, 96, type, "f16").nbytes == 7 * KV_BLOCK * bytes_of_32
     said = "values of 80 elements cannot be cached as q8_0; choose one of f32, f16, bf16"
     with pytest.raises(UsageError, match=re.escape(said) + "$"):
