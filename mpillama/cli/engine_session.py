@@ -41,7 +41,7 @@ class Service:
         template: chat template, None if there is neither one in the file nor a flag for one.
         metadata: of the file.
         name: of the model, for people and for clients.
-        sampling: what the flags say; a request may say otherwise, also of ``ignore_eos``.
+        sampling: what the flags say; a request may say otherwise, also of ``ignore_eos`` and ``reasoning_budget``.
     """
 
     loaded: Loaded
@@ -53,6 +53,7 @@ class Service:
     name: str
     sampling: SamplingParams
     ignore_eos: bool
+    reasoning_budget: int
 
 
 @dataclass(frozen=True)
@@ -160,4 +161,5 @@ def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: Prepared
         name,
         sampling_params(args),
         args.ignore_eos,
+        args.reasoning_budget,
     )

@@ -55,7 +55,7 @@ def test_long_texts_are_encoded_elsewhere(metadata, rng):
 class Stand:
     """An application with an engine that writes at random on a thread behind it."""
 
-    def __init__(self, step_seconds=0.0, loaded=True, **settings):
+    def __init__(self, step_seconds=0.0, loaded=True, template="chatml", budget=-1, **settings):
         metadata = read_header(demo_model_path()).metadata
         tokenizer = load_tokenizer(metadata)
         rng = np.random.default_rng(0)
@@ -71,7 +71,9 @@ class Stand:
         self._engine = Engine(run, tokenizer, tokenizer.n_vocab, 512, 64, 64, 4)
         self._loaded = loaded
         if loaded:
-            context = Context("demo", tokenizer, template_from(metadata, "chatml"), tokenizer.n_vocab, 512, 4)
+            context = Context(
+                "demo", tokenizer, template_from(metadata, template), tokenizer.n_vocab, 512, 4, reasoning_budget=budget
+            )
             self.api.served = Served(context, {}, "")
 
     def play(self, scenario, grace=0):
@@ -275,3 +277,40 @@ def test_slots_know_who_has_written_what(rng):
             assert slot.busy == (slot.id in busy)
             if not slot.busy:
                 assert slot.text.tokens == expected.get(slot.id, [])
+
+
+@pytest.mark.parametrize(
+    ("field", "flag", "budget"), [({"reasoning_budget": 7}, -1, 7), ({}, 4, 4), ({"reasoning_budget_tokens": 0}, 4, 0)]
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_thoughts_end_within_their_budget(field, flag, budget, stream):
+    asked = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 30, "ignore_eos": True, "logprobs": True}
+
+    async def scenario(stand):
+        # All but the control tokens, whose text does not show.
+        bias = {"0": -100, "1": -100, "2": -100}
+        body = body_of(
+            await stand.ask("/v1/chat/completions", {**asked, **field, "stream": stream, "logit_bias": bias})
+        )
+        if not stream:
+            choice = json.loads(body)["choices"][0]
+            message = choice["message"]
+            return message.get("reasoning_content", ""), message["content"], choice["logprobs"]["content"]
+        chunks = [json.loads(line[6:])["choices"][0] for line in body.splitlines() if line.startswith(b"data: {")]
+        deltas = [chunk["delta"] for chunk in chunks]
+        kinds = [kind for delta in deltas for kind in ("reasoning_content", "content") if delta.get(kind)]
+        assert kinds == sorted(kinds, reverse=True)
+        tokens = [token for chunk in chunks for token in (chunk["logprobs"] or {"content": []})["content"]]
+        return *(
+            "".join(delta.get(kind) or "" for delta in deltas) for kind in ("reasoning_content", "content")
+        ), tokens
+
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>"
+    thought, content, tokens = Stand(template=template, budget=flag).play(scenario)
+    pieces = [bytes(token["bytes"]) for token in tokens]
+    assert len(pieces) == 30
+    text = b"".join(pieces).decode(errors="replace")
+    n = len(b"".join(pieces[:budget]).decode(errors="replace"))
+    assert text[n:].startswith("</think>")
+    assert thought == text[:n].strip()
+    assert content == text[n + len("</think>") :].lstrip()
