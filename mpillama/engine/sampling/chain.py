@@ -10,7 +10,7 @@ import numpy as np
 
 from mpillama.engine.sampling import filters
 from mpillama.engine.sampling.adaptive import AdaptiveP
-from mpillama.engine.sampling.candidates import Candidates
+from mpillama.engine.sampling.candidates import Candidates, column_peaks
 from mpillama.engine.sampling.dry import Dry
 from mpillama.engine.sampling.mirostat import Mirostat
 from mpillama.engine.sampling.params import RANDOM_SEED, SamplingParams
@@ -83,10 +83,18 @@ class Sampler:
 
         Raises UserError if they contain NaN or +inf, or if no token is left to choose from.
         """
-        _check(logits, self.n_vocab)
+        if logits.shape != (self.n_vocab,) or logits.dtype != np.float32:
+            raise ValueError(f"logits must be float32 ({self.n_vocab},), got {logits.dtype} {logits.shape}")
         # Raw bits, because NumPy promises them to stay the same in later versions; the top 53 make a float64 in [0, 1).
         u_xtc, u = ((int(raw) >> 11) * 2.0**-53 for raw in self._bits.random_raw(2))
-        c = self._biased(Candidates(logits))
+        if self._greedy and not self._bias:
+            # NaN, if there is one anywhere, counts as the largest.
+            likeliest = int(logits.argmax())
+            _check(logits, float(logits[likeliest]))
+            return likeliest
+        whole = Candidates(logits, peaks=column_peaks(logits))
+        _check(logits, whole.peak)
+        c = self._biased(whole)
         if self._greedy and c.ids is None:
             likeliest = int(c.logits.argmax())
             if c.logits[likeliest] > -math.inf:
@@ -137,12 +145,12 @@ class Sampler:
         """The whole vocabulary with the biases added; where some are +inf, only the tokens that have it."""
         if not self._bias:
             return c
-        logits = c.logits.copy()
+        logits = c.editable()
         for token, bias in self._bias.items():
             if bias < math.inf:
                 logits[token] += np.float32(bias)
         forced = np.array([token for token, bias in self._bias.items() if bias == math.inf], dtype=np.int64)
-        c = c.with_logits(logits)
+        c = c.with_logits(logits, owned=True)
         return c.take(forced) if len(forced) else c
 
 
@@ -157,11 +165,8 @@ def _sum_biases(logit_bias: tuple[tuple[int, float], ...], n_vocab: int) -> dict
     return total
 
 
-def _check(logits: np.ndarray, n_vocab: int) -> None:
-    """Raises UserError for logits nothing can be drawn from; ValueError for an array of another shape or type."""
-    if logits.shape != (n_vocab,) or logits.dtype != np.float32:
-        raise ValueError(f"logits must be float32 ({n_vocab},), got {logits.dtype} {logits.shape}")
-    peak = logits.max()  # NaN if there is one anywhere
+def _check(logits: np.ndarray, peak: float) -> None:
+    """Raises UserError for logits nothing can be drawn from; ``peak`` is the largest, NaN if there is one anywhere."""
     if math.isfinite(peak):
         return
     if peak == -math.inf:
@@ -171,6 +176,6 @@ def _check(logits: np.ndarray, n_vocab: int) -> None:
     bad = np.flatnonzero(np.isnan(logits) | (logits == np.inf))
     kind = "NaN" if math.isnan(peak) else "+inf"
     raise UserError(
-        f"the model produced {kind} at {len(bad)} of {n_vocab} logits, first at token {bad[0]}; "
+        f"the model produced {kind} at {len(bad)} of {len(logits)} logits, first at token {bad[0]}; "
         "check that the file is intact, or try another backend or precision"
     )
