@@ -126,5 +126,5 @@ def _until(scores: np.ndarray, probs: np.ndarray, p: float, min_keep: int, reach
 
 
 def _count(probs: np.ndarray, p: float, reach: bool) -> int:
-    """How many of these probabilities, from the first on, reach (or, if not `reach`, pass) p; one more if all do not."""
+    """How many of these probabilities, from the first, reach (or, if not `reach`, pass) p; if all do not, one more."""
     return int(np.searchsorted(np.cumsum(probs), p, side="left" if reach else "right")) + 1
