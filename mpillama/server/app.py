@@ -119,7 +119,12 @@ class Api:
     # -- generation ------------------------------------------------------------------------------------------------
 
     async def _call(self, request: Request) -> Any:
-        self._bridge.check_room()
+        try:
+            self._bridge.check_room()
+        except ApiError:
+            # A client that still sends would lose the answer when the connection is closed.
+            await read_body(request, self._settings, keep=False)
+            raise
         url = _CALLS[request.url.path]
         call: Call = await self._in_worker(request, lambda context, body: open_call(context, url, body))
         return Answer(self._bridge.submit(call), self._settings)

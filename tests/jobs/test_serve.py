@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -365,3 +366,28 @@ def test_a_killed_rank_ends_the_job_and_its_streams(victim):
         assert time.monotonic() - began < 5
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((server.host, server.port), timeout=1)
+
+
+def test_ranks_do_not_outlive_their_launcher():
+    with Server("-np", 2) as server:
+        sock = server.post_raw("/v1/completions", endless())
+        sock.recv(10)
+        ranks = server.ranks
+        # Its helpers too: some would end the ranks, and others have left them behind.
+        helpers = {server.job.pid, *(int(Path(f"/proc/{pid}/stat").read_text().split()[3]) for pid in ranks)}
+        for pid in helpers:
+            os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        while any(is_running(pid) for pid in ranks):
+            assert time.monotonic() - began < 10
+            time.sleep(0.05)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((server.host, server.port), timeout=1)
+
+
+def is_running(pid):
+    """Whether a process is there, and not merely waits for somebody to take note of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False

@@ -314,3 +314,27 @@ def test_thoughts_end_within_their_budget(field, flag, budget, stream):
     assert text[n:].startswith("</think>")
     assert thought == text[:n].strip()
     assert content == text[n + len("</think>") :].lstrip()
+
+
+def test_who_is_refused_is_heard_out_first():
+    """Or the answer is lost, when the connection is closed with the rest of the body on its way."""
+
+    async def scenario(stand):
+        running = [asyncio.create_task(stand.ask("/v1/completions", {**ENDLESS, "stream": False})) for _ in range(6)]
+        while len(stand.bridge.tickets) < 6:
+            await asyncio.sleep(0.01)
+        parts = [{"type": "http.request", "body": b"{", "more_body": True}] * 3
+        parts.append({"type": "http.request", "body": b"}", "more_body": False})
+
+        async def receive():
+            await asyncio.sleep(0.01)
+            return parts.pop(0)
+
+        assert status_of(await stand.ask("/v1/completions", receive=receive)) == 429
+        assert not parts
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await stand.until_free()
+
+    Stand(step_seconds=0.02, max_queue=2).play(scenario)
