@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mpillama.engine.sampling import filters
+from mpillama.engine.sampling import few, filters
 from mpillama.engine.sampling.adaptive import AdaptiveP
 from mpillama.engine.sampling.candidates import Candidates, column_peaks
 from mpillama.engine.sampling.dry import Dry
@@ -60,6 +60,7 @@ class Sampler:
         self._adaptive = AdaptiveP(p.adaptive_target, p.adaptive_decay) if "adaptive_p" in p.samplers else None
         self._bias = _sum_biases(p.logit_bias, n_vocab)
         self._greedy = self._is_greedy()
+        self._steps, self._last_steps = self._plan()
         self.reset()
 
     def reset(self) -> None:
@@ -86,7 +87,8 @@ class Sampler:
         if logits.shape != (self.n_vocab,) or logits.dtype != np.float32:
             raise ValueError(f"logits must be float32 ({self.n_vocab},), got {logits.dtype} {logits.shape}")
         # Raw bits, because NumPy promises them to stay the same in later versions; the top 53 make a float64 in [0, 1).
-        u_xtc, u = ((int(raw) >> 11) * 2.0**-53 for raw in self._bits.random_raw(2))
+        first, second = self._bits.random_raw(2).tolist()
+        u_xtc, u = (first >> 11) * 2.0**-53, (second >> 11) * 2.0**-53
         if self._greedy and not self._bias:
             # NaN, if there is one anywhere, counts as the largest.
             likeliest = int(logits.argmax())
@@ -101,11 +103,38 @@ class Sampler:
                 return likeliest
         if self._mirostat is not None:
             return self._mirostat.sample(filters.temperature(c, self.params.temp), u)
-        for name in self.params.samplers:
+        for name in self._steps:
             c = self._apply(name, c, u_xtc)
+        if self._last_steps:
+            if c.descending and len(c) <= few.MOST and c.logits[0] > -math.inf:
+                return few.draw(c, self._last_steps, self.params, u)
+            for name in self._last_steps:
+                c = self._apply(name, c, u_xtc)
         if self._adaptive is not None:
             return self._adaptive.sample(c, u)
         return c.token(c.draw(u))
+
+    def _plan(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The samplers that do anything, and those of them at the end that `few` can run, with the draw after them."""
+        p = self.params
+        active = {
+            "penalties": self._penalties.active,
+            "dry": self._dry.active,
+            "top_n_sigma": p.top_n_sigma > 0,
+            "top_k": p.top_k > 0,
+            "typ_p": p.typical < 1,
+            "top_p": p.top_p < 1,
+            "min_p": p.min_p > 0,
+            "xtc": p.xtc_probability > 0 and p.xtc_threshold <= 0.5,
+            "temperature": p.temp != 1 or p.dynatemp_range > 0,
+            "adaptive_p": False,
+        }
+        steps = tuple(name for name in p.samplers if active[name])
+        n = len(steps)
+        while n and steps[n - 1] in few.STEPS:
+            n -= 1
+        plain = p.temp >= filters.GREEDY_TEMPERATURE and p.dynatemp_range <= 0 and self._adaptive is None
+        return (steps[:n], steps[n:]) if plain else (steps, ())
 
     def _is_greedy(self) -> bool:
         """Whether the samplers only narrow down to the likeliest token, so that there is no need to run them."""
