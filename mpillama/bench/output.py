@@ -46,6 +46,7 @@ class Result:
     n_prompt: int
     n_gen: int
     n_depth: int
+    n_parallel: int
     test_time: str
     avg_ns: int
     stddev_ns: int

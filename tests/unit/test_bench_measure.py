@@ -116,6 +116,28 @@ def test_workload_goes_on_after_the_depth(rng):
     assert [batch.block_tables.shape[1] for batch in seen] == [4] * 4
 
 
+def test_sequences_of_a_workload_have_blocks_of_their_own():
+    seen = []
+    work = Workload(seen.append, 8, 50, lambda: False)
+    work.test(Test(3, 2, n_depth=40, n_parallel=3), 8, 5)
+    assert [batch.positions.tolist() for batch in seen] == [
+        [40, 41, 42, 40, 41],
+        [42, 40, 41],
+        [42],
+        [43, 43, 43],
+        [44, 44, 44],
+    ]
+    assert [batch.seq_lens.tolist() for batch in seen] == [[3, 2], [1, 2], [1], [1, 1, 1], [1, 1, 1]]
+    assert [batch.logit_rows.tolist() for batch in seen] == [[2], [0, 2], [0], [0, 1, 2], [0, 1, 2]]
+    assert [batch.block_tables.tolist() for batch in seen] == [
+        [[0, 1], [2, 3]],
+        [[2, 3], [4, 5]],
+        [[4, 5]],
+        [[0, 1], [2, 3], [4, 5]],
+        [[0, 1], [2, 3], [4, 5]],
+    ]
+
+
 def test_figures_are_consistent(rng):
     n_ranks, n_reps, n_steps, n_tokens = 3, 4, 6, 12
     total = rng.integers(10**6, 10**7, (n_reps, n_ranks, n_steps))
