@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.backends.kv_codec import row_bytes
 from mpillama.bench.model import StepBytes
 from mpillama.bench.plan import Test
 from mpillama.comm.base import Arrival
@@ -30,6 +31,7 @@ class RankSteps:
     n_logits: list[int] = field(default_factory=list)
     comm_calls: int = 0
     comm_bytes: int = 0
+    kv_bytes: int = 0
 
 
 class MeteredRunner(Runner):
@@ -39,6 +41,8 @@ class MeteredRunner(Runner):
         super().__init__(*args)
         self._group = group
         self._steps = RankSteps()
+        cfg, _, _, n_head_kv, _, type_k, type_v = args[:7]
+        self._kv_bytes = n_head_kv * (row_bytes(type_k, cfg.n_embd_head_k) + row_bytes(type_v, cfg.n_embd_head_v))
 
     def begin(self, batch: Batch) -> Arrival:
         """Do this rank's part of a batch; waiting for the logits of a later stage is no part of it."""
@@ -53,7 +57,14 @@ class MeteredRunner(Runner):
         steps.n_logits.append(len(batch.logit_rows))
         steps.comm_calls += traffic.calls
         steps.comm_bytes += traffic.nbytes
+        steps.kv_bytes += self._kv_bytes * sum(self._kv_tokens(batch, il) for il in self._stage)
         return logits
+
+    def _kv_tokens(self, batch: Batch, il: int) -> int:
+        """Return of how many tokens block ``il`` reads keys and values, each once for a sequence."""
+        ends = batch.positions[np.cumsum(batch.seq_lens) - 1] + 1
+        window = self.cfg.windows[il]
+        return int((np.minimum(ends, window + batch.seq_lens - 1) if window else ends).sum())
 
     def take(self) -> RankSteps:
         """Return the steps since the last call."""
@@ -133,7 +144,8 @@ class Figures:
         skew_us: per step, the longest less the shortest time that a rank spends outside of collectives.
         overhead_us: per token, what passes between two steps on rank 0: planning, and sending the plan.
         weight_bytes: bytes of weights per token, of all ranks.
-        weight_gbps: 1e9 bytes of weights per second, of all ranks.
+        kv_bytes: bytes of cached keys and values per token, of all ranks.
+        read_gbps: 1e9 bytes of both per second.
     """
 
     samples_ns: tuple[int, ...]
@@ -145,7 +157,8 @@ class Figures:
     skew_us: float
     overhead_us: float
     weight_bytes: float
-    weight_gbps: float
+    kv_bytes: float
+    read_gbps: float
 
     @property
     def avg_ns(self) -> int:
@@ -195,6 +208,7 @@ def figures(
         for steps in first
         for tokens, logits in zip(steps.n_tokens, steps.n_logits, strict=True)
     )
+    n_kv_bytes = sum(steps.kv_bytes for rank in by_rank for steps in rank)
     return Figures(
         samples_ns=tuple(samples_ns),
         samples_ts=tuple(1e9 * n_tokens / ns for ns in samples_ns),
@@ -205,5 +219,6 @@ def figures(
         skew_us=float((compute.max(axis=0) - compute.min(axis=0)).mean()) / 1e3,
         overhead_us=(sum(samples_ns) - float(total[0].sum())) / n_all / 1e3,
         weight_bytes=n_bytes / n_all,
-        weight_gbps=n_bytes / sum(samples_ns),
+        kv_bytes=n_kv_bytes / n_all,
+        read_gbps=(n_bytes + n_kv_bytes) / sum(samples_ns),
     )
