@@ -1,10 +1,13 @@
 """The server's application without sockets: what it does when clients or the model are slow, or something breaks."""
 
 import asyncio
+import gc
 import json
 import signal
+import socket
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +20,7 @@ from mpillama.engine.request import Request
 from mpillama.gguf.reader import read_header
 from mpillama.openai.context import Context
 from mpillama.server import app as app_module
+from mpillama.server import thread as thread_module
 from mpillama.server.app import Api, Served
 from mpillama.server.bridge import Bridge
 from mpillama.server.encoder import Encoder
@@ -338,3 +342,30 @@ def test_who_is_refused_is_heard_out_first():
         await stand.until_free()
 
     Stand(step_seconds=0.02, max_queue=2).play(scenario)
+
+
+def test_closed_connections_are_forgotten(monkeypatch):
+    """Long before the timer would go off that closes one without a request."""
+    known = weakref.WeakSet()
+    made = thread_module._Connection.connection_made
+
+    def connection_made(self, transport):
+        known.add(self)
+        made(self, transport)
+
+    monkeypatch.setattr(thread_module._Connection, "connection_made", connection_made)
+    stand = Stand(loaded=False)
+    sock, _ = thread_module.listen("127.0.0.1", 0)
+    http = thread_module.HttpThread(stand.api.app, sock, stand.bridge, stand.settings)
+    http.start()
+    for data in (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"nonsense\r\n\r\n", b"GET"):
+        with socket.create_connection(("127.0.0.1", sock.getsockname()[1]), timeout=10) as client:
+            client.sendall(data)
+            if data.endswith(b"\n"):
+                while client.recv(65536):
+                    pass
+    began = time.monotonic()
+    while gc.collect() >= 0 and len(known):
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    http.stop()
