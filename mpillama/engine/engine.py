@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Protocol
 
 import numpy as np
 
@@ -67,6 +68,40 @@ class Stats(Counters):
     kv_cached: int = 0
 
 
+class EngineLike(Protocol):
+    """What runs requests: an `Engine`, or several behind one that hands out.
+
+    Attributes:
+        n_ctx: tokens of one sequence at most.
+        n_parallel: sequences of one request at most.
+        n_places: sequences at a time.
+    """
+
+    n_ctx: int
+    n_parallel: int
+    n_places: int
+
+    def add(self, request: Request) -> None:
+        """Take a request in; UserError if it can never be run."""
+        ...
+
+    def cancel(self, request_id: str) -> object:
+        """Drop a request, if it is there."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether there is anything to do in a step."""
+        ...
+
+    def step(self) -> list[Output]:
+        """Go on for a while, and return what has been added to continuations; UserError if it cannot go on."""
+        ...
+
+    def stats(self) -> Stats:
+        """Return the counters, and how things stand."""
+        ...
+
+
 @dataclass
 class _Active:
     """A request that has not ended: its open continuations, and for ``best_of`` what they have written so far."""
@@ -123,7 +158,8 @@ class Engine:
             )
         self._executor, self._tokenizer, self._n_vocab = executor, tokenizer, n_vocab
         self.n_ctx = min(n_ctx, n_blocks * block_size)
-        self.n_parallel, self._pooling, self._clock = n_parallel, pooling, clock
+        self.n_parallel = self.n_places = n_parallel
+        self._pooling, self._clock = pooling, clock
         self.priority_seconds = priority_seconds
         self._blocks = BlockManager(n_blocks, block_size)
         self._scheduler = Scheduler(self._blocks, n_batch, n_parallel, max(1, _LOGITS_BYTES // (4 * n_vocab)))
@@ -138,7 +174,7 @@ class Engine:
         Raises:
             UserError: it can never be run, or its parameters do not fit the model.
         """
-        self._check(request)
+        self.check(request)
         arrival = self._clock() if request.arrival is None else request.arrival
         key = (arrival - request.params.priority * self.priority_seconds, self._counters.requests, 0)
         branch = Branch(request, 0, key, self.n_ctx, self._blocks.block_size)
@@ -151,7 +187,8 @@ class Engine:
     def _writer(self, request: Request, index: int) -> Writer:
         return Writer(request, index, self._tokenizer, self._n_vocab, self.n_ctx)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that can never be run."""
         params, prompt = request.params, request.prompt
         if request.id in self._active:
             raise UserError(f"there is a request {request.id} already; give each an id of its own")
