@@ -235,7 +235,8 @@ class MPIWorld(MPITeam):
         # What hearts say to other hosts they say from a thread of their own.
         threads = all(control.allgather(MPI.Query_thread() == MPI.THREAD_MULTIPLE))
         far = len(by_host) > 1 and threads
-        watch = Watch(ranks, hosts, board, limit, hears_root=far)
+        hears = [] if rank or not far else [first for first, *_ in by_host[1:]]
+        watch = Watch(ranks, hosts, board, limit, hears_root=far, hears=hears)
         super().__init__(comm, range(size), hosts, by_host, ranks, shared, crowded, watch)
         local.Barrier()
         board.start_heart(self._pass_pulse if far and self.local_rank == 0 else None)
@@ -256,15 +257,20 @@ class MPIWorld(MPITeam):
         return team
 
     def _pass_pulse(self) -> None:
-        """Send the beats of rank 0's heart to the first rank of each other host, which puts them on its board."""
-        if self.rank:
-            while self._pulse.Iprobe(0):
-                self._board.root_beat(self._pulse.recv(None, 0))
-            return
+        """Send the beats of rank 0's heart to the first rank of each other host, which answers with its own."""
+        status = MPI.Status()
+        while self._pulse.Iprobe(status=status):
+            beats = self._pulse.recv(None, status.source)
+            if self.rank:
+                # For all ranks of this host.
+                self._board.root_beat(beats)
+            else:
+                self.watch.hear(status.source)
         self._n_beats += 1
         if self._n_beats % _BEATS_PER_MESSAGE == 0:
             self._pulses = [pulse for pulse in self._pulses if not pulse.Test()]
-            self._pulses += [self._pulse.isend(self._n_beats, ranks[0]) for ranks in self._by_host[1:]]
+            targets = [0] if self.rank else [ranks[0] for ranks in self._by_host[1:]]
+            self._pulses += [self._pulse.isend(self._n_beats, target) for target in targets]
 
     def _count_cores(self) -> int:
         """Return the number of cores that the ranks of this host may run on, together."""
