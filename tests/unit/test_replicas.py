@@ -4,6 +4,8 @@ import time
 
 import numpy as np
 import pytest
+from test_engine import Script, tokenizer_of
+from test_engine_fuzz import N_VOCAB, FakeModel, alone
 
 from mpillama.comm.threads import run_threads
 from mpillama.engine.engine import Engine
@@ -12,8 +14,6 @@ from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import UserError
 from mpillama.openai.constraints import AfterThought, Grammars
 from mpillama.replicas import Engines, lead
-from test_engine import Script, tokenizer_of
-from test_engine_fuzz import N_VOCAB, FakeModel, alone
 
 GREEDY = SamplingParams(temp=0.0)
 N_CTX, N_BLOCKS, SIZE, N_BATCH, N_PARALLEL = 128, 16, 32, 32, 4
