@@ -15,7 +15,7 @@ from heapq import heappop, heappush
 
 from mpillama.comm.base import World
 from mpillama.engine.blocks import names_of
-from mpillama.engine.engine import Engine, Stats
+from mpillama.engine.engine import Engine, EngineLike, Stats
 from mpillama.engine.request import Output, Request
 from mpillama.errors import UserError
 from mpillama.openai.constraints import AfterThought, GrammarConstraint, Grammars, Source
@@ -91,7 +91,7 @@ class _Open:
     wanted: bool = True
 
 
-class Engines:
+class Engines(EngineLike):
     """The engines of all replicas as one; on rank 0.
 
     Requests wait here, in their order, until a replica has a place for them, so that replicas of different speed end at

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -298,14 +297,14 @@ class MPIWorld(MPITeam):
     def fetch(self, seconds: float = 0.0) -> list[tuple[int, Any]]:
         """Return what others have posted, after so many seconds if there is nothing before."""
         arrived: list[tuple[int, Any]] = []
-        end = time.monotonic() + seconds
 
         def done() -> bool:
             arrived.extend(self._take_mail())
-            return bool(arrived) or time.monotonic() >= end
+            return bool(arrived)
 
         self.watch.idle()
-        poll(done, self.watch.idle, IDLE)
+        if not done() and seconds > 0:
+            poll(done, self.watch.idle, IDLE, seconds)
         return arrived
 
     def _take_mail(self) -> list[tuple[int, Any]]:

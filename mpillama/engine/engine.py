@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Stats(Counters):
     kv_cached: int = 0
 
 
-class EngineLike(Protocol):
+class EngineLike(ABC):
     """What runs requests: an `Engine`, or several behind one that hands out.
 
     Attributes:
@@ -81,25 +81,39 @@ class EngineLike(Protocol):
     n_parallel: int
     n_places: int
 
+    @abstractmethod
     def add(self, request: Request) -> None:
         """Take a request in; UserError if it can never be run."""
-        ...
 
+    def add_all(self, requests: Sequence[Request]) -> None:
+        """Take requests in: all of them, or with an error none.
+
+        Raises:
+            UserError: as `add` does.
+        """
+        for i, request in enumerate(requests):
+            try:
+                self.add(request)
+            except UserError:
+                for added in requests[:i]:
+                    self.cancel(added.id)
+                raise
+
+    @abstractmethod
     def cancel(self, request_id: str) -> object:
         """Drop a request, if it is there."""
-        ...
 
+    @abstractmethod
     def has_work(self) -> bool:
         """Whether there is anything to do in a step."""
-        ...
 
+    @abstractmethod
     def step(self) -> list[Output]:
         """Go on for a while, and return what has been added to continuations; UserError if it cannot go on."""
-        ...
 
+    @abstractmethod
     def stats(self) -> Stats:
         """Return the counters, and how things stand."""
-        ...
 
 
 @dataclass
@@ -117,7 +131,7 @@ class _Active:
     kept: dict[int, tuple[float, Output]] = field(default_factory=dict)
 
 
-class Engine:
+class Engine(EngineLike):
     """Runs many requests at once over one KV cache; not thread-safe, and all of it on one rank.
 
     Args:

@@ -200,13 +200,10 @@ class Bridge:
             return events
 
     def _add(self, engine: EngineLike, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
-        for i, request in enumerate(requests):
-            try:
-                engine.add(request)
-            except UserError as error:
-                for added in requests[:i]:
-                    engine.cancel(added.id)
-                return [(request.id, bad(error.line))]
+        try:
+            engine.add_all(requests)
+        except UserError as error:
+            return [(requests[0].id, bad(error.line))]
         return []
 
     def _step(self, engine: EngineLike) -> list[tuple[str, Output | ApiError]]:
