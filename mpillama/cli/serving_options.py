@@ -18,7 +18,7 @@ _TEMPLATE = tuple(option for option in PROMPT if option.dest in ("jinja", "chat_
 SERVING = (
     Option(
         ("-np", "--parallel"),
-        f"sequences that are evaluated together, 0 or -1 = {DEFAULT_PARALLEL}",
+        f"sequences that are evaluated together (in each replica), 0 or -1 = {DEFAULT_PARALLEL}",
         values.integer(-1),
         -1,
         "N",
