@@ -19,8 +19,6 @@ from mpillama.engine.embedding import pooling_type
 from mpillama.engine.engine import Engine, EngineLike
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import UserError
-from mpillama.openai.constraints import Grammars
-from mpillama.replicas import Engines, lead
 from mpillama.spmd import Interrupts
 from mpillama.steps import Leader, follow
 from mpillama.tokenizer import Tokenizer, load_tokenizer
@@ -150,6 +148,10 @@ def _follower(args: Namespace, world: World, loaded: Loaded) -> Callable[[], int
     team, runner = loaded.team, loaded.runner
     if world.rank == 0 or team.rank != 0:
         return lambda: follow(team, runner)
+    # Here, because most ranks need none of it.
+    from mpillama.openai.constraints import Grammars
+    from mpillama.replicas import lead
+
     header = open_header(args, Path(loaded.model.paths[0]))
     tokenizer, leader = load_tokenizer(header.metadata), Leader(team, runner)
     engine = _engine(args, loaded, leader, tokenizer, header.metadata)
@@ -190,6 +192,8 @@ def _service(args: Namespace, world: World, loaded: Loaded, prepared: Prepared) 
     engines: EngineLike = engine
     stop: Callable[[int], None] = leader.stop
     if model.grid.dp > 1:
+        from mpillama.replicas import Engines
+
         engines = all_engines = Engines(world, engine, [model.grid.replica(i)[0] for i in range(model.grid.dp)])
 
         def stop(exit_code: int) -> None:
