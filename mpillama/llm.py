@@ -47,8 +47,8 @@ class LLM:
         comm: an ``mpi4py.MPI.Comm``; None: all ranks of the launch, or this process alone. With ``MPI.COMM_SELF`` every
             rank has a model of its own.
         hf_repo: in place of ``model``, a repository of Hugging Face as ``user/name:quant``.
-        n_ctx: tokens of the KV cache (of a replica), shared by all sequences; None: what the model was trained with, and
-            more for several sequences if there is memory.
+        n_ctx: tokens of the KV cache (of a replica), shared by all sequences; None: what the model was trained with,
+            and more for several sequences if there is memory.
         n_parallel: sequences that are evaluated together (in each replica); None: 16.
         n_batch: tokens of a step at most; None: 512.
         threads: CPU threads of each rank; None: its share of its host. NumPy's own are limited to as many.

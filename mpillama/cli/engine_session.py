@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mpillama.chat import ChatTemplate, template_from
 from mpillama.cli.files import read_text
@@ -139,8 +139,11 @@ def open_service(
             made.append(_service(args, world, loaded, prepared))
 
     from_root(world, make)
-    seat = attempt(lambda: Seat(made[0] if made else None, _follower(args, world, loaded)))
-    return settle(world, seat) if loaded.model.grid.dp > 1 else cast("Seat", seat)
+
+    def sit() -> Seat:
+        return Seat(made[0] if made else None, _follower(args, world, loaded))
+
+    return settle(world, attempt(sit)) if loaded.model.grid.dp > 1 else sit()
 
 
 def _follower(args: Namespace, world: World, loaded: Loaded) -> Callable[[], int]:
