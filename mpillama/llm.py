@@ -221,17 +221,23 @@ class LLM:
         try:
             value = work(service, self._desk, self._context)
         except UserError as error:
-            service.stop(0)
+            self._stop(service, self._desk)
             self._world.bcast(PeerFailure(error.exit_code, error.line))
             raise
         except Exception as error:
             if not self._desk.stepping:
                 # The others are between two steps, where they can still be told.
-                service.stop(0)
+                self._stop(service, self._desk)
                 self._world.bcast(PeerFailure(1, f"rank 0 failed: {type(error).__name__}: {error}"))
             raise
-        service.stop(0)
+        self._stop(service, self._desk)
         return self._world.bcast(value)
+
+    def _stop(self, service: Service, desk: Desk) -> None:
+        """Let the other ranks return; what is unfinished goes on with the next call."""
+        if not desk.stepping:
+            service.engine.settle()
+        service.stop(0)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

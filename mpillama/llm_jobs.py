@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpillama.engine.engine import EngineLike
+from mpillama.engine.base import EngineLike
 from mpillama.engine.request import Logprob, Output, Request, RequestParams, Timings, Usage
 from mpillama.errors import UserError
 from mpillama.openai.chat import ChatCall

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 from heapq import heappop, heappush
 
 from mpillama.comm.base import World
+from mpillama.engine.base import EngineLike, Stats
 from mpillama.engine.blocks import names_of
-from mpillama.engine.engine import Engine, EngineLike, Stats
+from mpillama.engine.engine import Engine
 from mpillama.engine.request import Output, Request
 from mpillama.errors import UserError
 from mpillama.openai.constraints import AfterThought, GrammarConstraint, Grammars, Source
@@ -276,6 +277,8 @@ def lead(world: World, engine: Engine, leader: Leader, grammars: Grammars) -> in
         works = engine.has_work() and not failed
         for _, order in world.fetch(0.0 if works else _SLEEP):
             if isinstance(order, Stop):
+                if not failed:
+                    engine.settle()
                 leader.stop(order.exit_code)
                 world.post(0, Report(outputs, engine.stats(), stopped=True))
                 return order.exit_code

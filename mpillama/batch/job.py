@@ -10,7 +10,7 @@ from typing import Any
 from mpillama.batch.ids import IdSet
 from mpillama.batch.requests import Line
 from mpillama.batch.results import Results, key
-from mpillama.engine.engine import EngineLike
+from mpillama.engine.base import EngineLike
 from mpillama.engine.request import Output
 from mpillama.openai.calls import Call
 from mpillama.openai.errors import ApiError, as_bad_request

@@ -15,8 +15,9 @@ from mpillama.cli.progress import Log
 from mpillama.cli.serving_options import n_sequences
 from mpillama.cli.session import Loaded, Model, load, open_header, open_model
 from mpillama.comm.base import World, attempt, from_root, settle
+from mpillama.engine.base import EngineLike
 from mpillama.engine.embedding import pooling_type
-from mpillama.engine.engine import Engine, EngineLike
+from mpillama.engine.engine import Engine
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import UserError
 from mpillama.spmd import Interrupts
@@ -156,7 +157,7 @@ def _follower(args: Namespace, world: World, loaded: Loaded) -> Callable[[], int
     from mpillama.replicas import lead
 
     header = open_header(args, Path(loaded.model.paths[0]))
-    tokenizer, leader = load_tokenizer(header.metadata), Leader(team, runner)
+    tokenizer, leader = load_tokenizer(header.metadata), Leader(team, runner, loaded.model.grid.pp)
     engine = _engine(args, loaded, leader, tokenizer, header.metadata)
     grammars = Grammars(tokenizer, loaded.model.cfg.n_vocab)
     return lambda: lead(world, engine, leader, grammars)
@@ -178,7 +179,7 @@ def _engine(
 ) -> Engine:
     model = loaded.model
     return Engine(
-        leader.run,
+        leader,
         tokenizer,
         model.cfg.n_vocab,
         model.n_ctx,
@@ -190,7 +191,7 @@ def _engine(
 
 
 def _service(args: Namespace, world: World, loaded: Loaded, prepared: Prepared) -> Service:
-    model, metadata, leader = loaded.model, prepared.metadata, Leader(loaded.team, loaded.runner)
+    model, metadata, leader = loaded.model, prepared.metadata, Leader(loaded.team, loaded.runner, loaded.model.grid.pp)
     engine = _engine(args, loaded, leader, prepared.tokenizer, metadata)
     engines: EngineLike = engine
     stop: Callable[[int], None] = leader.stop

@@ -3,117 +3,27 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.engine.base import Counters, EngineLike, Stats
 from mpillama.engine.blocks import BlockManager, names_of
 from mpillama.engine.branch import Branch
 from mpillama.engine.embedding import Pooling
+from mpillama.engine.executor import Executor, Flight, OneByOne
 from mpillama.engine.logprobs import logprob_of
 from mpillama.engine.request import Logprob, Output, Request, Timings, Usage
-from mpillama.engine.scheduler import Plan, Scheduler
+from mpillama.engine.scheduler import Scheduler
 from mpillama.engine.writer import Writer
 from mpillama.errors import UsageError, UserError
 from mpillama.tokenizer.base import Tokenizer
 
 _LOGITS_BYTES = 64 << 20
 """Logits of a prompt's tokens that one step may bring, when their logprobs are wanted."""
-
-
-@dataclass
-class Counters:
-    """What has happened since the engine was made.
-
-    Attributes:
-        requests: added; ``finished`` and ``cancelled`` of them have left.
-        prompt_tokens: evaluated, those again after a preemption included; ``cached_tokens`` were found in the KV cache.
-        generated_tokens: sampled.
-        preemptions: sequences sent back to wait because the KV cache was full.
-        copied_blocks: for n > 1.
-        steps: with ``step_seconds`` in all, of these ``run_seconds`` in the model and ``sample_seconds`` sampling.
-    """
-
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    copied_blocks: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    run_seconds: float = 0.0
-    sample_seconds: float = 0.0
-
-
-@dataclass
-class Stats(Counters):
-    """The counters, and how things stand.
-
-    Attributes:
-        waiting: sequences that wait for their turn, or for blocks.
-        running: sequences that take part in steps.
-        kv_blocks: in all; ``kv_used`` by sequences, ``kv_cached`` by nobody but kept for prompts that begin alike.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    kv_blocks: int = 0
-    kv_used: int = 0
-    kv_cached: int = 0
-
-
-class EngineLike(ABC):
-    """What runs requests: an `Engine`, or several behind one that hands out.
-
-    Attributes:
-        n_ctx: tokens of one sequence at most.
-        n_parallel: sequences of one request at most.
-        n_places: sequences at a time.
-    """
-
-    n_ctx: int
-    n_parallel: int
-    n_places: int
-
-    @abstractmethod
-    def add(self, request: Request) -> None:
-        """Take a request in; UserError if it can never be run."""
-
-    def add_all(self, requests: Sequence[Request]) -> None:
-        """Take requests in: all of them, or with an error none.
-
-        Raises:
-            UserError: as `add` does.
-        """
-        for i, request in enumerate(requests):
-            try:
-                self.add(request)
-            except UserError:
-                for added in requests[:i]:
-                    self.cancel(added.id)
-                raise
-
-    @abstractmethod
-    def cancel(self, request_id: str) -> object:
-        """Drop a request, if it is there."""
-
-    @abstractmethod
-    def has_work(self) -> bool:
-        """Whether there is anything to do in a step."""
-
-    @abstractmethod
-    def step(self) -> list[Output]:
-        """Go on for a while, and return what has been added to continuations; UserError if it cannot go on."""
-
-    @abstractmethod
-    def stats(self) -> Stats:
-        """Return the counters, and how things stand."""
 
 
 @dataclass
@@ -135,7 +45,7 @@ class Engine(EngineLike):
     """Runs many requests at once over one KV cache; not thread-safe, and all of it on one rank.
 
     Args:
-        executor: runs a batch on all ranks and returns its logits, or hidden states if it asks for these.
+        executor: of all ranks; a function that runs a batch and returns its result stands for one batch at a time.
         tokenizer: None: ids in, ids out, no text.
         n_vocab: of the logits.
         n_ctx: tokens of one sequence at most; never more than the KV cache holds.
@@ -153,7 +63,7 @@ class Engine(EngineLike):
 
     def __init__(
         self,
-        executor: Callable[[Batch], np.ndarray],
+        executor: Executor | Callable[[Batch], np.ndarray],
         tokenizer: Tokenizer | None,
         n_vocab: int,
         n_ctx: int,
@@ -170,7 +80,8 @@ class Engine(EngineLike):
             raise UsageError(
                 f"a step of {n_batch} tokens cannot serve {n_parallel} sequences; lower -np, or raise -b and -ub"
             )
-        self._executor, self._tokenizer, self._n_vocab = executor, tokenizer, n_vocab
+        self._executor = OneByOne(executor) if callable(executor) else executor
+        self._tokenizer, self._n_vocab = tokenizer, n_vocab
         self.n_ctx = min(n_ctx, n_blocks * block_size)
         self.n_parallel = self.n_places = n_parallel
         self._pooling, self._clock = pooling, clock
@@ -179,6 +90,8 @@ class Engine(EngineLike):
         self._scheduler = Scheduler(self._blocks, n_batch, n_parallel, max(1, _LOGITS_BYTES // (4 * n_vocab)))
         self._active: dict[str, _Active] = {}
         self._counters = Counters()
+        self._flights: deque[Flight] = deque()
+        self._early: list[Output] = []
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -245,7 +158,7 @@ class Engine(EngineLike):
 
     def has_work(self) -> bool:
         """Whether there is anything to do in a step."""
-        return bool(self._active)
+        return bool(self._active or self._flights or self._early)
 
     def stats(self) -> Stats:
         """Return the counters and the state of queues and KV cache."""
@@ -263,7 +176,11 @@ class Engine(EngineLike):
     # -- the prefix cache from outside -----------------------------------------------------------------------------
 
     def cached_blocks(self, tokens: Sequence[int]) -> list[int]:
-        """Return the full KV blocks that hold the beginning of these tokens; the next step may give them up."""
+        """Return the full KV blocks that hold the beginning of these tokens; the next step may give them up.
+
+        No step is under way then.
+        """
+        self.settle()
         return self._blocks.find(names_of(tokens, self._blocks.block_size))
 
     def adopt(self, tokens: Sequence[int], fill: Callable[[int, list[int]], None]) -> int:
@@ -277,6 +194,7 @@ class Engine(EngineLike):
         Returns:
             How many of the tokens are in the cache now.
         """
+        self.settle()
         blocks, names = self._blocks, names_of(tokens, self._blocks.block_size)
         known = blocks.find(names)
         blocks.take(known)
@@ -295,71 +213,108 @@ class Engine(EngineLike):
     def step(self) -> list[Output]:
         """Run one step on all ranks and return what it has added to each continuation that took part.
 
+        As many steps as the executor takes are under way at a time; the one returned began first.
+
         Raises:
             UserError: a rank has failed; the engine cannot go on.
         """
+        if self._early:
+            outputs, self._early = self._early, []
+            return outputs
         began = self._clock()
-        plan = self._scheduler.plan()
+        while (free := self._executor.max_in_flight - len(self._flights)) and self._submit(began, free):
+            pass
+        outputs = self._collect() if self._flights else []
+        self._counters.step_seconds += self._clock() - began
+        return outputs
+
+    def settle(self) -> None:
+        """Wait for the steps that are under way, so that the ranks can do something else; `step` gives the outputs."""
+        while self._flights:
+            self._early += self._collect()
+
+    def _submit(self, now: float, share: int) -> bool:
+        """Begin the next step, with no more than its share of the branches that decode; False if there is none."""
+        plan = self._scheduler.plan(share)
         if plan is None:
-            return []
+            return False
         counters = self._counters
-        for branch, n in plan.parts:
+        starts = tuple(branch.n_past for branch, _ in plan.parts)
+        ends = tuple(branch.pending == n for branch, n in plan.parts)
+        for (branch, n), start in zip(plan.parts, starts, strict=True):
             active = self._active[branch.request.id]
             if active.began is None:
-                active.began = began
+                active.began = now
                 counters.cached_tokens += branch.n_cached
-            if n > 1 or branch.n_past < len(branch.request.prompt):
+            if n > 1 or start < len(branch.request.prompt):
                 counters.prompt_tokens += n
-        result = self._executor(plan.batch)
-        ran = self._clock()
-        outputs = self._embed(plan, result) if plan.embedding else self._write(plan, result, ran)
+            branch.advance(self._blocks, n)
+            branch.in_flight += 1
+        began = self._clock()
+        self._executor.submit(plan.batch)
+        counters.run_seconds += self._clock() - began
         counters.steps += 1
         counters.copied_blocks += len(plan.batch.copies)
-        counters.run_seconds += ran - began
-        counters.step_seconds += self._clock() - began
-        return outputs
+        self._flights.append(Flight(plan, starts, ends))
+        return True
 
-    def _embed(self, plan: Plan, hidden: np.ndarray) -> list[Output]:
-        outputs, start = [], 0
-        for branch, n in plan.parts:
-            active = self._active[branch.request.id]
-            if active.pooling is None or branch.n_past == 0:
-                active.pooling = Pooling(self._pooling)
-            active.pooling.add(hidden[start : start + n])
-            start += n
-            branch.advance(self._blocks, n)
-            if not branch.pending:
-                active.prompt_done = self._clock()
-                output = Output(branch.request.id, finish_reason="stop", embedding=active.pooling.result())
-                outputs += self._finish(active, branch, output)
-        return outputs
-
-    def _write(self, plan: Plan, logits: np.ndarray, now: float) -> list[Output]:
+    def _collect(self) -> list[Output]:
+        """Wait for the step that began first, and return what it has added."""
+        flight = self._flights.popleft()
+        began = self._clock()
+        result = self._executor.collect()
+        now = self._clock()
+        self._counters.run_seconds += now - began
         outputs: list[Output] = []
         stop = 0
-        for (branch, n), n_rows in zip(plan.parts, plan.n_rows, strict=True):
-            active = self._active[branch.request.id]
+        parts = zip(flight.plan.parts, flight.plan.n_rows, flight.starts, flight.ends, strict=True)
+        for (branch, _), n_rows, start, ends in parts:
             stop += n_rows
-            if branch.all_rows:
-                _read_prompt(active, branch.n_past, logits[stop - n_rows : stop])
-            branch.advance(self._blocks, n)
-            if branch.pending:
+            branch.in_flight -= 1
+            active = self._active.get(branch.request.id)
+            # A request may have been cancelled meanwhile, and its id given to another.
+            if active is None or active.branches.get(branch.index) is not branch:
                 continue
-            read, branch.all_rows = branch.all_rows, False
-            if active.prompt_done is None:
-                active.prompt_done = now
-            for each in [branch, *self._fork(active, branch)]:
-                writer = active.writers[each.index]
-                spent, n_sampled = writer.sample_seconds, writer.n_sampled
-                output = writer.write(logits[stop - 1], each.n_past)
-                output.prompt_logprobs = list(active.prompt_logprobs) if read else None
-                self._counters.sample_seconds += writer.sample_seconds - spent
-                self._counters.generated_tokens += writer.n_sampled - n_sampled
-                if output.finish_reason is None:
-                    each.tokens += output.tokens
-                    outputs += self._give(active, output)
-                else:
-                    outputs += self._finish(active, each, output)
+            rows = result[stop - n_rows : stop]
+            if flight.plan.embedding:
+                outputs += self._embed(active, branch, rows, start, ends)
+            else:
+                outputs += self._write(active, branch, rows, start, ends, now)
+        return outputs
+
+    def _embed(self, active: _Active, branch: Branch, hidden: np.ndarray, start: int, ends: bool) -> list[Output]:
+        if active.pooling is None or start == 0:
+            active.pooling = Pooling(self._pooling)
+        active.pooling.add(hidden)
+        if not ends:
+            return []
+        active.prompt_done = self._clock()
+        output = Output(branch.request.id, finish_reason="stop", embedding=active.pooling.result())
+        return self._finish(active, branch, output)
+
+    def _write(
+        self, active: _Active, branch: Branch, logits: np.ndarray, start: int, ends: bool, now: float
+    ) -> list[Output]:
+        if branch.all_rows:
+            _read_prompt(active, start, logits)
+        if not ends:
+            return []
+        read, branch.all_rows = branch.all_rows, False
+        if active.prompt_done is None:
+            active.prompt_done = now
+        outputs: list[Output] = []
+        for each in [branch, *self._fork(active, branch)]:
+            writer = active.writers[each.index]
+            spent, n_sampled = writer.sample_seconds, writer.n_sampled
+            output = writer.write(logits[-1], each.n_past)
+            output.prompt_logprobs = list(active.prompt_logprobs) if read else None
+            self._counters.sample_seconds += writer.sample_seconds - spent
+            self._counters.generated_tokens += writer.n_sampled - n_sampled
+            if output.finish_reason is None:
+                each.tokens += output.tokens
+                outputs += self._give(active, output)
+            else:
+                outputs += self._finish(active, each, output)
         return outputs
 
     def _fork(self, active: _Active, branch: Branch) -> list[Branch]:

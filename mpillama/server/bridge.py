@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from mpillama.engine.engine import EngineLike, Stats
+from mpillama.engine.base import EngineLike, Stats
 from mpillama.engine.request import Output, Request
 from mpillama.errors import UserError
 from mpillama.openai.call import Call
