@@ -108,8 +108,11 @@ def test_a_server_with_replicas():
 
 PROGRAM = """
 import json, sys
+from functools import partial
 from mpi4py import MPI
+import mpillama.comm.mpi as mpi
 from mpillama import LLM, GenerationParams, UserError
+mpi.MPIWorld = partial(mpi.MPIWorld, hosts=sys.argv[3])
 greedy = GenerationParams(max_tokens=12, temperature=0)
 prompts = [f"Once upon a time {i}" for i in range(9)]
 with LLM(sys.argv[1], threads=1, n_parallel=2, n_ctx=512, dp=int(sys.argv[2])) as llm:
@@ -131,8 +134,9 @@ if MPI.COMM_WORLD.rank == 0:
 
 
 def test_a_program_with_replicas():
-    one = run([model(), 1], 1, program=("-c", PROGRAM))
-    two = run([model(), 2], 4, program=("-c", PROGRAM))
+    """Each of them a pipeline over two (pretended) hosts, whose steps in flight are not lost between two calls."""
+    one = run([model(), 1, "a"], 1, program=("-c", PROGRAM))
+    two = run([model(), 2, "abcd"], 4, program=("-c", PROGRAM))
     assert one.code == two.code == 0, one.err + two.err
     assert json.loads(two.out)[-2:] == json.loads(one.out)[-2:]
     assert sum(a != b for a, b in zip(json.loads(one.out), json.loads(two.out), strict=True)) <= 1
