@@ -68,10 +68,10 @@ class HttpServer:
         encoder = Encoder(service.tokenizer, service.metadata)
         context = api_context(replace(service, tokenizer=encoder.proxy()), self._args.alias)
         folder = self._args.slot_save_path
-        files = SlotFiles(folder.absolute(), open_states(service)) if folder else None
+        files = SlotFiles(folder.absolute(), open_states(service), service.engine) if folder else None
         self._api.served = Served(context, meta, model.paths[0], files, service.loaded.traffic)
         self._log.report(f"mpillama serve: {context.name} is ready at {self._url}")
-        self._bridge.run(service.engine, interrupts, self._settings.grace, self._on_drain)
+        self._bridge.run(service.engines, interrupts, self._settings.grace, self._on_drain)
         self._thread.stop()
         encoder.close()
         left = len(self._bridge.tickets)

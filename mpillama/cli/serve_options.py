@@ -82,3 +82,5 @@ def check_serve(namespace: Namespace) -> None:
     check_engine(namespace)
     if namespace.slot_save_path and namespace.deterministic:
         raise UsageError("--slot-save-path and --deterministic exclude each other: give one of them")
+    if namespace.slot_save_path and (namespace.dp or 1) > 1:
+        raise UsageError(f"--slot-save-path needs one replica, but there is --dp {namespace.dp}: give one of them")

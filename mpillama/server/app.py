@@ -30,7 +30,7 @@ from mpillama.server.front import Front
 from mpillama.server.metrics import render
 from mpillama.server.openapi import document
 from mpillama.server.settings import Settings
-from mpillama.server.slots import SlotFiles, erase, file_name
+from mpillama.server.slots import SlotFiles, file_name
 from mpillama.server.streams import GONE, Answer, json_response, read_body
 
 # Parsing and tokenizing, of which long prompts need a lot; it must not hold up the streams. More would only take time
@@ -177,7 +177,7 @@ class Api:
         return json_response(
             {
                 "default_generation_settings": {"n_ctx": context.n_ctx, "params": sampling},
-                "total_slots": context.n_parallel,
+                "total_slots": self._bridge.n_places,
                 "model_alias": context.name,
                 "model_path": served.path,
                 "chat_template": context.template.source if context.template else "",
@@ -204,17 +204,17 @@ class Api:
             slot = bridge.slots.idle(number)
             tokens = slot.text.tokens
             bridge.slots.put(slot, [])
-            return json_response({"id_slot": slot.id, **await bridge.on_main(lambda engine: erase(engine, tokens))})
+            return json_response({"id_slot": slot.id, **await bridge.on_main(lambda: files.erase(tokens))})
         if action not in ("save", "restore"):
             raise bad("action must be save, restore or erase", "action")
         name = file_name(await self._in_worker(request, lambda _, body: Fields(body).required_string("filename")))
         if action == "save":
             slot = bridge.slots.get(number)
             tokens = list(slot.text.tokens)
-            told = await bridge.on_main(lambda _: files.save(name, tokens))
+            told = await bridge.on_main(lambda: files.save(name, tokens))
         else:
             slot = bridge.slots.idle(number)
-            tokens, told = await bridge.on_main(lambda _: files.restore(name))
+            tokens, told = await bridge.on_main(lambda: files.restore(name))
             # It may have been taken meanwhile; the KV is found by what the tokens are, whoever has the slot.
             if not slot.busy:
                 bridge.slots.put(slot, tokens)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-from mpillama.engine.engine import Engine, Stats
+from mpillama.engine.base import EngineLike, Stats
 from mpillama.engine.request import Output, Request
 from mpillama.errors import UserError
 from mpillama.openai.call import Call
@@ -37,7 +37,7 @@ class StopSignals(Protocol):
 class Errand:
     """Something else for the main thread to do between two steps, and where its outcome is waited for."""
 
-    work: Callable[[Engine], Any]
+    work: Callable[[], Any]
     outcome: asyncio.Future[Any]
 
 
@@ -111,6 +111,7 @@ class Bridge:
         draining: whether no more are taken.
         stats: of the engine after the last step.
         totals: of what it has done.
+        n_places: sequences that can run at a time.
         tickets: calls under way, by request; only for the event loop.
         slots: likewise, once it is ready.
     """
@@ -123,7 +124,7 @@ class Bridge:
         self.slots = Slots(0)
         self._errands: set[asyncio.Future[Any]] = set()
         self._max_queue = max_queue
-        self._n_parallel = 1
+        self.n_places = 1
         self._inbox: SimpleQueue[tuple[Request, ...] | str | Errand] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -139,7 +140,7 @@ class Bridge:
             raise _shutting_down()
         if not self.ready:
             raise ApiError(503, "the model is being loaded", code="loading")
-        most = self._max_queue + self._n_parallel
+        most = self._max_queue + self.n_places
         if n > most:
             raise bad(f"{n} prompts in one call are more than the server takes at all ({most}); send fewer at a time")
         if len(self.tickets) + n > most:
@@ -155,7 +156,7 @@ class Bridge:
         self._inbox.put(call.requests)
         return ticket
 
-    async def on_main(self, work: Callable[[Engine], T]) -> T:
+    async def on_main(self, work: Callable[[], T]) -> T:
         """Let the main thread do something between two steps, and return what it returns.
 
         Raises:
@@ -196,11 +197,11 @@ class Bridge:
 
     # -- on the main thread ----------------------------------------------------------------------------------------
 
-    def run(self, engine: Engine, signals: StopSignals, grace: float, on_drain: Callable[[int], None]) -> None:
+    def run(self, engine: EngineLike, signals: StopSignals, grace: float, on_drain: Callable[[int], None]) -> None:
         """Serve until a signal comes, then for at most ``grace`` seconds until all that runs has ended."""
         deadline = float("inf")
-        self._n_parallel = engine.n_parallel
-        self.slots = Slots(engine.n_parallel)
+        self.n_places = engine.n_places
+        self.slots = Slots(engine.n_places)
         self.stats = engine.stats()
         self.ready = True
         while True:
@@ -223,7 +224,7 @@ class Bridge:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._deliver, events)
 
-    def _take_in(self, engine: Engine, wait: bool) -> list[tuple[str, Output | ApiError]]:
+    def _take_in(self, engine: EngineLike, wait: bool) -> list[tuple[str, Output | ApiError]]:
         """Do what the event loop has asked for; with ``wait``, sleep until it asks for something."""
         events: list[tuple[str, Output | ApiError]] = []
         try:
@@ -232,30 +233,30 @@ class Bridge:
                 if isinstance(item, str):
                     engine.cancel(item)
                 elif isinstance(item, Errand):
-                    self._run_errand(engine, item)
+                    self._run_errand(item)
                 else:
                     events += self._add(engine, item)
                 item = self._inbox.get_nowait()
         except Empty:
             return events
 
-    def _run_errand(self, engine: Engine, errand: Errand) -> None:
+    def _run_errand(self, errand: Errand) -> None:
         outcome: Any
         try:
-            outcome = errand.work(engine)
+            outcome = errand.work()
         except ApiError as error:
             outcome = error
         assert self._loop is not None
         self._loop.call_soon_threadsafe(_settle, errand.outcome, outcome)
 
-    def _add(self, engine: Engine, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
+    def _add(self, engine: EngineLike, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
         try:
             engine.add_all(requests)
         except UserError as error:
             return [(requests[0].id, bad(error.line))]
         return []
 
-    def _step(self, engine: Engine) -> list[tuple[str, Output | ApiError]]:
+    def _step(self, engine: EngineLike) -> list[tuple[str, Output | ApiError]]:
         outputs = engine.step()
         totals = self.totals
         totals.busy += len(outputs)

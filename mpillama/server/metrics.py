@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mpillama.comm.metered import Traffic
-from mpillama.engine.engine import Stats
+from mpillama.engine.base import Stats
 from mpillama.server.bridge import Totals
 
 

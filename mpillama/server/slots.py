@@ -161,10 +161,11 @@ class SlotFiles:
     Args:
         folder: of ``--slot-save-path``, which all ranks see.
         states: of the engine.
+        engine: whose prefix cache it is.
     """
 
-    def __init__(self, folder: Path, states: States) -> None:
-        self._folder, self._states = folder, states
+    def __init__(self, folder: Path, states: States, engine: Engine) -> None:
+        self._folder, self._states, self._engine = folder, states, engine
 
     def save(self, name: str, tokens: list[int]) -> dict[str, Any]:
         """Save what the KV cache has of a text; ApiError if that is nothing, or it cannot be written."""
@@ -190,14 +191,13 @@ class SlotFiles:
         told = {"n_restored": len(tokens), "n_read": path.stat().st_size, "timings": {"restore_ms": _ms_since(began)}}
         return tokens, told
 
+    def erase(self, tokens: list[int]) -> dict[str, Any]:
+        """Forget a text's KV, but for what running sequences use."""
+        return {"n_erased": self._engine.forget(tokens)}
+
     def _without_folder(self, error: UserError) -> str:
         """Return the message without what is no business of clients."""
         return error.line.replace(f"{self._folder}/", "")
-
-
-def erase(engine: Engine, tokens: list[int]) -> dict[str, Any]:
-    """Forget a text's KV, but for what running sequences use."""
-    return {"n_erased": engine.forget(tokens)}
 
 
 def _ms_since(began: float) -> float:
