@@ -1,6 +1,7 @@
 # make demo   generate text with the model that ships in the package, on 4 ranks
 # make test   unit tests, whole jobs as users start them, then the MPI tests on 1, 2, 3 and 4 ranks
 # make test-cluster   job scripts under a real Slurm of two nodes, and mpirun over two hosts, on this machine (needs root)
+# make soak   ten minutes of good and bad clients against mpillama serve; ARGS="--seconds 60 --connections 200" for less
 # make test-sanitize   the kernel tests with sanitizers for memory errors and undefined behaviour
 # make lint   ruff and mypy
 # make hooks  run the same before each commit
@@ -37,7 +38,7 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize lint hooks compilers clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize soak lint hooks compilers clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -67,6 +68,9 @@ test-openmpi:
 
 test-sanitize: $(VENV)/.test
 	$(PY) tests/run_sanitized.py -q $(ARGS)
+
+soak: $(VENV)/.test
+	$(PY) tests/soak_serve.py $(ARGS)
 
 lint: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/ruff check

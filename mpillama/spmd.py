@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -29,6 +30,8 @@ _LAUNCHERS = (
 # A rank that fails like rank 0 does lets rank 0 speak first; before MPI has joined them, rank 0 may start much later.
 _GRACE = 0.3
 _GRACE_AT_START = 1.0
+# How often a rank looks whether its launcher lives.
+_LOOK_SECONDS = 0.5
 # Launchers forward a signal that the terminal has already delivered; a second one within this time is the same one.
 _SAME_SIGNAL = 1.0
 
@@ -173,6 +176,25 @@ class Stopped(BaseException):
         self.exit_code = exit_code
 
 
+def end_with_launcher() -> None:
+    """End this process soon after the one that has started it has died, as a launcher does that is killed.
+
+    Some launchers leave their ranks behind then, who would serve, or wait for each other, for ever. Nothing is put in
+    order: what a rank writes is complete, or found to be torn, however it dies.
+    """
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        # The launcher may have held the other end of stderr.
+        with suppress(OSError):
+            os.write(2, b"mpillama: error: the launcher of this job has died\n")
+        os._exit(1)
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()
+
+
 def run(main: Callable[[World, Interrupts], int], limit: float | None = None, stranded: bool = False) -> int:
     """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once.
 
@@ -182,6 +204,8 @@ def run(main: Callable[[World, Interrupts], int], limit: float | None = None, st
     place = launch(os.environ)
     interrupts = Interrupts()
     interrupts.install()
+    if place.launcher:
+        end_with_launcher()
     world: World | None = None
     try:
         try:

@@ -9,6 +9,7 @@ from mpillama.cli.checks import check_model, check_split
 from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PARALLEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
 from mpillama.cli.prompt_cache_options import PROMPT_CACHE
+from mpillama.cli.serving_options import REASONING
 from mpillama.errors import UsageError
 
 # A chat streams what the model says, without special tokens and without repeating what was typed.
@@ -18,6 +19,7 @@ _HELP = {"prompt": "the first message", "file": "file with the first message", "
 CHAT = (
     *(replace(option, help=_HELP.get(option.dest, option.help), group="chat") for option in _PROMPT),
     Option(("-st", "--single-turn"), "leave after the first answer", None, False, group="chat"),
+    replace(REASONING, group="chat"),
     *CONTEXT,
     *PROMPT_CACHE,
     *MODEL,

@@ -43,7 +43,7 @@ class Service:
         template: chat template, None if there is neither one in the file nor a flag for one.
         metadata: of the file.
         name: of the model, for people and for clients.
-        sampling: what the flags say; a request may say otherwise, also of ``ignore_eos``.
+        sampling: what the flags say; a request may say otherwise, also of ``ignore_eos`` and ``reasoning_budget``.
     """
 
     loaded: Loaded
@@ -57,6 +57,7 @@ class Service:
     name: str
     sampling: SamplingParams
     ignore_eos: bool
+    reasoning_budget: int
 
 
 @dataclass(frozen=True)
@@ -217,4 +218,5 @@ def _service(args: Namespace, world: World, loaded: Loaded, prepared: Prepared) 
         name,
         sampling_params(args),
         args.ignore_eos,
+        args.reasoning_budget,
     )

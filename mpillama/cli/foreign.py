@@ -122,7 +122,6 @@ UNSUPPORTED = """
 --reasoning-format FORMAT
 -rea --reasoning on|off|auto
 --reasoning-effort LEVEL
---reasoning-budget N
 --reasoning-budget-message MESSAGE
 --reasoning-preserve
 --no-reasoning-preserve
@@ -151,7 +150,6 @@ UNSUPPORTED = """
 --props
 --slots
 --no-slots
---slot-save-path PATH
 --embedding --embeddings
 --rerank --reranking
 --prefill-assistant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import resource
 import sys
 from argparse import Namespace
@@ -13,11 +14,13 @@ from mpillama.cli.api_context import api_context
 from mpillama.cli.engine_session import Service
 from mpillama.cli.files import read_text
 from mpillama.cli.progress import Log
+from mpillama.cli.prompt_cache import open_states
 from mpillama.errors import UsageError
 from mpillama.server.app import Api, Served
 from mpillama.server.bridge import Bridge
 from mpillama.server.encoder import Encoder
 from mpillama.server.settings import Settings
+from mpillama.server.slots import SlotFiles
 from mpillama.server.thread import HttpThread, listen
 from mpillama.spmd import Interrupts
 
@@ -38,6 +41,9 @@ class HttpServer:
             max_queue=args.max_queue,
             grace=args.grace,
         )
+        folder = args.slot_save_path
+        if folder and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise UsageError(f"--slot-save-path {folder}: is no folder that one can write to")
         _allow_many_files()
         sys.setswitchinterval(_SWITCH_SECONDS)
         sock, self._url = listen(args.host, args.port)
@@ -61,7 +67,9 @@ class HttpServer:
         }
         encoder = Encoder(service.tokenizer, service.metadata)
         context = api_context(replace(service, tokenizer=encoder.proxy()), self._args.alias)
-        self._api.served = Served(context, meta, model.paths[0])
+        folder = self._args.slot_save_path
+        files = SlotFiles(folder.absolute(), open_states(service), service.engine) if folder else None
+        self._api.served = Served(context, meta, model.paths[0], files, service.loaded.traffic)
         self._log.report(f"mpillama serve: {context.name} is ready at {self._url}")
         self._bridge.run(service.engines, interrupts, self._settings.grace, self._on_drain)
         self._thread.stop()

@@ -15,6 +15,16 @@ DEFAULT_PARALLEL = 16
 _SHOWN_CONTEXT = "what the model was trained with, and as many sequences of it as there is memory for"
 _TEMPLATE = tuple(option for option in PROMPT if option.dest in ("jinja", "chat_template", "chat_template_file"))
 
+REASONING = Option(
+    ("--reasoning-budget",),
+    "tokens that a model may think before it answers in a chat, -1 = no limit",
+    values.integer(-1),
+    -1,
+    "N",
+    "LLAMA_ARG_THINK_BUDGET",
+    group="requests",
+)
+
 SERVING = (
     Option(
         ("-np", "--parallel"),
@@ -26,6 +36,7 @@ SERVING = (
         group="requests",
     ),
     *(replace(option, shown=_SHOWN_CONTEXT) if option.dest == "ctx_size" else option for option in CONTEXT),
+    REASONING,
     *(replace(option, group="requests") for option in _TEMPLATE),
 )
 """The KV cache of ``-c`` tokens is shared by all sequences; one may have as many as all of them."""

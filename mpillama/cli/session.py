@@ -7,7 +7,7 @@ import resource
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,7 @@ from mpillama.cli.memory import fit_memory, fits_easily
 from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.cli.shares import choose_shares
 from mpillama.comm.base import Group, Team, World, attempt, from_root, settle
+from mpillama.comm.metered import MeteredGroup, Traffic
 from mpillama.comm.nccl import device_group
 from mpillama.comm.pipeline import Pipe, open_pipe
 from mpillama.comm.staged import tensor_group
@@ -70,6 +71,7 @@ class Loaded:
     """A model that is ready to run on this rank, and how long that took in seconds.
 
     ``team`` are the ranks of its replica, ``places`` their parts of the KV; empty where there are virtual ranks.
+    ``traffic`` counts this rank's collectives, but those of virtual ranks.
     """
 
     model: Model
@@ -77,6 +79,7 @@ class Loaded:
     seconds: float
     team: Team
     places: tuple[KVPlace, ...] = ()
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 def model_path(args: Namespace) -> Path:
@@ -169,6 +172,7 @@ def load(
     model = replace(model, n_kv=n_kv)
     kv = kv_shares(n_kv)
     team = _team(world, model.grid)
+    traffic = Traffic()
     with JointProgress(world, shares, enabled=log.interactive) as bar:
         if virtual:
             crew = Crew(world.group(), [len(here) for here in virtual])
@@ -178,8 +182,11 @@ def load(
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
         else:
-            ops = Ops(backend, _stage_group(team, model.grid.one_replica, backend, model.grid.dp > 1))
-            parts = [(world.rank, ops, open_pipe(team, model.grid.one_replica))]
+            group = _stage_group(team, model.grid.one_replica, backend, model.grid.dp > 1)
+            if group.size > 1:
+                group = metered = MeteredGroup(group)
+                traffic = metered.traffic
+            parts = [(world.rank, Ops(backend, group), open_pipe(team, model.grid.one_replica))]
         loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
         if isinstance(loading, UserError):
             bar.give_up()
@@ -199,7 +206,7 @@ def load(
     )
     n_k = model.cfg.n_embd_head_k
     places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else team.size))
-    return Loaded(model, runner, time.perf_counter() - began, team, places), own[0] if own else None
+    return Loaded(model, runner, time.perf_counter() - began, team, places, traffic), own[0] if own else None
 
 
 def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int, replicas: bool = False) -> Grid:

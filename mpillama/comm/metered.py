@@ -56,6 +56,11 @@ class MeteredGroup:
         traffic.nbytes += result.nbytes
         return result
 
+    @property
+    def traffic(self) -> Traffic:
+        """What there has been since the last `take`; it goes on counting."""
+        return self._traffic
+
     def take(self) -> Traffic:
         """Return the traffic since the last call."""
         traffic, self._traffic = self._traffic, Traffic()

@@ -15,7 +15,7 @@ from mpillama.engine.blocks import BlockManager, names_of
 from mpillama.engine.branch import Branch
 from mpillama.engine.embedding import Pooling
 from mpillama.engine.executor import Executor, Flight, OneByOne
-from mpillama.engine.logprobs import logprob_of
+from mpillama.engine.logprobs import read_prompt
 from mpillama.engine.request import Logprob, Output, Request, Timings, Usage
 from mpillama.engine.scheduler import Scheduler
 from mpillama.engine.writer import Writer
@@ -208,6 +208,10 @@ class Engine(EngineLike):
             blocks.release([*known, *new])
         return (len(known) + len(new)) * blocks.block_size
 
+    def forget(self, tokens: Sequence[int]) -> int:
+        """Drop from the prefix cache what nobody uses of these tokens; returns how many of them."""
+        return self._blocks.discard(self.cached_blocks(tokens)) * self._blocks.block_size
+
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:
@@ -296,7 +300,7 @@ class Engine(EngineLike):
         self, active: _Active, branch: Branch, logits: np.ndarray, start: int, ends: bool, now: float
     ) -> list[Output]:
         if branch.all_rows:
-            _read_prompt(active, start, logits)
+            read_prompt(active.prompt_logprobs, branch.request, start, logits)
         if not ends:
             return []
         read, branch.all_rows = branch.all_rows, False
@@ -384,15 +388,3 @@ class Engine(EngineLike):
             sample=sample,
             ttft=prompt_done - active.arrival,
         )
-
-
-def _read_prompt(active: _Active, n_past: int, logits: np.ndarray) -> None:
-    """Note the logprobs of the tokens that follow the ``n_past`` first ones and their successors, (T, n_vocab)."""
-    prompt, n_top = active.request.prompt, active.request.params.prompt_logprobs or 0
-    found = active.prompt_logprobs
-    # A prompt that was sent back to wait begins again.
-    del found[n_past + 1 :]
-    if not n_past:
-        found[:] = [None]
-    for row, token in zip(logits, prompt[n_past + 1 :], strict=False):
-        found.append(logprob_of(row, token, n_top))

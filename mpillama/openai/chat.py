@@ -75,7 +75,9 @@ class ChatCall(Call):
             fields,
             logprobs=self._n_logprobs,
             constraint=constraint,
-            special=bool(self.tools) and context.is_control(MISTRAL),
+            # Or what tells a thought, or a call, from the answer would not show.
+            special=context.is_control(tags[1]) or (bool(self.tools) and context.is_control(MISTRAL)),
+            budget=context.reasoning_budget,
         )
         self.add_requests([encode_prompt(context, self.prompt)], params)
         names = set(self.tools.parameters or ())

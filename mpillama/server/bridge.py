@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from mpillama.engine.base import EngineLike, Stats
 from mpillama.engine.request import Output, Request
 from mpillama.errors import UserError
 from mpillama.openai.call import Call
 from mpillama.openai.errors import ApiError, bad
+from mpillama.server.slots import Slots
 
 # How long a signal may go unnoticed while there is no work.
 _WAKE_SECONDS = 0.2
+
+T = TypeVar("T")
 
 
 class StopSignals(Protocol):
@@ -28,6 +31,14 @@ class StopSignals(Protocol):
 
     exit_code: int
     time_is_short: bool
+
+
+@dataclass(frozen=True)
+class Errand:
+    """Something else for the main thread to do between two steps, and where its outcome is waited for."""
+
+    work: Callable[[], Any]
+    outcome: asyncio.Future[Any]
 
 
 @dataclass
@@ -102,6 +113,7 @@ class Bridge:
         totals: of what it has done.
         n_places: sequences that can run at a time.
         tickets: calls under way, by request; only for the event loop.
+        slots: likewise, once it is ready.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -109,9 +121,11 @@ class Bridge:
         self.stats = Stats()
         self.totals = Totals()
         self.tickets: dict[str, Ticket] = {}
+        self.slots = Slots(0)
+        self._errands: set[asyncio.Future[Any]] = set()
         self._max_queue = max_queue
         self.n_places = 1
-        self._inbox: SimpleQueue[tuple[Request, ...] | str] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[Request, ...] | str | Errand] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # -- on the event loop -----------------------------------------------------------------------------------------
@@ -123,7 +137,7 @@ class Bridge:
     def check_room(self, n: int = 1) -> None:
         """Raise ApiError if ``n`` more requests cannot be taken."""
         if self.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise _shutting_down()
         if not self.ready:
             raise ApiError(503, "the model is being loaded", code="loading")
         most = self._max_queue + self.n_places
@@ -137,25 +151,49 @@ class Bridge:
         self.check_room(len(call.requests))
         ticket = Ticket(self, call)
         self.tickets |= dict.fromkeys((request.id for request in call.requests), ticket)
+        for request in call.requests:
+            self.slots.enter(request, call)
         self._inbox.put(call.requests)
         return ticket
+
+    async def on_main(self, work: Callable[[], T]) -> T:
+        """Let the main thread do something between two steps, and return what it returns.
+
+        Raises:
+            ApiError: what it raises, or the server ends before.
+        """
+        self.check_room(0)
+        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._errands.add(outcome)
+        outcome.add_done_callback(self._errands.discard)
+        self._inbox.put(Errand(work, outcome))
+        return await outcome
 
     def forget(self, ticket: Ticket, running: set[str]) -> None:
         """Drop a ticket, and tell the engine to drop what of it still runs."""
         for request in ticket.call.requests:
+            self.slots.leave(request.id)
             if self.tickets.pop(request.id, None) and request.id in running:
                 self._inbox.put(request.id)
 
     def _deliver(self, events: list[tuple[str, Output | ApiError]]) -> None:
         for request_id, event in events:
             ticket = self.tickets.get(request_id)
-            if ticket is not None:
-                ticket.put(event)
+            if ticket is None:
+                continue
+            if isinstance(event, Output):
+                if event.index == 0:
+                    self.slots.add(request_id, event.tokens)
+                if event.last:
+                    self.slots.leave(request_id)
+            ticket.put(event)
 
     def _refuse_all(self) -> None:
         # One that has ended may not have been taken note of yet.
         for ticket in {ticket for ticket in self.tickets.values() if ticket.running}:
-            ticket.put(ApiError(503, "the server is shutting down", code="shutting_down"))
+            ticket.put(_shutting_down())
+        for outcome in list(self._errands):
+            _settle(outcome, _shutting_down())
 
     # -- on the main thread ----------------------------------------------------------------------------------------
 
@@ -163,6 +201,7 @@ class Bridge:
         """Serve until a signal comes, then for at most ``grace`` seconds until all that runs has ended."""
         deadline = float("inf")
         self.n_places = engine.n_places
+        self.slots = Slots(engine.n_places)
         self.stats = engine.stats()
         self.ready = True
         while True:
@@ -193,11 +232,22 @@ class Bridge:
             while True:
                 if isinstance(item, str):
                     engine.cancel(item)
+                elif isinstance(item, Errand):
+                    self._run_errand(item)
                 else:
                     events += self._add(engine, item)
                 item = self._inbox.get_nowait()
         except Empty:
             return events
+
+    def _run_errand(self, errand: Errand) -> None:
+        outcome: Any
+        try:
+            outcome = errand.work()
+        except ApiError as error:
+            outcome = error
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_settle, errand.outcome, outcome)
 
     def _add(self, engine: EngineLike, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
         try:
@@ -217,3 +267,17 @@ class Bridge:
             if output.usage is not None:
                 totals.longest = max(totals.longest, output.usage.n_prompt + output.usage.n_generated)
         return [(output.request_id, output) for output in outputs]
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
+def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
+    """Give a future what it waits for, unless its client has gone."""
+    if future.done():
+        return
+    if isinstance(outcome, ApiError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -93,6 +93,10 @@ class States:
             new.unlink(missing_ok=True)
         return len(own)
 
+    def tokens(self, path: str | os.PathLike[str]) -> list[int]:
+        """Return the tokens of a saved sequence; UserError as for `load`."""
+        return read_state(path, self._shape)[1]
+
     def load(self, path: str | os.PathLike[str], prompt: Sequence[int] | None = None) -> int:
         """Put a saved sequence into the prefix cache, or as much of it as begins like ``prompt``.
 

@@ -151,6 +151,7 @@ OTHER_VARIABLES: list[tuple[str, str, str, str, Any]] = [
     ("serve", "LLAMA_ARG_N_PARALLEL", "5", "parallel", 5),
     ("batch", "LLAMA_ARG_N_PARALLEL", "5", "parallel", 5),
     ("serve", "LLAMA_ARG_HOST", "0.0.0.0", "host", "0.0.0.0"),
+    ("serve", "LLAMA_ARG_THINK_BUDGET", "9", "reasoning_budget", 9),
     ("serve", "LLAMA_ARG_PORT", "81", "port", 81),
     ("serve", "LLAMA_ARG_TIMEOUT", "7", "timeout", 7),
     ("serve", "LLAMA_ARG_ALIAS", "me", "alias", "me"),
