@@ -15,18 +15,8 @@ from mpillama.cli.chat_options import CHAT, check_chat
 from mpillama.cli.doctor_options import DOCTOR
 from mpillama.cli.grammar import GRAMMAR
 from mpillama.cli.grid_options import GRID
-from mpillama.cli.options import (
-    CONTEXT,
-    LOGGING,
-    MODEL,
-    PARALLEL,
-    PROMPT,
-    ROPE,
-    SAMPLING,
-    TENSOR_SPLIT,
-    Option,
-    sampling_params,
-)
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
+from mpillama.cli.parallel_options import PARALLEL, TENSOR_SPLIT
 from mpillama.cli.plan_options import PLAN, check_plan
 from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.cli.serve_options import SERVE, check_serve

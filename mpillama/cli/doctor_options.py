@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mpillama.cli import values
-from mpillama.cli.options import BACKEND, LOGGING, TIMEOUT, Option
+from mpillama.cli.options import LOGGING, Option
+from mpillama.cli.parallel_options import BACKEND, DEVICE, TIMEOUT
 
 DOCTOR = (
     Option(
@@ -42,6 +43,7 @@ DOCTOR = (
         group="doctor",
     ),
     *BACKEND,
+    *DEVICE,
     *TIMEOUT,
     *LOGGING,
 )

@@ -72,7 +72,6 @@ UNSUPPORTED = """
 -cl --cache-list
 --completion-bash
 --server-base URL
---list-devices
 --verbose-prompt
 -lcs --lookup-cache-static FNAME
 -lcd --lookup-cache-dynamic FNAME
@@ -91,7 +90,6 @@ UNSUPPORTED = """
 --no-show-timings
 -gan --grp-attn-n N
 -gaw --grp-attn-w N
--dev --device dev1,dev2,...
 -ot --override-tensor PATTERN=TYPE,...
 -cmoe --cpu-moe
 -ncmoe --n-cpu-moe N

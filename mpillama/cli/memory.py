@@ -46,13 +46,17 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
         kv: bytes of each rank's KV cache for ``n_kv`` tokens.
         n_kv: tokens wanted.
         n_kv_min: with fewer than these there is no use in starting.
-        own: bytes free on this rank's own device; 0: it computes in the host's memory, as do all others.
+        own: bytes free on this rank's own device; 0: it computes in the host's memory.
 
     Raises:
         UserError: on rank 0, naming the host, what is needed and what would fit; the other ranks raise PeerFailure.
     """
-    free = world.bcast(world.gather(own or available_memory()))
-    places = [f"the GPU of rank {rank} on {host}" if own else host for rank, host in enumerate(world.hosts)]
+    found = world.bcast(world.gather((own or available_memory(), own > 0)))
+    free = [room for room, _ in found]
+    gpus = {f"the GPU of rank {rank} on {world.hosts[rank]}": rank for rank, (_, is_gpu) in enumerate(found) if is_gpu}
+    places = list(world.hosts)
+    for name, rank in gpus.items():
+        places[rank] = name
     granted = n_kv
     for place in dict.fromkeys(places):
         ranks = [rank for rank in range(world.size) if places[rank] == place]
@@ -71,10 +75,10 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
         advice = (
             f"the largest context that fits is -c {largest}"
             if largest >= KV_BLOCK
-            else f"use more {'GPUs' if own else 'hosts'}, or a model with fewer bits per weight"
+            else f"use more {'GPUs' if place in gpus else 'hosts'}, or a model with fewer bits per weight"
         )
         error = UserError(
-            f"{place} has {format_bytes(room)} free, but {'it needs' if own else 'its ranks need'} "
+            f"{place} has {format_bytes(room)} free, but {'it needs' if place in gpus else 'its ranks need'} "
             f"{format_bytes(fixed)} for weights and work and {format_bytes(cache)} for a KV cache of {n_kv} tokens; "
             f"{advice}"
         )

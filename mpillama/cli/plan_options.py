@@ -6,7 +6,8 @@ import re
 from argparse import Namespace
 
 from mpillama.cli import values
-from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.parallel_options import BACKEND
 from mpillama.errors import UsageError
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

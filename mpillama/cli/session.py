@@ -14,12 +14,13 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from mpillama.backends import GPU_NAMES, make_backend
+from mpillama.backends import make_backend
 from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import Backend
 from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.reference import ReferenceBackend
+from mpillama.cli.devices import arithmetic, choose_device, devices_of
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.cli.shares import choose_shares
@@ -125,6 +126,9 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     own: list[T] = []
 
     def describe() -> Model:
+        named = {name for name, _ in devices_of(args, world.hosts)}
+        if args.deterministic and len(named) > 1:
+            raise UsageError("--deterministic needs the same backend on all ranks: name one with --backend")
         model, other = make()
         own.append(other)
         if args.deterministic:
@@ -132,7 +136,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer))
 
     model = from_root(world, describe)
-    backend, threads = settle(world, attempt(lambda: open_backend(args, world, one_thread=args.deterministic)))
+    backend, threads, gpu = settle(world, attempt(lambda: _open_backend(args, world, one_thread=args.deterministic)))
+    kinds = world.bcast(world.gather((backend.name, arithmetic(backend))))
     model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
     virtual = virtual_ranks(model.weights) if args.deterministic else None
     if virtual:
@@ -154,13 +159,15 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     with JointProgress(world, shares, enabled=log.interactive) as bar:
         if virtual:
             crew = Crew(world.group(), [len(here) for here in virtual])
-            backends = [backend, *(open_backend(args, world, one_thread=True)[0] for _ in virtual[world.rank][1:])]
+            backends = [backend, *(_another(backend) for _ in virtual[world.rank][1:])]
             parts = [
                 (i, Ops(member, tensor_group(group, member)), Pipe())
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
         else:
-            parts = [(world.rank, Ops(backend, _stage_group(world, model.grid, backend)), open_pipe(world, model.grid))]
+            group = _stage_group(world, model.grid, backend, gpu)
+            alike = len({kinds[rank] for rank in model.grid.stage_ranks(world.rank)}) == 1
+            parts = [(world.rank, Ops(backend, group, alike), open_pipe(world, model.grid))]
         loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
         if isinstance(loading, UserError):
             bar.give_up()
@@ -168,7 +175,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     runner = VirtualRunner([runner for runner, _ in members], crew) if virtual else members[0][0]
     n_read = sum(n for _, n in members)
     everyone = world.bcast(world.gather((n_read, peak_memory())))
-    log.info(_layout_line(world, backend.name, threads, model, partition, shares, kv))
+    names = " and ".join(dict.fromkeys(name for name, _ in kinds))
+    log.info(_layout_line(world, names, threads, model, partition, shares, kv))
     for rank, (n_read_there, peak) in enumerate(everyone):
         log.verbose(
             f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
@@ -201,10 +209,10 @@ def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
     return Grid(n_ranks)
 
 
-def _stage_group(world: World, grid: Grid, backend: Backend) -> Group:
+def _stage_group(world: World, grid: Grid, backend: Backend, gpu: str) -> Group:
     """Return the group of this rank's stage, for arrays of its backend; ``MPILLAMA_COLLECTIVES=host``: without NCCL."""
     if grid.tp == world.size:
-        return device_group(world, backend, by_host=os.environ.get("MPILLAMA_COLLECTIVES", "") == "host")
+        return device_group(world, backend, os.environ.get("MPILLAMA_COLLECTIVES", "") == "host", gpu)
     return tensor_group(world.group(grid.stage_ranks(world.rank)), backend)
 
 
@@ -285,22 +293,28 @@ def virtual_ranks(weights: tuple[float, ...]) -> list[range]:
 def open_backend(args: Namespace, world: World, one_thread: bool = False) -> tuple[Backend, int]:
     """Return this rank's backend and its number of threads; with ``one_thread``, of one that has to share the rank.
 
-    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use; ``MPILLAMA_SHARE_GPUS=1`` lets ranks
-    share a GPU.
+    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use.
 
     Raises:
         UsageError: the backend or the level is not there.
     """
+    return _open_backend(args, world, one_thread)[:2]
+
+
+def _open_backend(args: Namespace, world: World, one_thread: bool) -> tuple[Backend, int, str]:
+    """Return also what tells this rank's GPU from others, "" if it has none."""
     threads, cores = (1, ()) if one_thread else place_threads(world, args.threads)
     threadpool_limits(threads)
-    device = 0
-    if args.backend in GPU_NAMES:
-        from mpillama.cli.gpus import choose_gpu
+    # CuPy keeps compiled kernels in the home folder, which the nodes of a cluster share, and which is slow.
+    os.environ.setdefault("CUPY_CACHE_DIR", str(user_cache() / "cupy"))
+    name, device, gpu = choose_device(args, world)
+    return make_backend(name, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", ""), device), threads, gpu
 
-        # CuPy keeps compiled kernels in the home folder, which the nodes of a cluster share, and which is slow.
-        os.environ.setdefault("CUPY_CACHE_DIR", str(user_cache() / "cupy"))
-        device = choose_gpu(args.backend, world, share=os.environ.get("MPILLAMA_SHARE_GPUS", "") == "1")
-    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", ""), device), threads
+
+def _another(backend: Backend) -> Backend:
+    """Return one more of this kind for a virtual rank, with one thread, on the same device."""
+    index = getattr(getattr(backend, "device", None), "index", 0)
+    return make_backend(backend.name, 1, (), os.environ.get("MPILLAMA_CPU_LEVEL", ""), index)
 
 
 def limit_threads(world: World, wanted: int) -> int:

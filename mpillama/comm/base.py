@@ -176,17 +176,23 @@ def settle(world: World, outcome: T | UserError) -> T:
     """Return this rank's outcome of an `attempt` if no rank's is an error.
 
     Raises:
-        UserError: on rank 0, if any rank has one; it names the rank.
+        UserError: on rank 0, if any rank has one; it names the rank, unless all ranks have come to it together.
         PeerFailure: on the other ranks then.
     """
-    said = world.gather((outcome.exit_code, outcome.line) if isinstance(outcome, UserError) else None)
+    failed = isinstance(outcome, UserError)
+    # A rank that only knows that another one has failed has nothing to say.
+    said = (outcome.exit_code, outcome.line, outcome.told) if isinstance(outcome, UserError) else None
+    everyone = world.gather((failed, None if isinstance(outcome, PeerFailure) else said))
 
     def judge() -> None:
-        for rank, told in enumerate(said):
+        for rank, (_, told) in enumerate(everyone):
             if told is not None:
-                error = UserError(f"rank {rank} on {world.hosts[rank]}: {told[1]}" if world.size > 1 else told[1])
-                error.exit_code = told[0]
+                code, line, known = told
+                error = UserError(line if known or world.size == 1 else f"rank {rank} on {world.hosts[rank]}: {line}")
+                error.exit_code = code
                 raise error
+        if any(silent for silent, _ in everyone):
+            raise UserError("a rank failed, and no rank says why")
 
     from_root(world, judge)
     return cast("T", outcome)

@@ -438,7 +438,7 @@ def test_what_people_type_from_memory() -> None:
     assert [note.split()[0] for note in namespace.notes] == ["-ngl", "-fa", "--no-mmap", "-no-cnv", "-nkvo", "--numa"]
 
 
-@pytest.mark.parametrize("flag", ["--lora", "-dev", "-ot", "--mmproj", "-cmoe", "-md"])
+@pytest.mark.parametrize("flag", ["--lora", "-ot", "--mmproj", "-cmoe", "-md"])
 def test_flags_that_must_not_be_ignored(flag: str) -> None:
     assert not foreign_flags()[flag].ignored
 
