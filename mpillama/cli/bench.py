@@ -27,6 +27,7 @@ from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
 from mpillama.cli.bench_options import with_defaults
+from mpillama.cli.memory import available_memory
 from mpillama.cli.progress import LoadProgress, Log
 from mpillama.cli.session import grid_of, model_path, open_backend
 from mpillama.comm.base import World, from_root
@@ -211,7 +212,7 @@ class _Bench:
             for type_k in args.cache_type_k
             for type_v in args.cache_type_v
         )
-        everyone = world.gather((world.hosts[world.rank], need, _available_memory()))
+        everyone = world.gather((world.hosts[world.rank], need, available_memory()))
 
         def check() -> None:
             for host in dict.fromkeys(host for host, _, _ in everyone):
@@ -422,12 +423,6 @@ def _split_mode(grid: Grid) -> str:
     if grid.pp == 1:
         return "tensor"
     return "layer" if grid.tp == 1 else f"{grid.tp} x {grid.pp}"
-
-
-def _available_memory() -> int:
-    """Return the bytes that this host can still give, as the kernel estimates it."""
-    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(match[1]) * 1024 if match else sys.maxsize
 
 
 def _cpu_info() -> str:

@@ -61,16 +61,17 @@ TIMEOUT = _parallelism(
     ),
 )
 
+THREADS = Option(
+    ("-t", "--threads"),
+    "CPU threads per rank, 0 or -1 = the rank's share of its node",
+    values.integer(-1),
+    -1,
+    env="LLAMA_ARG_THREADS",
+    group="parallelism",
+)
+
 PARALLEL = (
-    *_parallelism(
-        Option(
-            ("-t", "--threads"),
-            "CPU threads per rank, 0 or -1 = the rank's share of its node",
-            values.integer(-1),
-            -1,
-            env="LLAMA_ARG_THREADS",
-        ),
-    ),
+    THREADS,
     *BACKEND,
     *DEVICE,
     *TENSOR_SPLIT,
