@@ -93,7 +93,7 @@ def write_llama(path: Path, rng: np.random.Generator, type: GGMLType = GGMLType.
         "n_vocab": 96,
     } | sizes
     arch = sizes.get("arch", "llama")
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=size.get("split_max_tensors", 0))
     writer.add_context_length(128)
     writer.add_embedding_length(size["n_embd"])
     writer.add_block_count(size["n_layer"])

@@ -70,6 +70,30 @@ class Link(Protocol):
         ...
 
 
+class Courier(Protocol):
+    """Bytes from any rank to any other; messages of a pair keep their order."""
+
+    def send(self, rank: int, data: np.ndarray) -> None:
+        """Begin to send ``data``, flat uint8, which must not change until the next `flush`; it may be empty."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until all that was sent has been taken."""
+        ...
+
+    def receive(self, rank: int, out: np.ndarray) -> int:
+        """Wait for the next message of a rank, of at most as many bytes as ``out`` has; returns how many there are."""
+        ...
+
+    def progress(self) -> None:
+        """Look after what is on its way, and after the other ranks; for who waits for something else."""
+        ...
+
+    def close(self) -> None:
+        """`flush`, and end; all ranks do."""
+        ...
+
+
 class World(Protocol):
     """All ranks of one run, and the host each lives on."""
 
@@ -89,6 +113,10 @@ class World(Protocol):
 
     def link(self, partner: int) -> Link:
         """Return this rank's end of the channel to another rank; there is one for each pair."""
+        ...
+
+    def courier(self) -> Courier:
+        """Return this rank's end of a new `Courier`; all ranks call this together."""
         ...
 
     def bcast(self, value: Any) -> Any:
