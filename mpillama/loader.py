@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +28,9 @@ class Source(Protocol):
 
     def __enter__(self) -> Source: ...
 
-    def __exit__(self, *error: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
 
     def read(self, info: TensorInfo, part: Slice, borrowed: bool = False) -> np.ndarray:
         """Return a slice of a tensor, uint8 (n_mats, n_rows, row bytes); one that is ``borrowed`` until the next call.

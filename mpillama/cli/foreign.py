@@ -15,9 +15,7 @@ IGNORED = """
 -ngl --gpu-layers --n-gpu-layers N
 -mg --main-gpu INDEX
 -fa --flash-attn on|off|auto
--fit --fit on|off
 -fitt --fit-target MiB0,MiB1,...
--fitc --fit-ctx N
 -kvo --kv-offload
 -nkvo --no-kv-offload
 --repack

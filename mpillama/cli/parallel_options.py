@@ -70,11 +70,45 @@ THREADS = Option(
     group="parallelism",
 )
 
+LOAD = _parallelism(
+    Option(
+        ("--load",),
+        "how the weights get to the ranks: direct = each reads its own slices, bcast = each byte is read once and sent "
+        "to whom it belongs, auto = bcast for ranks on several hosts and a file on a network file system",
+        values.choice("auto", "direct", "bcast"),
+        "auto",
+        "{auto,direct,bcast}",
+    ),
+)
+
+FIT = (
+    Option(
+        ("-fit", "--fit"),
+        "whether a context that the memory does not hold is made smaller; on also does so with one that -c asks for",
+        values.choice("on", "off"),
+        None,
+        "{on,off}",
+        "LLAMA_ARG_FIT",
+        shown="on, unless -c is given",
+        group="context",
+    ),
+    Option(
+        ("-fitc", "--fit-ctx"),
+        "context that --fit goes down to at most",
+        values.integer(1),
+        4096,
+        env="LLAMA_ARG_FIT_CTX",
+        group="context",
+    ),
+)
+
 PARALLEL = (
     THREADS,
     *BACKEND,
     *DEVICE,
     *TENSOR_SPLIT,
+    *LOAD,
+    *FIT,
     *TIMEOUT,
     *_parallelism(
         Option(

@@ -21,8 +21,9 @@ from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.kv_codec import check_cache_type
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.devices import arithmetic, choose_device, devices_of
+from mpillama.cli.loading import choose_loading, read_watch
 from mpillama.cli.memory import fit_memory
-from mpillama.cli.progress import JointProgress, Log, format_bytes
+from mpillama.cli.progress import JointProgress, Log, format_bytes, format_rate
 from mpillama.cli.shares import choose_shares
 from mpillama.comm.base import Group, World, attempt, from_root, settle
 from mpillama.comm.nccl import device_group
@@ -35,9 +36,10 @@ from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
 from mpillama.grid import ONE_RANK, Grid, choose_grid
 from mpillama.layout import apportion
-from mpillama.loader import check_types, load_weights
+from mpillama.loader import SliceReader, Source, check_types, take_weights
 from mpillama.ops import Ops
 from mpillama.partition import Partition
+from mpillama.relay import Relay
 from mpillama.runner import Runner, VirtualRunner, kv_bytes
 from mpillama.state.sequence import KVPlace
 from mpillama.tensors import model_tensors
@@ -70,12 +72,15 @@ class Model:
 class Loaded:
     """A model that is ready to run on this rank, and how long that took in seconds.
 
+    ``n_read`` are the bytes that all ranks have read, and ``reading`` the seconds until they had them.
     ``places`` are the ranks' parts of the KV; empty where there are virtual ranks.
     """
 
     model: Model
     runner: Runner
     seconds: float
+    n_read: int
+    reading: float
     places: tuple[KVPlace, ...] = ()
 
 
@@ -154,9 +159,21 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
 
     room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
     n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room)
-    model = replace(model, n_kv=n_kv)
+    if n_kv < model.n_kv:
+        tell = log.report if args.ctx_size else log.info
+        tell(f"the memory holds a context of {n_kv} tokens, where {model.n_kv} were asked for")
+    model = replace(model, n_kv=n_kv, n_ctx=min(model.n_ctx, n_kv))
     kv = kv_shares(n_kv)
+    settle(world, attempt(lambda: check_types(model.tensors.values(), backend)))
+    loading = choose_loading(args.load, world, model.paths, virtual is not None)
+    watch, start = read_watch(world), time.perf_counter()
     with JointProgress(world, shares, enabled=log.interactive) as bar:
+
+        def source() -> Source:
+            if loading == "bcast":
+                return Relay(world, model.paths, model.tensors.values(), partition, bar.update, watch)
+            return SliceReader(model.paths, bar.update, watch)
+
         if virtual:
             crew = Crew(world.group(), [len(here) for here in virtual])
             backends = [backend, *(_another(backend) for _ in virtual[world.rank][1:])]
@@ -168,27 +185,28 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
             group = _stage_group(world, model.grid, backend, gpu)
             alike = len({kinds[rank] for rank in model.grid.stage_ranks(world.rank)}) == 1
             parts = [(world.rank, Ops(backend, group, alike), open_pipe(world, model.grid))]
-        loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
-        if isinstance(loading, UserError):
+        outcome = attempt(lambda: [open_runner(model, partition, *part, kv_types, source()) for part in parts])
+        if isinstance(outcome, UserError):
             bar.give_up()
-    members = settle(world, loading)
+    watch.close()
+    members = settle(world, outcome)
     runner = VirtualRunner([runner for runner, _ in members], crew) if virtual else members[0][0]
     n_read = sum(n for _, n in members)
-    everyone = world.bcast(world.gather((n_read, peak_memory())))
+    everyone = world.bcast(world.gather((n_read, peak_memory(), time.perf_counter() - start)))
+    n_read, reading = sum(n for n, _, _ in everyone), max(seconds for _, _, seconds in everyone)
     names = " and ".join(dict.fromkeys(name for name, _ in kinds))
     log.info(_layout_line(world, names, threads, model, partition, shares, kv))
-    for rank, (n_read_there, peak) in enumerate(everyone):
+    for rank, (n_read_there, peak, _) in enumerate(everyone):
         log.verbose(
             f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
             f"read {format_bytes(n_read_there)}, KV {format_bytes(kv[rank])}, peak memory {format_bytes(peak)}"
         )
     n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in model.tensors.values()}.values())
-    log.verbose(
-        f"read in all: {format_bytes(sum(n for n, _ in everyone))} of {format_bytes(n_file)} of tensors in the file"
-    )
+    words = f"of {format_bytes(n_file)} of tensors in the file (--load {loading})"
+    log.verbose(f"read in all: {format_rate(reading, n_read)}, {words}")
     n_k = model.cfg.n_embd_head_k
     places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else world.size))
-    return Loaded(model, runner, time.perf_counter() - began, places), own[0] if own else None
+    return Loaded(model, runner, time.perf_counter() - began, n_read, reading, places), own[0] if own else None
 
 
 def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
@@ -223,7 +241,7 @@ def open_runner(
     ops: Ops,
     pipe: Pipe,
     kv_types: tuple[str, str],
-    progress: Callable[[int], None] = lambda n: None,
+    source: Source,
 ) -> tuple[Runner, int]:
     """Load the weights of a rank, or of a virtual one.
 
@@ -234,15 +252,15 @@ def open_runner(
         ops: over the rank's backend and the group of its stage.
         pipe: to the stages next to it.
         kv_types: of keys and values.
-        progress: called with each number of bytes read.
+        source: of the slices.
 
     Returns:
         The runner, and the bytes that were read.
     """
     sharding, index = partition.of(rank)
-    weights, n_read = load_weights(model.paths, model.tensors, sharding, index, ops.backend, progress)
+    weights = take_weights(source, model.tensors, sharding, index, ops.backend)
     n_head_kv = partition.n_head_kv(rank)
-    return Runner(model.cfg, weights, ops, n_head_kv, model.n_kv, *kv_types, sharding.blocks, pipe), n_read
+    return Runner(model.cfg, weights, ops, n_head_kv, model.n_kv, *kv_types, sharding.blocks, pipe), source.bytes_read
 
 
 def _layout_line(
