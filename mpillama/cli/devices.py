@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpillama.backends import GPU_NAMES
+from mpillama.backends.base import Backend
 from mpillama.backends.gpu.driver import list_gpus
 from mpillama.cli.gpus import GpuWish, choose_gpu
 from mpillama.comm.base import World
@@ -69,8 +71,31 @@ def choose_device(args: Namespace, world: World) -> tuple[str, int, str]:
     return devices[world.rank][0], index, identity
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """The backends of all ranks: their names, and what decides about the last bits of their results."""
+
+    names: tuple[str, ...]
+    arithmetic: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """For people: ``cpu backend``, ``cpu, cuda and hip backends``."""
+        *names, last = dict.fromkeys(self.names)
+        return f"{', '.join(names)} and {last} backends" if names else f"{last} backend"
+
+    def alike(self, ranks: Iterable[int]) -> bool:
+        """Whether these ranks compute the same bits from the same input."""
+        return len({self.arithmetic[rank] for rank in ranks}) == 1
+
+
+def kinds_of(world: World, backend: Backend) -> Kinds:
+    """Return the kinds of all ranks, which call this together."""
+    everyone = world.bcast(world.gather((backend.name, arithmetic(backend))))
+    return Kinds(tuple(name for name, _ in everyone), tuple(detail for _, detail in everyone))
+
+
 def arithmetic(backend: Any) -> str:
-    """Return what decides about the last bits of a backend's results: ranks of which it is the same are alike."""
+    """Return what decides about the last bits of a backend's results."""
     pool, device = getattr(backend, "pool", None), getattr(backend, "device", None)
     # NumPy's products depend on the processor.
     detail = pool.level if pool else getattr(device, "model", "") if device else processor()

@@ -20,7 +20,7 @@ from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.kv_codec import check_cache_type
 from mpillama.backends.reference import ReferenceBackend
-from mpillama.cli.devices import arithmetic, choose_device, devices_of
+from mpillama.cli.devices import Kinds, choose_device, devices_of, kinds_of
 from mpillama.cli.loading import choose_loading, read_watch
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes, format_rate
@@ -142,7 +142,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
 
     model = from_root(world, describe)
     backend, threads, gpu = settle(world, attempt(lambda: _open_backend(args, world, one_thread=args.deterministic)))
-    kinds = world.bcast(world.gather((backend.name, arithmetic(backend))))
+    kinds = kinds_of(world, backend)
     model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
     virtual = virtual_ranks(model.weights) if args.deterministic else None
     if virtual:
@@ -183,8 +183,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
             ]
         else:
             group = _stage_group(world, model.grid, backend, gpu)
-            alike = len({kinds[rank] for rank in model.grid.stage_ranks(world.rank)}) == 1
-            parts = [(world.rank, Ops(backend, group, alike), open_pipe(world, model.grid))]
+            ops = Ops(backend, group, kinds.alike(model.grid.stage_ranks(world.rank)))
+            parts = [(world.rank, ops, open_pipe(world, model.grid))]
         outcome = attempt(lambda: [open_runner(model, partition, *part, kv_types, source()) for part in parts])
         if isinstance(outcome, UserError):
             bar.give_up()
@@ -194,8 +194,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     n_read = sum(n for _, n in members)
     everyone = world.bcast(world.gather((n_read, peak_memory(), time.perf_counter() - start)))
     n_read, reading = sum(n for n, _, _ in everyone), max(seconds for _, _, seconds in everyone)
-    names = " and ".join(dict.fromkeys(name for name, _ in kinds))
-    log.info(_layout_line(world, names, threads, model, partition, shares, kv))
+    log.info(_layout_line(world, kinds, threads, model, partition, shares, kv))
     for rank, (n_read_there, peak, _) in enumerate(everyone):
         log.verbose(
             f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
@@ -264,7 +263,7 @@ def open_runner(
 
 
 def _layout_line(
-    world: World, backend: str, threads: int, model: Model, partition: Partition, shares: list[int], kv: list[int]
+    world: World, kinds: Kinds, threads: int, model: Model, partition: Partition, shares: list[int], kv: list[int]
 ) -> str:
     n_hosts = len(set(world.hosts))
     total = sum(model.weights)
@@ -274,7 +273,7 @@ def _layout_line(
     each = " each" if world.size > 1 else ""
     return (
         f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {_grid_words(model.grid, partition)}"
-        f"{backend} backend with {_count(threads, 'thread')}{each}, tensor split {split} %, "
+        f"{kinds} with {_count(threads, 'thread')}{each}, tensor split {split} %, "
         f"weights {per_rank} per rank, KV {format_bytes(max(kv))} for {model.n_kv} tokens"
     )
 
