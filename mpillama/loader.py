@@ -142,9 +142,10 @@ def load_weights(
     rank: int,
     backend: Backend,
     progress: Callable[[int], None] = lambda n: None,
+    watch: ReadWatch | None = None,
 ) -> tuple[Weights, int]:
     """Read a rank's slices and hand them to its backend; returns the weights and the number of bytes read."""
-    source = SliceReader(paths, progress)
+    source = SliceReader(paths, progress, watch)
     return take_weights(source, tensors, sharding, rank, backend), source.bytes_read
 
 

@@ -31,7 +31,17 @@ class _Read(NamedTuple):
     since: float
 
 
-class ReadWatch:
+class Silence:
+    """No watch over reads."""
+
+    def begin(self, path: str, offset: int, n_bytes: int) -> None:
+        """Let a read begin."""
+
+    def end(self) -> None:
+        """Let it end."""
+
+
+class ReadWatch(Silence):
     """Says while it lasts that a read does not come back: of a file server that is down, nothing else tells.
 
     Args:
@@ -39,7 +49,7 @@ class ReadWatch:
         patience: seconds that a read may take.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None, patience: float | None = None) -> None:
+    def __init__(self, say: Callable[[str], None], patience: float | None = None) -> None:
         self._say, self._patience = say, PATIENCE if patience is None else patience
         self._now: _Read | None = None
         self._ended = threading.Event()
@@ -84,11 +94,11 @@ class Files:
 
     Args:
         paths: of the files.
-        watch: over the reads.
+        watch: over the reads; None: nobody looks.
     """
 
     def __init__(self, paths: Iterable[str], watch: ReadWatch | None = None) -> None:
-        self._paths, self._watch = tuple(paths), watch or ReadWatch()
+        self._paths, self._watch = tuple(paths), watch or Silence()
         self._open: dict[int, int] = {}
         self.bytes_read = 0
 

@@ -28,6 +28,7 @@ from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
 from mpillama.cli.bench_options import with_defaults
 from mpillama.cli.devices import Kinds, kinds_of
+from mpillama.cli.loading import read_watch
 from mpillama.cli.memory import available_memory
 from mpillama.cli.progress import LoadProgress, Log
 from mpillama.cli.session import grid_of, model_path, open_backend
@@ -241,19 +242,20 @@ class _Bench:
         self._say(f"loading {model.type_name}")
         world = self._world
         total = sum(partition.bytes_of(rank) for rank in range(world.size))
-        bar = LoadProgress(total, enabled=self._log.interactive)
+        bar, watch = LoadProgress(total, enabled=self._log.interactive), read_watch(world)
 
         def progress(n: int) -> None:
             world.report(n)
             bar.update(n + (world.reported() if world.rank == 0 else 0))
 
         try:
-            weights = load(model, *partition.of(world.rank), backend, progress)
+            weights = load(model, *partition.of(world.rank), backend, progress, watch)
             world.bcast(world.gather(None))
             if world.rank == 0:
                 bar.update(world.reported())
         finally:
             bar.close()
+            watch.close()
         return weights
 
     def _runner(self, case: Case, loaded: _Loaded) -> _Cache:
