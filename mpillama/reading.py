@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,13 +21,6 @@ PATIENCE = 10.0
 """Seconds that a single read may take before it is spoken of."""
 # A file system that stays stuck is named again, at growing intervals of at most this many seconds.
 _LONGEST_SILENCE = 300.0
-
-
-class _Read(NamedTuple):
-    path: str
-    offset: int
-    n_bytes: int
-    since: float
 
 
 class Silence:
@@ -51,16 +43,14 @@ class ReadWatch(Silence):
 
     def __init__(self, say: Callable[[str], None], patience: float | None = None) -> None:
         self._say, self._patience = say, PATIENCE if patience is None else patience
-        self._now: _Read | None = None
+        self._now: tuple[str, int, int, float] | None = None
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._look, name="read-watch", daemon=True)
+        self._thread.start()
 
     def begin(self, path: str, offset: int, n_bytes: int) -> None:
         """Note that a read begins."""
-        self._now = _Read(path, offset, n_bytes, time.monotonic())
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._look, name="read-watch", daemon=True)
-            self._thread.start()
+        self._now = path, offset, n_bytes, time.monotonic()
 
     def end(self) -> None:
         """Note that it has come back."""
@@ -69,24 +59,24 @@ class ReadWatch(Silence):
     def close(self) -> None:
         """End the thread."""
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
     def _look(self) -> None:
-        told: _Read | None = None
+        told: tuple[str, int, int, float] | None = None
         wait = self._patience
         while not self._ended.wait(min(self._patience / 4, 1.0)):
             read, now = self._now, time.monotonic()
             if told is not None and read is not told:
-                self._say(f"{told.path} can be read again, after {now - told.since:.0f} s")
+                self._say(f"{told[0]} can be read again, after {now - told[3]:.0f} s")
                 told, wait = None, self._patience
-            if read is None or now - read.since < wait:
+            if read is None or now - read[3] < wait:
                 continue
+            path, offset, n_bytes, since = read
             self._say(
-                f"has been waiting for {now - read.since:.0f} s to read {read.n_bytes} bytes of {read.path} at offset "
-                f"{read.offset}: the file system is slow or does not answer"
+                f"has been waiting for {now - since:.0f} s to read {n_bytes} bytes of {path} at offset {offset}: the "
+                "file system is slow or does not answer"
             )
-            told, wait = read, now - read.since + min(wait, _LONGEST_SILENCE)
+            told, wait = read, now - since + min(wait, _LONGEST_SILENCE)
 
 
 class Files:
@@ -111,7 +101,7 @@ class Files:
     def fill(
         self, part: int, offset: int, out: np.ndarray, what: str, progress: Callable[[int], None] = lambda n: None
     ) -> None:
-        """Read so many bytes of a file as ``out`` (contiguous) takes.
+        """Read so many bytes of a file as ``out`` takes, flat uint8; there may be millions of calls.
 
         Args:
             part: number of the file.
@@ -123,14 +113,14 @@ class Files:
         Raises:
             GGUFError: the file cannot be read, or has become shorter.
         """
-        path, view, done = self._paths[part], memoryview(out.data).cast("B"), 0
+        path, view, done, total = self._paths[part], out.data, 0, len(out)
         try:
-            self._watch.begin(path, offset, len(view))
             fd = self._open.get(part)
             if fd is None:
+                self._watch.begin(path, 0, 0)
                 fd = self._open[part] = os.open(path, os.O_RDONLY)
-            while done < len(view):
-                piece = view[done : done + READ_BYTES]
+            while done < total:
+                piece = view[done : done + READ_BYTES] if total > READ_BYTES or done else view
                 self._watch.begin(path, offset + done, len(piece))
                 n = os.preadv(fd, [piece], offset + done)
                 if n == 0:
