@@ -60,6 +60,14 @@ def _places(world: World, own: int) -> list[_Place]:
     return found
 
 
+def fits_easily(world: World, needed: list[int], own: int = 0) -> bool:
+    """Return whether so many bytes for each rank leave a part of the memory to others, everywhere; see `fit_memory`."""
+    return all(
+        sum(needed[rank] + WORKSPACE for rank in place.ranks) <= place.room * _OWN_CHOICE
+        for place in _places(world, own)
+    )
+
+
 def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int, own: int = 0) -> int:
     """Return how many tokens the KV cache can hold where each host, or each rank's device, has room; at best ``n_kv``.
 
