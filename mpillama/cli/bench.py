@@ -27,6 +27,8 @@ from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
 from mpillama.cli.bench_options import with_defaults
+from mpillama.cli.devices import Kinds, kinds_of
+from mpillama.cli.loading import read_watch
 from mpillama.cli.memory import available_memory
 from mpillama.cli.progress import LoadProgress, Log
 from mpillama.cli.session import grid_of, model_path, open_backend
@@ -69,6 +71,7 @@ class _Loaded:
     model: BenchModel
     partition: Partition
     backend: Backend
+    kinds: Kinds
     weights: Weights
     reads: StepBytes
     n_threads: int
@@ -188,7 +191,8 @@ class _Bench:
         stream = self._stream(backend, n_threads) if self._details else None
         weights = self._weights(model, partition, backend)
         reads = step_bytes(model, *partition.stages)
-        self._loaded = _Loaded(spec, model, partition, backend, weights, reads, n_threads, stream)
+        kinds = kinds_of(world, backend)
+        self._loaded = _Loaded(spec, model, partition, backend, kinds, weights, reads, n_threads, stream)
         if self._args.compare:
             self._peer = self._open_peer(self._loaded)
         return self._loaded
@@ -238,19 +242,20 @@ class _Bench:
         self._say(f"loading {model.type_name}")
         world = self._world
         total = sum(partition.bytes_of(rank) for rank in range(world.size))
-        bar = LoadProgress(total, enabled=self._log.interactive)
+        bar, watch = LoadProgress(total, enabled=self._log.interactive), read_watch(world)
 
         def progress(n: int) -> None:
             world.report(n)
             bar.update(n + (world.reported() if world.rank == 0 else 0))
 
         try:
-            weights = load(model, *partition.of(world.rank), backend, progress)
+            weights = load(model, *partition.of(world.rank), backend, progress, watch)
             world.bcast(world.gather(None))
             if world.rank == 0:
                 bar.update(world.reported())
         finally:
             bar.close()
+            watch.close()
         return weights
 
     def _runner(self, case: Case, loaded: _Loaded) -> _Cache:
@@ -261,7 +266,8 @@ class _Bench:
             if grid not in self._groups:
                 self._groups[grid] = MeteredGroup(world.group(grid.stage_ranks(world.rank)))
             group = self._groups[grid]
-            ops = Ops(loaded.backend, tensor_group(group, loaded.backend))
+            alike = loaded.kinds.alike(grid.stage_ranks(world.rank))
+            ops = Ops(loaded.backend, tensor_group(group, loaded.backend), alike)
             settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
             stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid))
             self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
@@ -363,7 +369,7 @@ class _Bench:
             build_commit=f"mpillama {__version__}",
             cpu_info=_cpu_info(),
             gpu_info="",
-            backends=loaded.backend.name,
+            backends=",".join(dict.fromkeys(loaded.kinds.names)),
             model_filename=model.filename,
             model_type=model.type_name,
             model_size=model.size,

@@ -10,7 +10,8 @@ from dataclasses import replace
 from mpillama.bench.output import FORMATS
 from mpillama.cli.checks import check_model
 from mpillama.cli.grid_options import GRID
-from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, TIMEOUT, Option
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.parallel_options import BACKEND, DEVICE, TIMEOUT
 from mpillama.cli.values import BadValueError, choice, integer, number, path
 from mpillama.errors import UsageError
 
@@ -168,7 +169,7 @@ _OUTPUT = (
 
 BENCH = (
     *(replace(option, group="what is measured") for option in _TEST),
-    *(replace(option, group="what is measured") for option in BACKEND),
+    *(replace(option, group="what is measured") for option in (*BACKEND, *DEVICE)),
     *(replace(option, group="what is measured") for option in TIMEOUT),
     *(replace(option, env="") for option in GRID),
     *(replace(option, excludes=(), env="") for option in MODEL if option.dest in _HUGGING_FACE),
