@@ -95,7 +95,7 @@ CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 InactiveLimit=0
-KillWait=5
+KillWait=20
 MessageTimeout=20
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=4 RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=4 RealMemory=1000
@@ -152,8 +152,12 @@ def slurm() -> Iterator[Slurm]:
         except pytest.fail.Exception:
             logs = "\n".join(log.read_text()[-800:] for log in folder.glob("*.log"))
             pytest.fail(f"Slurm does not come up: {logs}")
-        yield made
-        made.run("scancel", "--user=root")
+        try:
+            yield made
+        finally:
+            # A daemon that goes first leaves its jobs behind.
+            made.run("scancel", "--user=root")
+            until("the end of all jobs", lambda: not made.run("squeue", "--noheader").stdout.strip(), 40.0)
     finally:
         for file in reversed(pids):
             with suppress(OSError, ValueError):

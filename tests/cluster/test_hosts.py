@@ -5,18 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
-from machines import MPILLAMA, ROOT, Hosts, clean_environment, two_hosts
+from machines import MPILLAMA, ROOT, Hosts, clean_environment
 
 LAUNCH = [ROOT / "launch" / "hostfile.sh"]
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    with two_hosts() as made:
-        yield made
 
 
 def on_both(hosts: Hosts, *command: str) -> subprocess.CompletedProcess[str]:
