@@ -15,10 +15,10 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from mpillama.backends import GPU_NAMES, make_backend
-from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import Backend
 from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.cache import user_cache
+from mpillama.backends.kv_codec import check_cache_type
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
