@@ -31,7 +31,7 @@ _HEAD = 1024
 _PROGRESS = 1
 # Seconds.
 _ABORT_TAKES = 3.0
-# Beats of rank 0's heart between two that the other hosts are told of.
+# Beats of a heart between two that other hosts are told of.
 _BEATS_PER_MESSAGE = 4
 
 
@@ -118,19 +118,27 @@ class MPIWorld:
         threads = all(self._control.allgather(MPI.Query_thread() == MPI.THREAD_MULTIPLE))
         far = len(self._by_host) > 1 and threads
         self.watch = Watch(ranks, self.hosts, board, limit, hears_root=far)
+        if far and self.rank == 0:
+            for others in self._by_host[1:]:
+                self.watch.far_beat(others[0], 0)
         local.Barrier()
         board.start_heart(self._pass_pulse if far and self.local_rank == 0 else None)
 
     def _pass_pulse(self) -> None:
-        """Send the beats of rank 0's heart to the first rank of each other host, which puts them on its board."""
+        """Exchange beats between rank 0 and the first rank of each other host, which puts them on its board."""
         if self.rank:
+            partners = [0]
             while self._pulse.Iprobe(0):
                 self._board.root_beat(self._pulse.recv(None, 0))
-            return
+        else:
+            partners = [ranks[0] for ranks in self._by_host[1:]]
+            for rank in partners:
+                while self._pulse.Iprobe(rank):
+                    self.watch.far_beat(rank, self._pulse.recv(None, rank))
         self._n_beats += 1
         if self._n_beats % _BEATS_PER_MESSAGE == 0:
             self._pulses = [pulse for pulse in self._pulses if not pulse.Test()]
-            self._pulses += [self._pulse.isend(self._n_beats, ranks[0]) for ranks in self._by_host[1:]]
+            self._pulses += [self._pulse.isend(self._n_beats, rank) for rank in partners]
 
     def _count_cores(self) -> int:
         """Return the number of cores that the ranks of this host may run on, together."""

@@ -53,6 +53,9 @@ class Watch:
         self._beats: list[int] = []
         self._silent = [0.0] * (len(ranks) + 1)
         self._heard = 0.0
+        # On rank 0: of the first rank of each other host, the beats heard, and those at the last look with the silence.
+        self._far: dict[int, int] = {}
+        self._far_silent: dict[int, tuple[int, float]] = {}
 
     # -- where this rank is ----------------------------------------------------------------------------------------
 
@@ -119,6 +122,8 @@ class Watch:
     def idle(self) -> None:
         """Look after the ranks of this host, and after rank 0, while there is nothing to do; call it now and then.
 
+        Rank 0 looks after the first rank of each other host, whose own ranks look after each other.
+
         Raises:
             JobError: one of them has died, or its process has stopped running for longer than the limit.
         """
@@ -130,8 +135,15 @@ class Watch:
         silent = [self._stopped(self._ranks[i]) for i in self._others if self._silent[i] > self.limit]
         if self._root_elsewhere and self._silent[-1] > self.limit + _GRACE_NETWORK:
             silent.append(f"nothing has been heard of {self._name(0)} for {self.limit:g} s")
+        for rank, (_, seconds) in self._far_silent.items():
+            if seconds > self.limit + _GRACE_NETWORK:
+                silent.append(f"nothing has been heard of {self._name(rank)} for {self.limit:g} s")
         if silent:
             raise self._error(silent)
+
+    def far_beat(self, rank: int, beats: int) -> None:
+        """Note how often the heart of the first rank of another host has beaten, on rank 0; called by a thread."""
+        self._far[rank] = beats
 
     def _listen(self, now: float) -> None:
         """Add up how long each heart has been silent, counting only time in which this rank ran itself."""
@@ -142,6 +154,9 @@ class Watch:
         before, self._beats = self._beats, self._board.beats()
         for i, beats in enumerate(self._beats):
             self._silent[i] = self._silent[i] + passed if before and before[i] == beats else 0.0
+        for rank, beats in list(self._far.items()):
+            known, seconds = self._far_silent.get(rank, (-1, 0.0))
+            self._far_silent[rank] = beats, seconds + passed if known == beats else 0.0
 
     def _look_for_dead(self, ranks: Sequence[int]) -> None:
         now = time.monotonic()
