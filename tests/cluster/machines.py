@@ -264,8 +264,8 @@ class Hosts:
                     os.kill(pid, signal.SIGKILL)
             running.wait()
 
-    def processes(self, host: str, word: str = "") -> list[int]:
-        """Return the processes on a host that have a word in their command line, the oldest first."""
+    def processes(self, host: str, command: str = "") -> list[int]:
+        """Return the processes on a host whose command line begins so, the oldest first."""
         holder = (self.folder / f"{host}.pid").read_text().strip()
         network = os.stat(f"/proc/{holder}/ns/net").st_ino
         found = []
@@ -273,7 +273,8 @@ class Hosts:
             # Whatever ends meanwhile is on no host.
             with suppress(OSError):
                 here = os.stat(folder / "ns" / "net").st_ino == network
-                if here and word in (folder / "cmdline").read_bytes().decode().replace("\0", " "):
+                words = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                if here and words.startswith(command):
                     found.append(int(folder.name))
         return sorted(found)
 
