@@ -93,6 +93,16 @@ def test_files_splits_and_cache_types(tmp_path, rng):
     assert rows[0]["model_type"].endswith(" F32")
 
 
+def test_splits_that_the_ranks_find_out():
+    ended = run("bench --shape tiny -ts auto,memory,1/1 -p 0 -n 2 -r 1 -o jsonl".split(), 2)
+    assert ended.code == 0, ended.err
+    measured, memory, even = (json.loads(line)["tensor_split"] for line in ended.out.splitlines())
+    assert (memory, even) == ("1/1", "1/1")
+    shares = [float(share) for share in measured.split("/")]
+    assert len(shares) == 2
+    assert min(shares) == 1
+
+
 @pytest.mark.parametrize("n_ranks", [0, 2])
 @pytest.mark.parametrize(
     ("words", "message"),
