@@ -1,4 +1,4 @@
-"""Links that fail and ranks that stop or die, with a rank on each of two hosts: the job goes on, or names the culprit."""
+"""Links that fail and ranks that stop or die, one on each of two hosts: the job goes on, or names the culprit."""
 
 from __future__ import annotations
 
