@@ -36,10 +36,17 @@ class Watch:
         board: of this host.
         limit: seconds that a rank may be late inside a step; 0: for ever.
         hears_root: whether the heart of rank 0 can be heard on the other hosts too.
+        hears: ranks on other hosts that `hear` is told of.
     """
 
     def __init__(
-        self, ranks: Sequence[int], hosts: Sequence[str], board: Board, limit: float, hears_root: bool = False
+        self,
+        ranks: Sequence[int],
+        hosts: Sequence[str],
+        board: Board,
+        limit: float,
+        hears_root: bool = False,
+        hears: Sequence[int] = (),
     ) -> None:
         self.limit = limit
         self.step, self._call, self._kind = 0, 0, 0
@@ -51,11 +58,9 @@ class Watch:
         self._dead: dict[int, float] = {}
         self._asked = 0.0
         self._beats: list[int] = []
-        self._silent = [0.0] * (len(ranks) + 1)
+        self._far = dict.fromkeys(hears, 0)
+        self._silent = [0.0] * (len(ranks) + 1 + len(hears))
         self._heard = 0.0
-        # On rank 0: of the first rank of each other host, the beats heard, and those at the last look with the silence.
-        self._far: dict[int, int] = {}
-        self._far_silent: dict[int, tuple[int, float]] = {}
 
     # -- where this rank is ----------------------------------------------------------------------------------------
 
@@ -122,8 +127,6 @@ class Watch:
     def idle(self) -> None:
         """Look after the ranks of this host, and after rank 0, while there is nothing to do; call it now and then.
 
-        Rank 0 looks after the first rank of each other host, whose own ranks look after each other.
-
         Raises:
             JobError: one of them has died, or its process has stopped running for longer than the limit.
         """
@@ -133,17 +136,16 @@ class Watch:
         if not self.limit:
             return
         silent = [self._stopped(self._ranks[i]) for i in self._others if self._silent[i] > self.limit]
-        if self._root_elsewhere and self._silent[-1] > self.limit + _GRACE_NETWORK:
-            silent.append(f"nothing has been heard of {self._name(0)} for {self.limit:g} s")
-        for rank, (_, seconds) in self._far_silent.items():
-            if seconds > self.limit + _GRACE_NETWORK:
+        elsewhere = [0, *self._far] if self._root_elsewhere else [-1, *self._far]
+        for rank, seconds in zip(elsewhere, self._silent[len(self._ranks) :], strict=True):
+            if rank >= 0 and seconds > self.limit + _GRACE_NETWORK:
                 silent.append(f"nothing has been heard of {self._name(rank)} for {self.limit:g} s")
         if silent:
             raise self._error(silent)
 
-    def far_beat(self, rank: int, beats: int) -> None:
-        """Note how often the heart of the first rank of another host has beaten, on rank 0; called by a thread."""
-        self._far[rank] = beats
+    def hear(self, rank: int) -> None:
+        """Note that the heart of a rank on another host beats; any thread may call this."""
+        self._far[rank] += 1
 
     def _listen(self, now: float) -> None:
         """Add up how long each heart has been silent, counting only time in which this rank ran itself."""
@@ -151,12 +153,9 @@ class Watch:
             return
         passed = min(now - self._heard, _LONGEST_NAP) if self._heard else 0.0
         self._heard = now
-        before, self._beats = self._beats, self._board.beats()
+        before, self._beats = self._beats, [*self._board.beats(), *self._far.values()]
         for i, beats in enumerate(self._beats):
             self._silent[i] = self._silent[i] + passed if before and before[i] == beats else 0.0
-        for rank, beats in list(self._far.items()):
-            known, seconds = self._far_silent.get(rank, (-1, 0.0))
-            self._far_silent[rank] = beats, seconds + passed if known == beats else 0.0
 
     def _look_for_dead(self, ranks: Sequence[int]) -> None:
         now = time.monotonic()

@@ -1,6 +1,7 @@
 """Plans: the tape of a model's text against real runs, bytes against shards, and what fits against what is asked."""
 
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -270,7 +271,9 @@ def test_command(tmp_path, capsys):
     assert best["fits"]
     assert best["tp"] * best["pp"] * best["dp"] == 16
     assert best["seconds"] == min(layout["seconds"] for layout in found["layouts"] if layout["fits"])
-    assert f"--tp {best['tp']} --pp {best['pp']} --dp {best['dp']}" in script.read_text()
+    n_seqs = -(-16 // best["dp"])
+    layout = f"--tp {best['tp']} --pp {best['pp']} --dp {best['dp']} -np {n_seqs} -c {n_seqs * 4096}"
+    assert re.search(rf"mpillama batch .* {layout} ", script.read_text())
     assert main([*flags, "--between-gbps", "0.1", "--memory-gbps", "1000", "--op-us", "0"]) == 0
     text = capsys.readouterr().out
     assert "1000 GB/s x 1," in text
