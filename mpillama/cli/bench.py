@@ -32,6 +32,7 @@ from mpillama.cli.loading import read_watch
 from mpillama.cli.memory import available_memory
 from mpillama.cli.progress import LoadProgress, Log
 from mpillama.cli.session import grid_of, model_path, open_backend
+from mpillama.cli.shares import choose_shares
 from mpillama.comm.base import World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.comm.pipeline import open_pipe
@@ -186,6 +187,10 @@ class _Bench:
         world = self._world
         backend, n_threads = open_backend(Namespace(**{**vars(self._args), "threads": spec.n_threads}), world)
         model = from_root(world, lambda: self._describe(spec, n_ctx, backend))
+        if isinstance(spec.tensor_split, str):
+            found = choose_shares(spec.tensor_split, world, model.grid, backend)
+            # To be read in a table: 1.94/1.
+            model = replace(model, shares=tuple(share / min(found) for share in found))
         partition = Partition(model.cfg, model.tensors, model.grid, model.shares, self._args.ep)
         self._check_memory(model, partition)
         stream = self._stream(backend, n_threads) if self._details else None
@@ -203,7 +208,8 @@ class _Bench:
             hub = None if spec.model else self._args.hf_repo
             args = Namespace(**{**vars(self._args), "model": spec.model or None, "hf_repo": hub})
             path = os.fspath(model_path(args))
-        model = describe(path or spec.model, path, spec.tensor_split, self._world.size, n_ctx, backend)
+        split = () if isinstance(spec.tensor_split, str) else spec.tensor_split
+        model = describe(path or spec.model, path, split, self._world.size, n_ctx, backend)
         model = replace(model, grid=grid_of(self._args, self._world.hosts, model.cfg.n_layer))
         model.grid.stage_weights(model.shares)
         return model
@@ -380,7 +386,7 @@ class _Bench:
             type_k=case.type_k,
             type_v=case.type_v,
             split_mode=_split_mode(model.grid),
-            tensor_split="/".join(f"{share:g}" for share in model.shares),
+            tensor_split="/".join(f"{share:.3g}" for share in model.shares),
             n_prompt=test.n_prompt,
             n_gen=test.n_gen,
             n_depth=test.n_depth,
