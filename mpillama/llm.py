@@ -56,7 +56,7 @@ class LLM:
         dp: replicas of the model, among which the ranks are divided and the requests of a call shared; None: one.
         cache_type_k: of cached keys: f32, f16, bf16, q8_0 or q4_0; None: f16.
         cache_type_v: of cached values, likewise.
-        backend: what computes, see ``mpillama generate --help``; None: the best there is.
+        backend: what computes, or a list like ``cuda,cpu``, see ``mpillama generate --help``; None: the best there is.
         chat_template: Jinja text or the name of a built-in template; None: the model's.
         verbose: say on stderr what is loaded where.
 

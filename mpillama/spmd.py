@@ -32,6 +32,8 @@ _GRACE = 0.3
 _GRACE_AT_START = 1.0
 # How often a rank looks whether its launcher lives.
 _LOOK_SECONDS = 0.5
+# After MPI has been finalized, a rank needs this long to end, with room for a busy host.
+_OTHERS_LEAVE = 1.0
 # Launchers forward a signal that the terminal has already delivered; a second one within this time is the same one.
 _SAME_SIGNAL = 1.0
 
@@ -221,7 +223,7 @@ def run(main: Callable[[World, Interrupts], int], limit: float | None = None, st
             world = StrandedWorld(error.line)
         code = main(world, interrupts)
         world.close()
-        return code
+        return _leave(world, code)
     except PeerFailure as failure:
         code = failure.exit_code
     except UserError as error:
@@ -259,6 +261,22 @@ def run(main: Callable[[World, Interrupts], int], limit: float | None = None, st
             world.close()
         except JobError:
             _abort(world, code)
+    return code
+
+
+def _leave(world: World, code: int) -> int:
+    """Return the exit code of this rank after an orderly end: rank 0's is the job's, and it comes last.
+
+    Launchers (srun -K, Open MPI's mpirun) kill the rest as soon as one rank has ended with another code than 0, and
+    then tell the code of those that they have killed: a job script would not see that there is work left.
+    """
+    if not code or world.size == 1:
+        return code
+    # Whoever is on its way out already is not to be counted among the killed.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if world.rank:
+        return 0
+    time.sleep(_OTHERS_LEAVE)
     return code
 
 

@@ -190,6 +190,32 @@ def a_sender_does_not_wait_for_a_busy_partner(world: World) -> None:
     world.bcast(None)
 
 
+def couriers_carry_bytes_between_all_ranks(world: World) -> None:
+    """Of any size, shorter than expected ones and empty ones too, in order for each pair; and again with another."""
+    if world.size == 1:
+        return
+    for n in (1, 70_001):
+        courier = world.courier()
+        others = [rank for rank in range(world.size) if rank != world.rank]
+        sizes = [n, 0, max(1, n // 3), 2 * n]
+
+        def data(source: int, target: int, i: int, sizes: list[int] = sizes) -> np.ndarray:
+            return np.random.default_rng([source, target, i]).integers(0, 256, sizes[i], dtype=np.uint8)
+
+        for i in range(len(sizes)):
+            for rank in others:
+                courier.send(rank, data(world.rank, rank, i))
+        courier.progress()
+        for rank in others:
+            for i, size in enumerate(sizes):
+                out = np.zeros(2 * n, np.uint8)
+                assert courier.receive(rank, out) == size
+                np.testing.assert_array_equal(out[:size], data(rank, world.rank, i))
+                assert not out[size:].any()
+        courier.flush()
+        courier.close()
+
+
 def parts_of_the_world_are_teams(world: World) -> None:
     """Each with messages, groups and links of its own, whatever the others do meanwhile."""
     n_lower = max(1, world.size // 2)
@@ -249,6 +275,7 @@ def waiting_for_mail_costs_no_core(world: World) -> None:
 
 
 CONTRACT = (
+    couriers_carry_bytes_between_all_ranks,
     parts_of_the_world_are_teams,
     what_is_posted_arrives_in_order,
     waiting_for_mail_costs_no_core,

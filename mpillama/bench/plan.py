@@ -50,13 +50,13 @@ class Load:
 
     Attributes:
         model: a file's name, or ``SHAPE[:TYPE]`` if ``random``.
-        tensor_split: a share for each rank; empty for equal ones.
+        tensor_split: a share for each rank; empty for equal ones, ``auto`` or ``memory`` for what the ranks find out.
         n_threads: of each rank, as asked for; 0 or less for a rank's share of its host.
     """
 
     model: str
     random: bool
-    tensor_split: tuple[float, ...]
+    tensor_split: tuple[float, ...] | str
     n_threads: int
 
 

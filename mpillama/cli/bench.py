@@ -27,9 +27,12 @@ from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
 from mpillama.cli.bench_options import with_defaults
+from mpillama.cli.devices import Kinds, kinds_of
+from mpillama.cli.loading import read_watch
 from mpillama.cli.memory import available_memory
 from mpillama.cli.progress import LoadProgress, Log
 from mpillama.cli.session import grid_of, model_path, open_backend
+from mpillama.cli.shares import choose_shares
 from mpillama.comm.base import World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.comm.pipeline import open_pipe
@@ -69,6 +72,7 @@ class _Loaded:
     model: BenchModel
     partition: Partition
     backend: Backend
+    kinds: Kinds
     weights: Weights
     reads: StepBytes
     n_threads: int
@@ -183,12 +187,17 @@ class _Bench:
         world = self._world
         backend, n_threads = open_backend(Namespace(**{**vars(self._args), "threads": spec.n_threads}), world)
         model = from_root(world, lambda: self._describe(spec, n_ctx, backend))
+        if isinstance(spec.tensor_split, str):
+            found = choose_shares(spec.tensor_split, world, model.grid, backend)
+            # To be read in a table: 1.94/1.
+            model = replace(model, shares=tuple(share / min(found) for share in found))
         partition = Partition(model.cfg, model.tensors, model.grid, model.shares, self._args.ep)
         self._check_memory(model, partition)
         stream = self._stream(backend, n_threads) if self._details else None
         weights = self._weights(model, partition, backend)
         reads = step_bytes(model, *partition.stages)
-        self._loaded = _Loaded(spec, model, partition, backend, weights, reads, n_threads, stream)
+        kinds = kinds_of(world, backend)
+        self._loaded = _Loaded(spec, model, partition, backend, kinds, weights, reads, n_threads, stream)
         if self._args.compare:
             self._peer = self._open_peer(self._loaded)
         return self._loaded
@@ -199,7 +208,8 @@ class _Bench:
             hub = None if spec.model else self._args.hf_repo
             args = Namespace(**{**vars(self._args), "model": spec.model or None, "hf_repo": hub})
             path = os.fspath(model_path(args))
-        model = describe(path or spec.model, path, spec.tensor_split, self._world.size, n_ctx, backend)
+        split = () if isinstance(spec.tensor_split, str) else spec.tensor_split
+        model = describe(path or spec.model, path, split, self._world.size, n_ctx, backend)
         model = replace(model, grid=grid_of(self._args, self._world.hosts, model.cfg.n_layer))
         model.grid.stage_weights(model.shares)
         return model
@@ -238,19 +248,20 @@ class _Bench:
         self._say(f"loading {model.type_name}")
         world = self._world
         total = sum(partition.bytes_of(rank) for rank in range(world.size))
-        bar = LoadProgress(total, enabled=self._log.interactive)
+        bar, watch = LoadProgress(total, enabled=self._log.interactive), read_watch(world)
 
         def progress(n: int) -> None:
             world.report(n)
             bar.update(n + (world.reported() if world.rank == 0 else 0))
 
         try:
-            weights = load(model, *partition.of(world.rank), backend, progress)
+            weights = load(model, *partition.of(world.rank), backend, progress, watch)
             world.bcast(world.gather(None))
             if world.rank == 0:
                 bar.update(world.reported())
         finally:
             bar.close()
+            watch.close()
         return weights
 
     def _runner(self, case: Case, loaded: _Loaded) -> _Cache:
@@ -261,7 +272,8 @@ class _Bench:
             if grid not in self._groups:
                 self._groups[grid] = MeteredGroup(world.group(grid.stage_ranks(world.rank)))
             group = self._groups[grid]
-            ops = Ops(loaded.backend, tensor_group(group, loaded.backend))
+            alike = loaded.kinds.alike(grid.stage_ranks(world.rank))
+            ops = Ops(loaded.backend, tensor_group(group, loaded.backend), alike)
             settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
             stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid))
             self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
@@ -363,7 +375,7 @@ class _Bench:
             build_commit=f"mpillama {__version__}",
             cpu_info=_cpu_info(),
             gpu_info="",
-            backends=loaded.backend.name,
+            backends=",".join(dict.fromkeys(loaded.kinds.names)),
             model_filename=model.filename,
             model_type=model.type_name,
             model_size=model.size,
@@ -374,7 +386,7 @@ class _Bench:
             type_k=case.type_k,
             type_v=case.type_v,
             split_mode=_split_mode(model.grid),
-            tensor_split="/".join(f"{share:g}" for share in model.shares),
+            tensor_split="/".join(f"{share:.3g}" for share in model.shares),
             n_prompt=test.n_prompt,
             n_gen=test.n_gen,
             n_depth=test.n_depth,

@@ -10,7 +10,8 @@ from dataclasses import replace
 from mpillama.bench.output import FORMATS
 from mpillama.cli.checks import check_model
 from mpillama.cli.grid_options import GRID
-from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, TIMEOUT, Option
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.parallel_options import BACKEND, DEVICE, TIMEOUT
 from mpillama.cli.values import BadValueError, choice, integer, number, path
 from mpillama.errors import UsageError
 
@@ -78,16 +79,19 @@ def pair(text: str) -> tuple[tuple[int, int]]:
     return ((prompt, generated),)
 
 
-def splits(text: str) -> tuple[tuple[float, ...], ...]:
-    """Parse splits separated by commas, each of them shares separated by slashes: ``1/1,3/1``."""
-    found = []
+def splits(text: str) -> tuple[tuple[float, ...] | str, ...]:
+    """Parse splits separated by commas, each of them ``auto``, ``memory`` or shares separated by slashes: ``3/1``."""
+    found: list[tuple[float, ...] | str] = []
     for part in text.split(","):
+        if part in ("auto", "memory"):
+            found.append(part)
+            continue
         try:
             shares = tuple(number(share) for share in part.split("/"))
         except BadValueError:
             shares = ()
         if not shares or min(shares) < 0 or max(shares) <= 0:
-            raise BadValueError(f"expected shares separated by / and splits by commas, like 1/1,3/1, got {text!r}")
+            raise BadValueError(f"expected shares separated by / and splits by commas, like 1/1,3/1,auto, got {text!r}")
         found.append(shares)
     return tuple(found)
 
@@ -127,9 +131,10 @@ _TEST = (
     _list("-t --threads", "CPU threads per rank, 0 or -1 = the rank's share of its node", integers(-1)),
     _list(
         "-ts --tensor-split",
-        "share of the model of each rank, separated by /; commas separate splits",
+        "share of the model of each rank, separated by /; auto = by measured speed, memory = by free memory; commas "
+        "separate splits",
         splits,
-        metavar="N0/N1/...,...",
+        metavar="N0/N1/...,auto,...",
         shown="equal shares",
     ),
 )
@@ -168,7 +173,7 @@ _OUTPUT = (
 
 BENCH = (
     *(replace(option, group="what is measured") for option in _TEST),
-    *(replace(option, group="what is measured") for option in BACKEND),
+    *(replace(option, group="what is measured") for option in (*BACKEND, *DEVICE)),
     *(replace(option, group="what is measured") for option in TIMEOUT),
     *(replace(option, env="") for option in GRID),
     *(replace(option, excludes=(), env="") for option in MODEL if option.dest in _HUGGING_FACE),

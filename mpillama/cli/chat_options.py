@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from mpillama.cli.checks import check_model, check_split
 from mpillama.cli.grid_options import GRID
-from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PARALLEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
+from mpillama.cli.parallel_options import PARALLEL
 from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.cli.serving_options import REASONING
 from mpillama.errors import UsageError

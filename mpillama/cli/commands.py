@@ -16,18 +16,8 @@ from mpillama.cli.checks import check_model, check_split
 from mpillama.cli.doctor_options import DOCTOR
 from mpillama.cli.grammar import GRAMMAR
 from mpillama.cli.grid_options import GRID
-from mpillama.cli.options import (
-    CONTEXT,
-    LOGGING,
-    MODEL,
-    PARALLEL,
-    PROMPT,
-    ROPE,
-    SAMPLING,
-    TENSOR_SPLIT,
-    Option,
-    sampling_params,
-)
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
+from mpillama.cli.parallel_options import PARALLEL, TENSOR_SPLIT
 from mpillama.cli.plan_options import PLAN, check_plan
 from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.cli.serve_options import SERVE, check_serve
@@ -120,6 +110,7 @@ COMMANDS = (
             'mpillama -m model.gguf -p "Once upon a time" -n 64',
             'mpirun -n 4 mpillama generate -m model.gguf -p "The capital of France is" -n 32 --temp 0',
             "mpirun -n 2 mpillama generate -m model.gguf -ts 3,1 -f prompt.txt -c 4096",
+            "mpirun -n 3 mpillama generate -m model.gguf -dev cuda:0,cuda:1,cpu -ts 9,9,1 -f prompt.txt",
             "mpirun -n 8 mpillama generate -m model.gguf --tp 4 --pp 2 -f prompt.txt",
             "mpirun -n 4 mpillama generate -m model.gguf -f book.txt --prompt-cache book.kv -n 256",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mpillama.cli import values
-from mpillama.cli.options import BACKEND, LOGGING, THREADS, TIMEOUT, Option
+from mpillama.cli.options import LOGGING, Option
+from mpillama.cli.parallel_options import BACKEND, DEVICE, THREADS, TIMEOUT
 
 DOCTOR = (
     Option(
@@ -41,6 +42,7 @@ DOCTOR = (
         group="doctor",
     ),
     *BACKEND,
+    *DEVICE,
     *TIMEOUT,
     *LOGGING,
 )

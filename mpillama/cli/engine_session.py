@@ -10,6 +10,7 @@ from typing import Any
 
 from mpillama.chat import ChatTemplate, template_from
 from mpillama.cli.files import read_text
+from mpillama.cli.memory import least_context
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log
 from mpillama.cli.serving_options import n_sequences
@@ -26,7 +27,6 @@ from mpillama.tokenizer import Tokenizer, load_tokenizer
 
 # The KV cache that nobody has sized: room for so many tokens of each sequence, but not less than one whole context.
 _TOKENS_PER_SEQUENCE = 4096
-_LEAST_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Prepared]:
     header, model = open_model(args, n_ranks)
     if not args.ctx_size:
         n_kv = min(n_sequences(args) * model.n_ctx, max(model.n_ctx, n_sequences(args) * _TOKENS_PER_SEQUENCE))
-        model = replace(model, n_kv=n_kv, n_kv_min=min(model.n_ctx, _LEAST_TOKENS))
+        model = replace(model, n_kv=n_kv)
+    model = replace(model, n_kv_min=least_context(args, model.n_kv))
     file = args.chat_template_file
     override = read_text(file, "--chat-template-file") if file else args.chat_template
     template = template_from(header.metadata, override)

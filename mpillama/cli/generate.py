@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpillama.chat import encode_chat, template_from
 from mpillama.cli.files import read_text
 from mpillama.cli.grammar import constraint_from
+from mpillama.cli.memory import least_context
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
 from mpillama.cli.prompt_cache import PromptCache
@@ -82,6 +83,7 @@ def _prepare(args: Namespace, n_ranks: int, log: Log) -> tuple[Model, _Work]:
         special=args.special,
         constraint=constraint_from(args, tokenizer, model.cfg.n_vocab),
     )
+    model = replace(model, n_kv_min=least_context(args, model.n_kv, len(prompt) + 1))
     cache = PromptCache(args, header.metadata, model, log)
     # Now, and not when the weights have been read: a bias may be wrong.
     Sampler(params.sampling, model.cfg.n_vocab, model.n_ctx, tokenizer.token_bytes)
@@ -150,6 +152,7 @@ def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, inte
     n = end.usage.n_generated
     return format_timings(
         load=loaded.seconds,
+        read=(loaded.reading, loaded.n_read),
         sample=(end.timings.sample, n),
         prompt=(end.timings.prompt, end.usage.n_prompt),
         eval=(end.timings.decode - end.timings.sample, n - 1),

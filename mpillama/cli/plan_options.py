@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from mpillama.cli import values
 from mpillama.cli.checks import check_model
-from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, THREADS, Option
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.parallel_options import BACKEND, THREADS
 from mpillama.errors import UsageError
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from mpillama.cli import values
 from mpillama.cli.grid_options import GRID
-from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PARALLEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
+from mpillama.cli.parallel_options import PARALLEL
 from mpillama.errors import UsageError
 
 DEFAULT_PARALLEL = 16

@@ -71,6 +71,30 @@ class Link(Protocol):
         ...
 
 
+class Courier(Protocol):
+    """Bytes from any rank to any other; messages of a pair keep their order."""
+
+    def send(self, rank: int, data: np.ndarray) -> None:
+        """Begin to send ``data``, flat uint8, which must not change until the next `flush`; it may be empty."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until all that was sent has been taken."""
+        ...
+
+    def receive(self, rank: int, out: np.ndarray) -> int:
+        """Wait for the next message of a rank, of at most as many bytes as ``out`` has; returns how many there are."""
+        ...
+
+    def progress(self) -> None:
+        """Look after what is on its way, and after the other ranks; for who waits for something else."""
+        ...
+
+    def close(self) -> None:
+        """`flush`, and end; all ranks do."""
+        ...
+
+
 class Team(Protocol):
     """Ranks that work through the same steps, and the host each lives on.
 
@@ -138,6 +162,10 @@ class World(Team, Protocol):
 
         What one rank has posted comes in its order.
         """
+        ...
+
+    def courier(self) -> Courier:
+        """Return this rank's end of a new `Courier`; all ranks call this together."""
         ...
 
     def report(self, amount: int) -> None:
@@ -211,17 +239,23 @@ def settle(world: Team, outcome: T | UserError) -> T:
     """Return this rank's outcome of an `attempt` if no rank's is an error.
 
     Raises:
-        UserError: on rank 0, if any rank has one; it names the rank.
+        UserError: on rank 0, if any rank has one; it names the rank, unless all ranks have come to it together.
         PeerFailure: on the other ranks then.
     """
-    said = world.gather((outcome.exit_code, outcome.line) if isinstance(outcome, UserError) else None)
+    failed = isinstance(outcome, UserError)
+    # A rank that only knows that another one has failed has nothing to say.
+    said = (outcome.exit_code, outcome.line, outcome.told) if isinstance(outcome, UserError) else None
+    everyone = world.gather((failed, None if isinstance(outcome, PeerFailure) else said))
 
     def judge() -> None:
-        for rank, told in enumerate(said):
+        for rank, (_, told) in enumerate(everyone):
             if told is not None:
-                error = UserError(f"{name_of(world, rank)}: {told[1]}" if world.size > 1 else told[1])
-                error.exit_code = told[0]
+                code, line, known = told
+                error = UserError(line if known or world.size == 1 else f"{name_of(world, rank)}: {line}")
+                error.exit_code = code
                 raise error
+        if any(silent for silent, _ in everyone):
+            raise UserError("a rank failed, and no rank says why")
 
     from_root(world, judge)
     return cast("T", outcome)

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from mpillama.comm.base import Group
 from mpillama.comm.board import Board, share_file
 from mpillama.comm.exchange import BUSY, IDLE, MPIExchange, poll
-from mpillama.comm.mpi_link import MPILink
+from mpillama.comm.mpi_link import MPICourier, MPILink
 from mpillama.comm.shared import (
     CAPACITY,
     CAPACITY_NETWORK,
@@ -132,6 +132,10 @@ class MPITeam:
     def link(self, partner: int) -> MPILink:
         """Return the channel to another rank."""
         return self._links.setdefault(partner, MPILink(self._link_comm, partner, self.watch))
+
+    def courier(self) -> MPICourier:
+        """Return a courier with a communicator of its own."""
+        return MPICourier(self._comm.Dup(), self.watch)
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value; the others wait without occupying a core."""

@@ -1,4 +1,4 @@
-"""Arrays from one MPI process to one other, so that the sender can compute while they travel.
+"""Arrays from one MPI process to one other, so that the sender can compute while they travel; bytes from any to any.
 
 Most MPI libraries move a large message only while both sides are inside of MPI, and a rank that computes is not. So a
 sender lingers for as long as the transfer would take: a partner that waits already gets the array at once. One that
@@ -51,3 +51,40 @@ class MPILink:
     def receive(self, shape: tuple[int, ...]) -> np.ndarray:
         """Wait for the next array."""
         return self.expect(shape).wait()
+
+
+class MPICourier:
+    """Bytes between all ranks of a communicator, which is its own."""
+
+    def __init__(self, comm: MPI.Comm, watch: Watch) -> None:
+        self._comm, self._watch = comm, watch
+        self._sent: list[MPI.Request] = []
+
+    def send(self, rank: int, data: np.ndarray) -> None:
+        """Begin to send; the request keeps the data alive."""
+        self._sent.append(self._comm.Isend([data, MPI.BYTE], rank))
+
+    def flush(self) -> None:
+        """Wait until all is taken."""
+        poll(self._all_taken, self._watch.idle, BUSY)
+
+    def _all_taken(self) -> bool:
+        self._sent = [request for request in self._sent if not request.Test()]
+        return not self._sent
+
+    def receive(self, rank: int, out: np.ndarray) -> int:
+        """Wait for the next message of a rank."""
+        status = MPI.Status()
+        request = self._comm.Irecv([out, MPI.BYTE], rank)
+        poll(lambda: request.Test(status), self._watch.idle, BUSY)
+        return int(status.Get_count(MPI.BYTE))
+
+    def progress(self) -> None:
+        """Let MPI move what is on its way, and look after the other ranks."""
+        self._all_taken()
+        self._watch.idle()
+
+    def close(self) -> None:
+        """Wait for all that is sent, and free the communicator."""
+        self.flush()
+        self._comm.Free()

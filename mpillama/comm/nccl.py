@@ -121,20 +121,26 @@ def load_nccl() -> Any:
     return nccl if nccl.available else None
 
 
-def device_group(world: Team, backend: Any, by_host: bool) -> Group:
-    """Return a group of all ranks for the arrays of this backend: NCCL's where all have it, else by way of the host.
+def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Group:
+    """Return a group of all ranks for the arrays of this backend: NCCL's where all can, else by way of the host.
+
+    They can where all compute on GPUs of one maker, each on its own, and all have the library.
 
     Args:
         world: all ranks.
-        backend: of this rank; all ranks have the same kind.
+        backend: of this rank.
         by_host: go by way of the host in any case.
+        gpu: what tells this rank's GPU from others of its host; "" if nothing does.
 
     Raises:
         UserError: see `NcclGroup`.
     """
     holder: Holder = backend
-    if world.size > 1 and backend.name in ("cuda", "hip") and not by_host:
-        nccl = load_nccl()
-        if all(world.bcast(world.gather(nccl is not None))):
+    if world.size > 1 and not by_host:
+        nccl = load_nccl() if backend.name in ("cuda", "hip") else None
+        everyone = world.bcast(world.gather((backend.name if nccl else "", world.hosts[world.rank], gpu)))
+        makers = {maker for maker, _, _ in everyone}
+        known = [(host, name) for _, host, name in everyone if name]
+        if len(makers) == 1 and "" not in makers and len(set(known)) == len(known):
             return NcclGroup(world, nccl, backend.device)
     return tensor_group(world.group(), holder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillama.comm.base import Link, Team
+from mpillama.comm.base import Courier, Link, Team
 from mpillama.comm.board import Board
 from mpillama.comm.watch import Watch
 from mpillama.layout import Cut
@@ -51,6 +51,10 @@ class SoloWorld:
     def link(self, partner: int) -> Link:
         """Raise: there is no other rank."""
         raise RuntimeError(f"a run of one rank has no rank {partner}")
+
+    def courier(self) -> Courier:
+        """Raise: there is nobody to send to."""
+        raise RuntimeError("a run of one rank sends nothing")
 
     def bcast(self, value: Any) -> Any:
         """Return ``value``."""

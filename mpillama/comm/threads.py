@@ -37,6 +37,7 @@ class _Board:
         self.progress: queue.Queue[int] = queue.Queue()
         # Room for one: a sender runs ahead by no more.
         self.channels: defaultdict[tuple[int, int], queue.Queue[np.ndarray]] = defaultdict(lambda: queue.Queue(1))
+        self.parcels: defaultdict[tuple[int, int], queue.Queue[np.ndarray]] = defaultdict(queue.Queue)
         self.lock = threading.Lock()
         self._parts: dict[tuple[int, ...], _Board] = {}
 
@@ -53,6 +54,11 @@ class _Board:
         """Return the queue of what one thread sends to another."""
         with self.lock:
             return self.channels[source, target]
+
+    def parcel(self, source: int, target: int) -> queue.Queue[np.ndarray]:
+        """Return the queue of the bytes that one thread sends to another."""
+        with self.lock:
+            return self.parcels[source, target]
 
     def abort(self) -> None:
         """Let no rank wait for one that has failed, here or on the board of a part."""
@@ -169,6 +175,38 @@ class ThreadLink:
         return self.expect(shape).wait()
 
 
+class ThreadCourier:
+    """Queues between all threads."""
+
+    def __init__(self, board: _Board, rank: int) -> None:
+        self._board, self._rank = board, rank
+
+    def send(self, rank: int, data: np.ndarray) -> None:
+        """Put a copy into the queue."""
+        self._board.parcel(self._rank, rank).put(data.copy())
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def receive(self, rank: int, out: np.ndarray) -> int:
+        """Take the next message."""
+        data = self._board.take(self._board.parcel(rank, self._rank))
+        out[: len(data)] = data
+        return len(data)
+
+    def progress(self) -> None:
+        """Nothing is on its way.
+
+        Raises:
+            threading.BrokenBarrierError: another thread has failed.
+        """
+        if self._board.barrier.broken:
+            raise threading.BrokenBarrierError
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class ThreadWorld:
     """A run whose ranks are threads."""
 
@@ -189,6 +227,10 @@ class ThreadWorld:
     def link(self, partner: int) -> ThreadLink:
         """Return the channel to another thread."""
         return ThreadLink(self._board, self.rank, partner)
+
+    def courier(self) -> ThreadCourier:
+        """Return queues between all threads."""
+        return ThreadCourier(self._board, self.rank)
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value."""

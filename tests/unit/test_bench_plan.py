@@ -81,9 +81,9 @@ def test_mistakes(words, message):
 
 
 def test_pairs_and_splits():
-    args = bench("-pg", "512,128", "-pg", "1,2", "-ts", "1/1,3/1", "-ctk", "f32,bf16")
+    args = bench("-pg", "512,128", "-pg", "1,2", "-ts", "1/1,3/1,auto,memory", "-ctk", "f32,bf16")
     assert args.pg == ((512, 128), (1, 2))
-    assert args.tensor_split == ((1.0, 1.0), (3.0, 1.0))
+    assert args.tensor_split == ((1.0, 1.0), (3.0, 1.0), "auto", "memory")
     assert args.cache_type_k == ("f32", "bf16")
 
 

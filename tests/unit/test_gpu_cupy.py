@@ -13,7 +13,7 @@ from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.cupy_device import CupyDevice
 from mpillama.backends.gpu.driver import compile_failure, list_gpus
 from mpillama.backends.quants import dequantize
-from mpillama.cli.gpus import choose_gpu
+from mpillama.cli.gpus import GpuWish, choose_gpu
 from mpillama.cli.memory import fit_memory
 from mpillama.comm.solo import SoloWorld
 from mpillama.comm.threads import run_threads
@@ -108,15 +108,31 @@ def test_importing_the_program_does_not_import_cupy():
 
 def test_ranks_of_a_host_take_its_gpus_in_turn(install):
     install(n_gpus=3)
-    assert choose_gpu("cuda", SoloWorld(), share=False) == 0
-    assert run_threads(3, lambda world: choose_gpu("cuda", world, share=False)) == [0, 1, 2]
-    assert run_threads(4, lambda world: choose_gpu("cuda", world, share=True)) == [0, 1, 2, 0]
+    assert choose_gpu([GpuWish("cuda")], SoloWorld(), share=False)[0] == 0
 
-    def refused(world):
-        with pytest.raises(UsageError, match="ranks 0 and 3 would share a GPU of threads"):
-            choose_gpu("cuda", world, share=False)
+    def chosen(*wishes, share=False):
+        found = run_threads(len(wishes), lambda world: choose_gpu([GpuWish(*wish) for wish in wishes], world, share))
+        return [index for index, _ in found]
 
-    run_threads(4, refused)
+    any_gpu, none = ("cuda",), ()
+    assert chosen(*[any_gpu] * 3) == [0, 1, 2]
+    assert chosen(*[any_gpu] * 4, share=True) == [0, 1, 2, 0]
+    assert chosen(none, any_gpu, none, none, any_gpu) == [0, 0, 0, 0, 1]
+    assert chosen(("cuda", 2), none, ("cuda", 0)) == [2, 0, 0]
+    for wishes, sharers in (([any_gpu] * 4, "0 and 3"), ([none, ("cuda", 1), ("cuda", 1)], "1 and 2")):
+        with pytest.raises(UsageError, match=f"ranks {sharers} would share a GPU of threads"):
+            chosen(*wishes)
+
+
+def test_a_gpu_that_is_not_visible_is_named(install):
+    install(n_gpus=2)
+
+    def failed(world):
+        with pytest.raises(PeerFailure if world.rank != 1 else UserError) as caught:
+            choose_gpu([GpuWish("cuda", 0), GpuWish("cuda", 2), GpuWish()], world, share=False)
+        assert world.rank != 1 or caught.value.line.startswith("cuda:2 is not visible, there are cuda:0 to cuda:1; see")
+
+    run_threads(3, failed)
 
 
 def test_a_rank_without_gpu_ends_all(install):
@@ -124,7 +140,7 @@ def test_a_rank_without_gpu_ends_all(install):
 
     def failed(world):
         with pytest.raises(UserError if world.rank == 0 else PeerFailure):
-            choose_gpu("cuda", world, share=False)
+            choose_gpu([GpuWish("cuda")] * 3, world, share=False)
 
     run_threads(3, failed)
 

@@ -39,6 +39,7 @@ class CupyDevice:
         device = cuda.Device(index)
         device.use()
         attributes = device.attributes
+        self.model = str(self._cupy.cuda.runtime.getDeviceProperties(index)["name"])
         self.warp = int(attributes["WarpSize"])
         self.n_cores = int(attributes["MultiProcessorCount"])
         self._stream = cuda.Stream(non_blocking=True)
