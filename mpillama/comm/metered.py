@@ -39,6 +39,11 @@ class MeteredGroup:
         """Whether this rank adds replicated terms to a partial sum."""
         return self._group.leader
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a device can record its collectives."""
+        return bool(getattr(self._group, "capturable", self.size == 1))
+
     def allreduce(self, x: np.ndarray) -> np.ndarray:
         """Return the sum over the ranks."""
         began = time.perf_counter_ns()

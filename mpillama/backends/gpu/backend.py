@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from mpillama.backends.base import Batch, Stepper
 from mpillama.backends.gpu.attention import AttentionOps
-from mpillama.backends.gpu.device import Device
+from mpillama.backends.gpu.device import Array, Device
 
 
 class GpuBackend(AttentionOps):
@@ -19,6 +22,12 @@ class GpuBackend(AttentionOps):
     def __init__(self, device: Device) -> None:
         super().__init__(device)
         self.name = device.name
+
+    def stepper(self, work: Callable[[Batch, Array | None], Array], capture: bool) -> Stepper:
+        """Return what runs the steps of a model; see `base.Stepping`."""
+        from mpillama.backends.gpu.steps import Steps
+
+        return Steps(self, work, capture)
 
     def free_memory(self) -> int:
         """Return the bytes that are free on the device; 0 if it has no memory of its own."""
