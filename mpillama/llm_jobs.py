@@ -148,16 +148,9 @@ class Desk:
 
     def add(self, jobs: Iterable[Job]) -> None:
         """Let jobs begin: all, or with a UserError none."""
-        added: list[Request] = []
-        for job in jobs:
-            for request in job.requests:
-                try:
-                    self._engine.add(request)
-                except UserError:
-                    self._cancel(added)
-                    raise
-                self._jobs[request.id] = job
-                added.append(request)
+        owners = [(request, job) for job in jobs for request in job.requests]
+        self._engine.add_all([request for request, _ in owners])
+        self._jobs |= {request.id: job for request, job in owners}
 
     def step(self) -> None:
         """Run a step of all jobs."""

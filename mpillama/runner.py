@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Array, Batch, Handle, Stepper, Stepping
+from mpillama.backends.kv_codec import row_bytes
 from mpillama.comm.base import Arrival
 from mpillama.comm.pipeline import Pipe
 from mpillama.comm.virtual import Crew
@@ -20,9 +21,6 @@ from mpillama.models import forward
 from mpillama.models.weights import Weights
 from mpillama.ops import Ops, Value
 from mpillama.sharding import Sharding
-
-KV_BYTES = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q4_0": 18}
-"""Bytes of 32 cached elements, by type."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Runner:
         ops: of this rank's backend and group.
         n_head_kv: KV heads that this rank holds.
         n_ctx: tokens that the KV cache holds.
-        type_k: of cached keys, one of `KV_BYTES`.
+        type_k: of cached keys, one of `kv_codec.CACHE_TYPES`.
         type_v: of cached values, likewise.
         blocks: of this rank's stage; all by default.
         pipe: the links to the other stages.
@@ -196,8 +194,9 @@ class VirtualRunner(Runner):
 def kv_bytes(cfg: Config, sharding: Sharding, rank: int, n_ctx: int, type_k: str, type_v: str) -> int:
     """Return the bytes of a rank's KV cache; ``rank`` is the index within the ranks of ``sharding``."""
     n_tokens = -(-n_ctx // KV_BLOCK) * KV_BLOCK
-    per_32 = sharding.cuts["k"].width(rank) * KV_BYTES[type_k] + sharding.cuts["v"].width(rank) * KV_BYTES[type_v]
-    return len(sharding.blocks) * n_tokens * per_32 // 32
+    cuts = sharding.cuts
+    per_token = row_bytes(type_k, cuts["k"].width(rank)) + row_bytes(type_v, cuts["v"].width(rank))
+    return len(sharding.blocks) * n_tokens * per_token
 
 
 def pack(batch: Batch) -> np.ndarray:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mpillama.backends.gpu.attention import CACHE_TYPES, attention_unit
+from mpillama.backends.gpu.attention import attention_unit
 from mpillama.backends.gpu.device import Unit
 from mpillama.backends.gpu.matmul import unit_of
 from mpillama.backends.gpu.source import assemble
+from mpillama.backends.kv_codec import CACHE_TYPES
 from mpillama.backends.quants import SUPPORTED
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from mpillama import __version__
+from mpillama.backends import GPU_NAMES
 from mpillama.backends.base import Backend
 from mpillama.bench.measure import Figures, MeteredRunner, RankSteps, Workload, figures, spread
 from mpillama.bench.model import BenchModel, StepBytes, describe, load, step_bytes
@@ -27,9 +28,10 @@ from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
 from mpillama.cli.bench_options import with_defaults
+from mpillama.cli.memory import available_memory
 from mpillama.cli.progress import LoadProgress, Log
-from mpillama.cli.session import grid_of, model_path, open_backend
-from mpillama.comm.base import World, from_root
+from mpillama.cli.session import grid_of, model_path, open_backend, stage_group, wants_graphs
+from mpillama.comm.base import Group, World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.comm.pipeline import open_pipe
 from mpillama.comm.staged import tensor_group
@@ -102,7 +104,7 @@ class _Bench:
         self._log = Log(args, world.rank)
         # Before a backend pins this thread.
         self._cores = os.sched_getaffinity(0)
-        self._groups: dict[Grid, MeteredGroup] = {}
+        self._groups: dict[Grid, Group] = {}
         self._loaded: _Loaded | None = None
         self._cache: _Cache | None = None
         self._peer: Peer | None = None
@@ -211,7 +213,7 @@ class _Bench:
             for type_k in args.cache_type_k
             for type_v in args.cache_type_v
         )
-        everyone = world.gather((world.hosts[world.rank], need, _available_memory()))
+        everyone = world.gather((world.hosts[world.rank], need, available_memory()))
 
         def check() -> None:
             for host in dict.fromkeys(host for host, _, _ in everyone):
@@ -256,14 +258,20 @@ class _Bench:
         if self._cache is None or self._cache.types != types:
             self._cache = None
             model, world, grid = loaded.model, self._world, loaded.model.grid
-            if grid not in self._groups:
-                self._groups[grid] = MeteredGroup(world.group(grid.stage_ranks(world.rank)))
-            group = self._groups[grid]
-            ops = Ops(loaded.backend, tensor_group(group, loaded.backend))
+            group = MeteredGroup(self._group(grid, loaded.backend))
+            ops = Ops(loaded.backend, group)
             settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
-            stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid))
+            stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid), wants_graphs())
             self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
         return self._cache
+
+    def _group(self, grid: Grid, backend: Backend) -> Group:
+        """Return the group of this rank's stage, for arrays of the backend; groups of GPUs belong to one backend."""
+        if backend.name in GPU_NAMES:
+            return stage_group(self._world, grid, backend)
+        if grid not in self._groups:
+            self._groups[grid] = self._world.group(grid.stage_ranks(self._world.rank))
+        return tensor_group(self._groups[grid], backend)
 
     # -- the program that is compared with ---------------------------------------------------------------------------
 
@@ -422,12 +430,6 @@ def _split_mode(grid: Grid) -> str:
     if grid.pp == 1:
         return "tensor"
     return "layer" if grid.tp == 1 else f"{grid.tp} x {grid.pp}"
-
-
-def _available_memory() -> int:
-    """Return the bytes that this host can still give, as the kernel estimates it."""
-    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(match[1]) * 1024 if match else sys.maxsize
 
 
 def _cpu_info() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpillama.bench.output import FORMATS
+from mpillama.cli.checks import check_model
 from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, TIMEOUT, Option
 from mpillama.cli.values import BadValueError, choice, integer, number, path
@@ -183,8 +184,7 @@ def with_defaults(namespace: Namespace) -> Namespace:
 
 def check_bench(namespace: Namespace) -> None:
     """Raise UsageError for what ``bench`` cannot do."""
-    if namespace.hf_file and namespace.hf_repo is None:
-        raise UsageError("--hf-file names a file of a repository: give the repository with --hf-repo USER/MODEL")
+    check_model(namespace)
     filled = with_defaults(namespace)
     if not (any(filled.n_prompt) or any(filled.n_gen) or any(p + g for p, g in filled.pg)):
         raise UsageError("there is nothing to run: give lengths with -p, -n or -pg, e.g. -p 512 -n 128")

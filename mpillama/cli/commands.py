@@ -12,6 +12,7 @@ from mpillama.cli import values
 from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
 from mpillama.cli.chat_options import CHAT, check_chat
+from mpillama.cli.checks import check_model, check_split
 from mpillama.cli.doctor_options import DOCTOR
 from mpillama.cli.grammar import GRAMMAR
 from mpillama.cli.grid_options import GRID
@@ -57,18 +58,6 @@ class Command:
         """Import and return the function that runs the command."""
         module, _, function = self.run.partition(":")
         return cast("Callable[..., int]", getattr(import_module(module), function))
-
-
-def check_model(namespace: Namespace) -> None:
-    """Raise UsageError for flags about the model that do not go together."""
-    if namespace.hf_file and namespace.hf_repo is None:
-        raise UsageError("--hf-file names a file of a repository: give the repository with --hf-repo USER/MODEL")
-
-
-def check_split(namespace: Namespace) -> None:
-    """Raise UsageError if shares are given for a model that is not split."""
-    if namespace.split_mode == "none" and namespace.tensor_split is not None:
-        raise UsageError("--tensor-split cuts the model over ranks, --split-mode none keeps it whole: give one of them")
 
 
 def check_generate(namespace: Namespace) -> None:

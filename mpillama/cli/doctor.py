@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mpillama import __version__
+from mpillama.batch.clock import slurm_seconds_left
 from mpillama.bench.weights import RANDOM_TYPES
 from mpillama.cli.memory import available_memory
 from mpillama.cli.session import open_backend
 from mpillama.comm.base import World, from_root
 from mpillama.comm.solo import StrandedWorld
-from mpillama.doctor.facts import batch_system, launcher, rank_facts, slurm_seconds_left
+from mpillama.doctor.facts import batch_system, launcher, rank_facts
 from mpillama.doctor.files import file_system, read_speed
 from mpillama.doctor.findings import Finding, Job, findings
 from mpillama.errors import UsageError, UserError

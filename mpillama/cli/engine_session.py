@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpillama.chat import ChatTemplate, template_from
+from mpillama.cli.files import read_text
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log
 from mpillama.cli.serving_options import n_sequences
@@ -17,7 +18,7 @@ from mpillama.comm.base import World, from_root
 from mpillama.engine.embedding import pooling_type
 from mpillama.engine.engine import Engine
 from mpillama.engine.sampling.params import SamplingParams
-from mpillama.errors import UsageError, UserError
+from mpillama.errors import UserError
 from mpillama.runner import Runner
 from mpillama.spmd import Interrupts
 from mpillama.steps import Leader, follow
@@ -130,13 +131,8 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Prepared]:
     if not args.ctx_size:
         n_kv = min(n_sequences(args) * model.n_ctx, max(model.n_ctx, n_sequences(args) * _TOKENS_PER_SEQUENCE))
         model = replace(model, n_kv=n_kv, n_kv_min=min(model.n_ctx, _LEAST_TOKENS))
-    override = args.chat_template
-    if args.chat_template_file:
-        try:
-            override = Path(args.chat_template_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "the file is not UTF-8 text"
-            raise UsageError(f"--chat-template-file {args.chat_template_file}: {reason}") from None
+    file = args.chat_template_file
+    override = read_text(file, "--chat-template-file") if file else args.chat_template
     template = template_from(header.metadata, override)
     return model, Prepared(model, load_tokenizer(header.metadata), template, header.metadata)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpillama.chat import encode_chat, template_from
+from mpillama.cli.files import read_text
 from mpillama.cli.grammar import constraint_from
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
@@ -98,14 +99,8 @@ def prompt_texts(args: Namespace) -> tuple[str, str | None]:
 
 
 def _read(path: str | Path, flag: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{flag} {path}: the file is not UTF-8 text") from None
     # Editors end files with a newline that is not meant as part of the prompt (llama.cpp drops it too).
-    return text.removesuffix("\n")
+    return read_text(path, flag).removesuffix("\n")
 
 
 def _templated(args: Namespace, header: GGUFHeader, prompt: str, system: str | None) -> tuple[str, bool]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpillama.cli.files import read_text
 from mpillama.cli.progress import Log
 from mpillama.cli.session import Model, load, open_model
 from mpillama.comm.base import World
@@ -58,11 +59,9 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, list[int]]:
 
 def _read_tokens(path: str) -> list[int]:
     """Read ids separated by commas or white space."""
+    words = read_text(path, "--tokens-file").replace(",", " ").split()
     try:
-        words = Path(path).read_text(encoding="utf-8").replace(",", " ").split()
         return [int(word) for word in words]
-    except OSError as error:
-        raise UsageError(f"--tokens-file {path}: {error.strerror}") from None
     except ValueError:
         raise UsageError(f"--tokens-file {path}: token ids must be integers separated by commas or spaces") from None
 

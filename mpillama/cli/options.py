@@ -189,17 +189,17 @@ TIMEOUT = _grouped(
     ),
 )
 
+THREADS = Option(
+    ("-t", "--threads"),
+    "CPU threads per rank, 0 or -1 = the rank's share of its node",
+    values.integer(-1),
+    -1,
+    env="LLAMA_ARG_THREADS",
+    group="parallelism",
+)
+
 PARALLEL = (
-    *_grouped(
-        "parallelism",
-        Option(
-            ("-t", "--threads"),
-            "CPU threads per rank, 0 or -1 = the rank's share of its node",
-            values.integer(-1),
-            -1,
-            env="LLAMA_ARG_THREADS",
-        ),
-    ),
+    THREADS,
     *BACKEND,
     *TENSOR_SPLIT,
     *TIMEOUT,

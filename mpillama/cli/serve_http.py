@@ -7,11 +7,11 @@ import resource
 import sys
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 from mpillama import __version__
 from mpillama.cli.api_context import api_context
 from mpillama.cli.engine_session import Service
+from mpillama.cli.files import read_text
 from mpillama.cli.progress import Log
 from mpillama.errors import UsageError
 from mpillama.server.app import Api, Served
@@ -78,11 +78,7 @@ def read_keys(args: Namespace) -> tuple[str, ...]:
     """Return the API keys of the flags; UsageError if their file cannot be read or has none."""
     keys: list[str] = list(args.api_key)
     if args.api_key_file:
-        try:
-            lines = Path(args.api_key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "the file is not UTF-8 text"
-            raise UsageError(f"--api-key-file {args.api_key_file}: {reason}") from None
+        lines = read_text(args.api_key_file, "--api-key-file").splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
             raise UsageError(f"--api-key-file {args.api_key_file}: there is no key in it")

@@ -15,10 +15,10 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from mpillama.backends import GPU_NAMES, make_backend
-from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import Backend
 from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.cache import user_cache
+from mpillama.backends.kv_codec import check_cache_type
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.memory import fit_memory
 from mpillama.cli.progress import JointProgress, Log, format_bytes
@@ -160,7 +160,7 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
         else:
-            parts = [(world.rank, Ops(backend, _stage_group(world, model.grid, backend)), open_pipe(world, model.grid))]
+            parts = [(world.rank, Ops(backend, stage_group(world, model.grid, backend)), open_pipe(world, model.grid))]
         loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
         if isinstance(loading, UserError):
             bar.give_up()
@@ -201,7 +201,12 @@ def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
     return Grid(n_ranks)
 
 
-def _stage_group(world: World, grid: Grid, backend: Backend) -> Group:
+def wants_graphs() -> bool:
+    """Whether GPUs may record the steps of decoding (see `Runner`): unless ``MPILLAMA_GRAPHS=0``."""
+    return os.environ.get("MPILLAMA_GRAPHS", "") != "0"
+
+
+def stage_group(world: World, grid: Grid, backend: Backend) -> Group:
     """Return the group of this rank's stage, for arrays of its backend; ``MPILLAMA_COLLECTIVES=host``: without NCCL."""
     if grid.tp == world.size:
         return device_group(world, backend, by_host=os.environ.get("MPILLAMA_COLLECTIVES", "") == "host")
@@ -234,7 +239,8 @@ def open_runner(
     sharding, index = partition.of(rank)
     weights, n_read = load_weights(model.paths, model.tensors, sharding, index, ops.backend, progress)
     n_head_kv = partition.n_head_kv(rank)
-    return Runner(model.cfg, weights, ops, n_head_kv, model.n_kv, *kv_types, sharding.blocks, pipe), n_read
+    sizes = (n_head_kv, model.n_kv, *kv_types)
+    return Runner(model.cfg, weights, ops, *sizes, sharding.blocks, pipe, graphs=wants_graphs()), n_read
 
 
 def _layout_line(

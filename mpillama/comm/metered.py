@@ -27,7 +27,10 @@ class Traffic:
 
 
 class MeteredGroup:
-    """Hands every collective on to another group, and keeps account of it."""
+    """Hands every collective on to another group, and keeps account of it.
+
+    Collectives between GPUs are over for the caller once they are queued; those of a recorded step it does not see.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group

@@ -148,6 +148,20 @@ class Engine:
         self._active[request.id] = active
         self._scheduler.add(branch)
 
+    def add_all(self, requests: Sequence[Request]) -> None:
+        """Take requests in: all of them, or with an error none.
+
+        Raises:
+            UserError: as `add` does.
+        """
+        for i, request in enumerate(requests):
+            try:
+                self.add(request)
+            except UserError:
+                for added in requests[:i]:
+                    self.cancel(added.id)
+                raise
+
     def _writer(self, request: Request, index: int) -> Writer:
         return Writer(request, index, self._tokenizer, self._n_vocab, self.n_ctx)
 

@@ -199,13 +199,10 @@ class Bridge:
             return events
 
     def _add(self, engine: Engine, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
-        for i, request in enumerate(requests):
-            try:
-                engine.add(request)
-            except UserError as error:
-                for added in requests[:i]:
-                    engine.cancel(added.id)
-                return [(request.id, bad(error.line))]
+        try:
+            engine.add_all(requests)
+        except UserError as error:
+            return [(requests[0].id, bad(error.line))]
         return []
 
     def _step(self, engine: Engine) -> list[tuple[str, Output | ApiError]]:

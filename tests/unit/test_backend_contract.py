@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
+from attention_pair import kept
 from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
@@ -57,13 +58,6 @@ def batch_of(lengths, pasts, n_blocks, rng):
 
 
 _QUANTS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
-
-
-def kept(x, kv_type):
-    """Return x as a cache keeps it."""
-    if kv_type in _QUANTS and x.size:
-        return gguf.quants.dequantize(gguf.quants.quantize(x, _QUANTS[kv_type]), _QUANTS[kv_type])
-    return x.astype(np.float16).astype(np.float32) if kv_type == "f16" else x
 
 
 def test_quantized_cache_rounds_like_the_file_format(backend, rng):

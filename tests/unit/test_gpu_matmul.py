@@ -3,28 +3,19 @@
 import numpy as np
 import pytest
 
-from gpu_host import VARIANTS, RawWeight, emulated, needs_compiler
+from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.backends.gpu.matmul import FLOATS
-from mpillama.backends.quants import SUPPORTED, dequantize
+from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
-from tiny import random_blocks, rounded_to_int8
+from products import error, make_weight
+from tiny import rounded_to_int8
 
 pytestmark = needs_compiler
 TYPES = sorted(SUPPORTED)
 
 
-def error(y, exact):
-    size = np.linalg.norm(exact)
-    return np.linalg.norm(y - exact) / size if size else np.abs(y).max(initial=0.0)
-
-
 def some_width(rng, type):
     return int(rng.integers(1, 300)) if type in FLOATS else int(rng.integers(1, 6)) * type.block_size
-
-
-def make_weight(rng, backend, type, n_mats, n_rows, n_in, pad=(0, 0)):
-    raw = random_blocks(rng, type, (n_mats, n_rows, n_in))
-    return backend.weight(RawWeight("w", type, raw, n_in, pad)), dequantize(raw, type).astype(np.float64)
 
 
 def as_kernels_see(x, type, pad=(0, 0)):

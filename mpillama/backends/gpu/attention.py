@@ -11,18 +11,9 @@ from mpillama.backends.gpu.device import Array, Device, Unit
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.gpu.launcher import int32
 from mpillama.backends.gpu.matmul import MatmulOps
-from mpillama.backends.kv_codec import decode, encode
-from mpillama.errors import UsageError
+from mpillama.backends.kv_codec import CACHE_TYPES, check_cache_type, decode, encode
 from mpillama.gguf.types import GGMLType, row_bytes
 
-CACHE_TYPES = {
-    "f32": GGMLType.F32,
-    "f16": GGMLType.F16,
-    "bf16": GGMLType.BF16,
-    "q8_0": GGMLType.Q8_0,
-    "q4_0": GGMLType.Q4_0,
-}
-"""Of keys and values, independently of each other."""
 _WARPS = 4  # of a thread block of attention.cu
 _MAX_ROWS = 8
 # A split has at least so many keys.
@@ -71,12 +62,8 @@ class AttentionOps(MatmulOps):
         Raises:
             UsageError: there is no such type, or it keeps blocks of 32 and the heads are not made of such.
         """
-        for kind, name, size in (("keys", type_k, n_k), ("values", type_v, n_v)):
-            if name not in CACHE_TYPES:
-                raise UsageError(f"{kind} cannot be cached as {name}; choose one of {', '.join(CACHE_TYPES)}")
-            if size % CACHE_TYPES[name].block_size:
-                others = ", ".join(other for other, type in CACHE_TYPES.items() if size % type.block_size == 0)
-                raise UsageError(f"{kind} of {size} elements cannot be cached as {name}; choose one of {others}")
+        check_cache_type("keys", type_k, n_k)
+        check_cache_type("values", type_v, n_v)
         k, v = CACHE_TYPES[type_k], CACHE_TYPES[type_v]
         rows = n_blocks, n_head_kv, KV_BLOCK
         keys = self.device.empty((*rows, row_bytes(k, n_k)), np.uint8)
