@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fake_cupy
+import mpillama.runner
 from gpu_host import needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import RawWeight
@@ -60,6 +61,19 @@ def test_golden_logits_through_the_cupy_device(install, name):
         shared("golden", f"{name}.gguf"), reference["tokens"].tolist(), [1.0] * 2, 11, make=lambda: make_backend("cuda")
     )
     assert nmse(results[0], reference["logits"]) <= 1e-6
+
+
+@needs_compiler
+def test_steps_are_recorded_through_the_cupy_device(install, monkeypatch):
+    """In memory of their own: the stand-in has none to give while it records, and spoils what is given out again."""
+    install()
+    reference = np.load(shared("golden", "llama-moe.npz"))
+    path, tokens, runs = shared("golden", "llama-moe.gguf"), reference["tokens"].tolist(), []
+    forward = mpillama.runner.forward
+    monkeypatch.setattr("mpillama.runner.forward", lambda *args: runs.append(1) or forward(*args))
+    result = run_on(path, tokens, [1.0], 1, make=lambda: make_backend("cuda"))[0]
+    assert nmse(result, reference["logits"]) <= 1e-6
+    assert len(runs) == 2
 
 
 def test_what_is_missing_is_said_in_one_line(install, monkeypatch):

@@ -9,9 +9,8 @@ import pytest
 from test_golden import MODELS
 
 import mpillama.runner
-from gpu_host import needs_compiler
+from gpu_host import gpu_backend, needs_compiler, only_emulated
 from mpillama.backends.base import KV_BLOCK, Batch
-from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.emulated import DeviceArray, EmulatedDevice
 from mpillama.comm.nccl import NcclGroup
 from mpillama.comm.staged import tensor_group
@@ -65,7 +64,7 @@ def open_on(world, path, make_group=staged, graphs=True, experts="off", kv_type=
     tensors = model_tensors(header, cfg)
     partition = Partition(cfg, tensors, Grid(tp=world.size), [1.0] * world.size, experts)
     sharding, index = partition.of(world.rank)
-    backend = GpuBackend(EmulatedDevice(**device))
+    backend = gpu_backend(**device)
     weights, _ = load_weights(header.paths, tensors, sharding, index, backend)
     ops = Ops(backend, make_group(world, backend))
     sizes = partition.n_head_kv(world.rank), N_BLOCKS * KV_BLOCK, kv_type, kv_type
@@ -177,6 +176,7 @@ class QueuedNccl:
         )
 
 
+@only_emulated
 @pytest.mark.parametrize("experts", ["off", "on"])
 def test_collectives_are_recorded_too(experts, tmp_path, rng, monkeypatch, calls):
     monkeypatch.setattr(DeviceArray, "data", property(lambda x: SimpleNamespace(ptr=x.ctypes.data)), raising=False)
@@ -202,6 +202,7 @@ def test_collectives_are_recorded_too(experts, tmp_path, rng, monkeypatch, calls
     assert len(calls) < 1.8 * n_ranks * len(batches)
 
 
+@only_emulated
 def test_what_cannot_be_recorded_is_an_error():
     device = EmulatedDevice()
     x, y = device.upload(np.ones((2, 2), "f4")), device.empty((2, 2))

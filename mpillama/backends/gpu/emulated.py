@@ -132,7 +132,6 @@ class EmulatedDevice:
         self._kernels: dict[tuple[Unit, str], tuple[Any, list[str]]] = {}
         self._recorded: list[Callable[[], object]] | None = None
         self._made: list[DeviceArray] = []
-        self.n_launched = 0
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
         """Return an array of bytes that are no sensible number."""
@@ -225,7 +224,6 @@ class EmulatedDevice:
         how = np.array([*grid, block, 1, 1, self._order, self._seed], np.uint32)
 
         def run(keep: object = (values, args)) -> None:
-            self.n_launched += 1
             fault = function(ctypes.c_void_p(how.ctypes.data), ctypes.c_size_t(shared), pointers)
             if fault:
                 raise RuntimeError(f"{kernel}: {fault.decode()}")
