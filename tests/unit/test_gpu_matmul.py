@@ -85,7 +85,14 @@ def test_float_products_of_many_tokens(type, rng, monkeypatch):
     w, floats = make_weight(rng, backend, type, 1, 77, 512, pad)
     x = rng.standard_normal((20, 504)).astype(np.float32) * (10.0 ** rng.uniform(-20, 20, (20, 1))).astype(np.float32)
     x[3] = 0
+    device, sizes = backend.device, []
+    empty = device.empty
+    monkeypatch.setattr(device, "empty", lambda *args: sizes.append(args) or empty(*args))
     y = backend.linear(x, w)
+    # Of the weights only some are floats at a time.
+    halves = [np.prod(args[0]) for args in sizes if args[1:] == (np.uint16,)]
+    assert max(halves, default=0) <= max(7000, 20 * 512)
+    assert len(halves) == {GGMLType.F32: 0, GGMLType.F16: 1}.get(type, 1 + -(-77 // (7000 // 512)))
     exact = np.pad(x.astype(np.float64), ((0, 0), pad)) @ floats[0].T
     for row, expected in zip(y, exact, strict=True):
         assert error(row, expected) < (1e-6 if type == GGMLType.F32 else 6e-4)

@@ -12,6 +12,7 @@ import mpillama.runner
 from gpu_host import gpu_backend, needs_compiler, only_emulated
 from mpillama.backends.base import KV_BLOCK, Batch
 from mpillama.backends.gpu.emulated import DeviceArray, EmulatedDevice
+from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.nccl import NcclGroup
 from mpillama.comm.staged import tensor_group
 from mpillama.comm.threads import run_threads
@@ -26,7 +27,7 @@ from mpillama.partition import Partition
 from mpillama.runner import Runner
 from mpillama.tensors import model_tensors
 from shared import shared
-from tiny import nmse, write_llama
+from tiny import nmse, run_on, write_llama
 
 pytestmark = needs_compiler
 N_BLOCKS = 12
@@ -138,6 +139,18 @@ def test_golden_logits_from_graphs(name, rng, calls):
     assert nmse(result, reference["logits"][n_prompt:]) <= 1e-6
     # The prompt, and two for each bound that is met.
     assert len(calls) <= 5
+
+
+def test_stages_of_a_pipeline_record_their_part(tmp_path, rng, calls):
+    path, tokens = (
+        write_llama(tmp_path / "m.gguf", rng, n_embd=64, n_ff=64, n_head_dim=32),
+        rng.integers(0, 96, 12).tolist(),
+    )
+    plain = run_on(path, tokens, [1.0], 1, make=ReferenceBackend)[0]
+    calls.clear()
+    staged_logits = run_on(path, tokens, [1.0] * 2, 1, make=gpu_backend, grid=Grid(tp=1, pp=2))
+    np.testing.assert_allclose(staged_logits[0], plain, rtol=2e-4, atol=2e-4 * np.abs(plain).max())
+    assert len(calls) == 4
 
 
 class QueuedNccl:

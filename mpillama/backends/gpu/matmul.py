@@ -188,6 +188,14 @@ class MatmulOps(ElementwiseOps):
         args = (data, w.row_bytes, index, np.int32(first), out, np.int32(w.n_in), np.int32(n_rows))
         self.device.launch(w.unit, kernel, (-(-units // block), int(out.shape[0])), block, args)
 
+    def _halves(self, w: GpuMatrix, start: int, stop: int) -> Array:
+        """Return rows of weights as float16."""
+        if w.type == GGMLType.F16:
+            return w.data.reshape(-1).view(np.float16).reshape(w.n_rows, w.n_in)[start:stop]
+        rows = self.device.empty((stop - start, w.n_in), np.uint16)
+        self._dequantize("dequantize_f16", w, start, None, rows, stop - start)
+        return rows.view(np.float16)
+
     def _gemm(self, x: Array, w: GpuMatrix, out: Array) -> None:
         """Make the weights floats, some rows at a time, and multiply: F32 in float32, all others in float16."""
         n_tokens = int(x.shape[0])
@@ -202,9 +210,7 @@ class MatmulOps(ElementwiseOps):
         step = min(_MAX_GRID, max(1, _GEMM_ELEMENTS // w.n_in))
         for start in range(0, w.n_rows, step):
             stop = min(w.n_rows, start + step)
-            rows = self.device.empty((stop - start, w.n_in), np.uint16)
-            self._dequantize("dequantize_f16", w, start, None, rows, stop - start)
             # Transposed, so that the result of some rows is in one piece.
-            self.device.gemm(rows.view(np.float16), halves.view(np.float16), result[start:stop])
+            self.device.gemm(self._halves(w, start, stop), halves.view(np.float16), result[start:stop])
         n_row, n_tok, size = np.int32(w.n_rows), np.int32(n_tokens), np.int64(out.size)
         self.run.elements("transpose_scaled", out.size, result, scales, n_row, n_tok, size, out)
