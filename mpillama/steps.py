@@ -93,7 +93,9 @@ class Leader:
         return outcomes
 
     def stop(self, exit_code: int = 0) -> None:
-        """End the loop of the others, who then return ``exit_code``."""
+        """End the loop of the others, who then return ``exit_code``, after what is in flight."""
+        while self._in_flight:
+            self.collect()
         self._world.send(np.array([_STOP, exit_code], np.int32))
 
 

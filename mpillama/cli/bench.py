@@ -22,7 +22,7 @@ from mpillama.bench.measure import Figures, MeteredRunner, RankSteps, Workload, 
 from mpillama.bench.model import BenchModel, StepBytes, describe, load, step_bytes
 from mpillama.bench.output import COMPARISON, DETAILS, Printer, Result, make_printer
 from mpillama.bench.peer import NAME, Peer, import_peer
-from mpillama.bench.plan import Case, Load, Test, cases, workloads
+from mpillama.bench.plan import Case, Load, cases, workloads
 from mpillama.bench.plot import Row, import_matplotlib, plot, read_results
 from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
@@ -78,11 +78,12 @@ class _Loaded:
 
 @dataclass
 class _Cache:
-    """A runner with a KV cache of some types, and how many tokens of a context it holds."""
+    """A runner with a KV cache of some types, and how many tokens of a context it holds for how many sequences."""
 
     types: tuple[str, str]
     runner: MeteredRunner
     n_filled: int = 0
+    n_parallel: int = 1
 
 
 def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
@@ -121,7 +122,7 @@ class _Bench:
             args.ubatch_size,
             args.cache_type_k,
             args.cache_type_v,
-            workloads(args.n_prompt, args.n_gen, args.pg, args.n_depth),
+            workloads(args.n_prompt, args.n_gen, args.pg, args.n_depth, args.n_parallel),
         )
         n_ctx = max(case.test.n_ctx for case in planned)
         printers = self._printers()
@@ -329,20 +330,20 @@ class _Bench:
         cache = self._runner(case, loaded)
         peer = self._peer
         if peer:
-            peer.prepare(loaded.model.n_ctx, *sizes, case.type_k, case.type_v)
+            peer.prepare(loaded.model.n_ctx, *sizes, case.type_k, case.type_v, test.n_parallel)
         self._interrupts.deferred = True
         time.sleep(args.delay)
         test_time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
-        if test.n_depth > cache.n_filled:
-            start = cache.n_filled
+        start = cache.n_filled if test.n_parallel == cache.n_parallel else 0
+        if test.n_depth > start:
             self._say(f"{test.name}: filling the context to {test.n_depth}")
-            self._steps(cache.runner, lambda work: work.prompt(start, test.n_depth - start, *sizes))
+            self._steps(cache.runner, lambda work: work.prompt(start, test.n_depth - start, *sizes, test.n_parallel))
         # What comes after is overwritten.
-        cache.n_filled = test.n_depth
+        cache.n_filled, cache.n_parallel = test.n_depth, test.n_parallel
         if not args.no_warmup:
             self._say(f"{test.name}: warm-up")
-            short = Test(test.n_prompt, min(1, test.n_gen), test.n_depth)
+            short = replace(test, n_gen=min(1, test.n_gen))
             self._steps(cache.runner, lambda work: work.test(short, *sizes))
             if peer:
                 peer.test(test, case.n_batch, warmup=True)
@@ -384,6 +385,7 @@ class _Bench:
             n_prompt=test.n_prompt,
             n_gen=test.n_gen,
             n_depth=test.n_depth,
+            n_parallel=test.n_parallel,
             test_time=test_time,
             avg_ns=found.avg_ns,
             stddev_ns=found.stddev_ns,
@@ -399,9 +401,10 @@ class _Bench:
             skew_us=found.skew_us,
             overhead_us=found.overhead_us,
             weight_bytes=found.weight_bytes,
-            weight_gbps=found.weight_gbps,
+            kv_bytes=found.kv_bytes,
+            read_gbps=found.read_gbps,
             stream_gbps=loaded.stream,
-            stream_share=found.weight_gbps / loaded.stream if loaded.stream else None,
+            stream_share=found.read_gbps / loaded.stream if loaded.stream else None,
             peer=f"{NAME} ({self._peer.version})" if self._peer else None,
             peer_avg_ts=fmean(peer_ts) if peer_ts else None,
             peer_stddev_ts=spread(peer_ts) if peer_ts else None,

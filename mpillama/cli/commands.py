@@ -175,6 +175,7 @@ COMMANDS = (
             "mpirun -n 2 mpillama bench -m a.gguf,b.gguf -t 1,2 -ts 1/1,2/1 -o json",
             "mpirun -n 4 mpillama bench -m model.gguf --tp 2 --pp 2 -p 2048",
             "mpillama bench --shape llama-1b:Q4_0 --compare llama.cpp",
+            "mpillama bench -m model.gguf -p 0 -n 64 -d 128 -npl 1,4,16",
         ),
         BENCH,
         "mpillama.cli.bench:run",

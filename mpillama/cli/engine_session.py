@@ -120,7 +120,7 @@ def open_service(
 
     def make() -> None:
         if prepared is not None:
-            made.append(_service(args, loaded, Leader(world, loaded.runner), prepared))
+            made.append(_service(args, loaded, Leader(world, loaded.runner, loaded.model.grid.pp), prepared))
 
     from_root(world, make)
     return loaded.runner, made[0] if made else None
@@ -140,7 +140,7 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, Prepared]:
 def _service(args: Namespace, loaded: Loaded, leader: Leader, prepared: Prepared) -> Service:
     model, metadata = loaded.model, prepared.metadata
     engine = Engine(
-        leader.run,
+        leader,
         prepared.tokenizer,
         model.cfg.n_vocab,
         model.n_ctx,

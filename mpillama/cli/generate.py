@@ -43,7 +43,7 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     interrupts.deferred = True
     if work is None:
         return follow(world, loaded.runner)
-    leader = Leader(world, loaded.runner)
+    leader = Leader(world, loaded.runner, loaded.model.grid.pp)
     try:
         timings = _generate(args, leader, loaded, work, interrupts, log)
     except UserError as error:
@@ -120,7 +120,7 @@ def _templated(args: Namespace, header: GGUFHeader, prompt: str, system: str | N
 def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, interrupts: Interrupts, log: Log) -> str:
     """Evaluate the prompt, then sample and stream tokens; returns the timings."""
     n_vocab, n_ctx, n_blocks = loaded.model.cfg.n_vocab, loaded.model.n_ctx, loaded.runner.n_blocks
-    engine = Engine(leader.run, work.tokenizer, n_vocab, n_ctx, n_blocks, min(args.batch_size, args.ubatch_size))
+    engine = Engine(leader, work.tokenizer, n_vocab, n_ctx, n_blocks, min(args.batch_size, args.ubatch_size))
     work.cache.restore(loaded, leader, engine, work.request.prompt)
     engine.add(work.request)
     outputs: list[Output] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -12,9 +13,10 @@ from mpillama.backends.base import KV_BLOCK, Batch
 from mpillama.engine.blocks import BlockManager, names_of
 from mpillama.engine.branch import Branch
 from mpillama.engine.embedding import Pooling
+from mpillama.engine.executor import Executor, Flight, OneByOne
 from mpillama.engine.logprobs import logprob_of
 from mpillama.engine.request import Logprob, Output, Request, Timings, Usage
-from mpillama.engine.scheduler import Plan, Scheduler
+from mpillama.engine.scheduler import Scheduler
 from mpillama.engine.writer import Writer
 from mpillama.errors import UsageError, UserError
 from mpillama.tokenizer.base import Tokenizer
@@ -86,7 +88,7 @@ class Engine:
     """Runs many requests at once over one KV cache; not thread-safe, and all of it on one rank.
 
     Args:
-        executor: runs a batch on all ranks and returns its logits, or hidden states if it asks for these.
+        executor: of all ranks; a function that runs a batch and returns its result stands for one batch at a time.
         tokenizer: None: ids in, ids out, no text.
         n_vocab: of the logits.
         n_ctx: tokens of one sequence at most; never more than the KV cache holds.
@@ -104,7 +106,7 @@ class Engine:
 
     def __init__(
         self,
-        executor: Callable[[Batch], np.ndarray],
+        executor: Executor | Callable[[Batch], np.ndarray],
         tokenizer: Tokenizer | None,
         n_vocab: int,
         n_ctx: int,
@@ -121,7 +123,8 @@ class Engine:
             raise UsageError(
                 f"a step of {n_batch} tokens cannot serve {n_parallel} sequences; lower -np, or raise -b and -ub"
             )
-        self._executor, self._tokenizer, self._n_vocab = executor, tokenizer, n_vocab
+        self._executor = OneByOne(executor) if callable(executor) else executor
+        self._tokenizer, self._n_vocab = tokenizer, n_vocab
         self.n_ctx = min(n_ctx, n_blocks * block_size)
         self.n_parallel, self._pooling, self._clock = n_parallel, pooling, clock
         self.priority_seconds = priority_seconds
@@ -129,6 +132,8 @@ class Engine:
         self._scheduler = Scheduler(self._blocks, n_batch, n_parallel, max(1, _LOGITS_BYTES // (4 * n_vocab)))
         self._active: dict[str, _Active] = {}
         self._counters = Counters()
+        self._flights: deque[Flight] = deque()
+        self._early: list[Output] = []
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -208,7 +213,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether there is anything to do in a step."""
-        return bool(self._active)
+        return bool(self._active or self._flights or self._early)
 
     def stats(self) -> Stats:
         """Return the counters and the state of queues and KV cache."""
@@ -226,7 +231,11 @@ class Engine:
     # -- the prefix cache from outside -----------------------------------------------------------------------------
 
     def cached_blocks(self, tokens: Sequence[int]) -> list[int]:
-        """Return the full KV blocks that hold the beginning of these tokens; the next step may give them up."""
+        """Return the full KV blocks that hold the beginning of these tokens; the next step may give them up.
+
+        No step is under way then.
+        """
+        self.settle()
         return self._blocks.find(names_of(tokens, self._blocks.block_size))
 
     def adopt(self, tokens: Sequence[int], fill: Callable[[int, list[int]], None]) -> int:
@@ -240,6 +249,7 @@ class Engine:
         Returns:
             How many of the tokens are in the cache now.
         """
+        self.settle()
         blocks, names = self._blocks, names_of(tokens, self._blocks.block_size)
         known = blocks.find(names)
         blocks.take(known)
@@ -258,71 +268,108 @@ class Engine:
     def step(self) -> list[Output]:
         """Run one step on all ranks and return what it has added to each continuation that took part.
 
+        As many steps as the executor takes are under way at a time; the one returned began first.
+
         Raises:
             UserError: a rank has failed; the engine cannot go on.
         """
+        if self._early:
+            outputs, self._early = self._early, []
+            return outputs
         began = self._clock()
-        plan = self._scheduler.plan()
+        while (free := self._executor.max_in_flight - len(self._flights)) and self._submit(began, free):
+            pass
+        outputs = self._collect() if self._flights else []
+        self._counters.step_seconds += self._clock() - began
+        return outputs
+
+    def settle(self) -> None:
+        """Wait for the steps that are under way, so that the ranks can do something else; `step` gives the outputs."""
+        while self._flights:
+            self._early += self._collect()
+
+    def _submit(self, now: float, share: int) -> bool:
+        """Begin the next step, with no more than its share of the branches that decode; False if there is none."""
+        plan = self._scheduler.plan(share)
         if plan is None:
-            return []
+            return False
         counters = self._counters
-        for branch, n in plan.parts:
+        starts = tuple(branch.n_past for branch, _ in plan.parts)
+        ends = tuple(branch.pending == n for branch, n in plan.parts)
+        for (branch, n), start in zip(plan.parts, starts, strict=True):
             active = self._active[branch.request.id]
             if active.began is None:
-                active.began = began
+                active.began = now
                 counters.cached_tokens += branch.n_cached
-            if n > 1 or branch.n_past < len(branch.request.prompt):
+            if n > 1 or start < len(branch.request.prompt):
                 counters.prompt_tokens += n
-        result = self._executor(plan.batch)
-        ran = self._clock()
-        outputs = self._embed(plan, result) if plan.embedding else self._write(plan, result, ran)
+            branch.advance(self._blocks, n)
+            branch.in_flight += 1
+        began = self._clock()
+        self._executor.submit(plan.batch)
+        counters.run_seconds += self._clock() - began
         counters.steps += 1
         counters.copied_blocks += len(plan.batch.copies)
-        counters.run_seconds += ran - began
-        counters.step_seconds += self._clock() - began
-        return outputs
+        self._flights.append(Flight(plan, starts, ends))
+        return True
 
-    def _embed(self, plan: Plan, hidden: np.ndarray) -> list[Output]:
-        outputs, start = [], 0
-        for branch, n in plan.parts:
-            active = self._active[branch.request.id]
-            if active.pooling is None or branch.n_past == 0:
-                active.pooling = Pooling(self._pooling)
-            active.pooling.add(hidden[start : start + n])
-            start += n
-            branch.advance(self._blocks, n)
-            if not branch.pending:
-                active.prompt_done = self._clock()
-                output = Output(branch.request.id, finish_reason="stop", embedding=active.pooling.result())
-                outputs += self._finish(active, branch, output)
-        return outputs
-
-    def _write(self, plan: Plan, logits: np.ndarray, now: float) -> list[Output]:
+    def _collect(self) -> list[Output]:
+        """Wait for the step that began first, and return what it has added."""
+        flight = self._flights.popleft()
+        began = self._clock()
+        result = self._executor.collect()
+        now = self._clock()
+        self._counters.run_seconds += now - began
         outputs: list[Output] = []
         stop = 0
-        for (branch, n), n_rows in zip(plan.parts, plan.n_rows, strict=True):
-            active = self._active[branch.request.id]
+        parts = zip(flight.plan.parts, flight.plan.n_rows, flight.starts, flight.ends, strict=True)
+        for (branch, _), n_rows, start, ends in parts:
             stop += n_rows
-            if branch.all_rows:
-                _read_prompt(active, branch.n_past, logits[stop - n_rows : stop])
-            branch.advance(self._blocks, n)
-            if branch.pending:
+            branch.in_flight -= 1
+            active = self._active.get(branch.request.id)
+            # A request may have been cancelled meanwhile, and its id given to another.
+            if active is None or active.branches.get(branch.index) is not branch:
                 continue
-            read, branch.all_rows = branch.all_rows, False
-            if active.prompt_done is None:
-                active.prompt_done = now
-            for each in [branch, *self._fork(active, branch)]:
-                writer = active.writers[each.index]
-                spent, n_sampled = writer.sample_seconds, writer.n_sampled
-                output = writer.write(logits[stop - 1], each.n_past)
-                output.prompt_logprobs = list(active.prompt_logprobs) if read else None
-                self._counters.sample_seconds += writer.sample_seconds - spent
-                self._counters.generated_tokens += writer.n_sampled - n_sampled
-                if output.finish_reason is None:
-                    each.tokens += output.tokens
-                    outputs += self._give(active, output)
-                else:
-                    outputs += self._finish(active, each, output)
+            rows = result[stop - n_rows : stop]
+            if flight.plan.embedding:
+                outputs += self._embed(active, branch, rows, start, ends)
+            else:
+                outputs += self._write(active, branch, rows, start, ends, now)
+        return outputs
+
+    def _embed(self, active: _Active, branch: Branch, hidden: np.ndarray, start: int, ends: bool) -> list[Output]:
+        if active.pooling is None or start == 0:
+            active.pooling = Pooling(self._pooling)
+        active.pooling.add(hidden)
+        if not ends:
+            return []
+        active.prompt_done = self._clock()
+        output = Output(branch.request.id, finish_reason="stop", embedding=active.pooling.result())
+        return self._finish(active, branch, output)
+
+    def _write(
+        self, active: _Active, branch: Branch, logits: np.ndarray, start: int, ends: bool, now: float
+    ) -> list[Output]:
+        if branch.all_rows:
+            _read_prompt(active, start, logits)
+        if not ends:
+            return []
+        read, branch.all_rows = branch.all_rows, False
+        if active.prompt_done is None:
+            active.prompt_done = now
+        outputs: list[Output] = []
+        for each in [branch, *self._fork(active, branch)]:
+            writer = active.writers[each.index]
+            spent, n_sampled = writer.sample_seconds, writer.n_sampled
+            output = writer.write(logits[-1], each.n_past)
+            output.prompt_logprobs = list(active.prompt_logprobs) if read else None
+            self._counters.sample_seconds += writer.sample_seconds - spent
+            self._counters.generated_tokens += writer.n_sampled - n_sampled
+            if output.finish_reason is None:
+                each.tokens += output.tokens
+                outputs += self._give(active, output)
+            else:
+                outputs += self._finish(active, each, output)
         return outputs
 
     def _fork(self, active: _Active, branch: Branch) -> list[Branch]:

@@ -33,8 +33,9 @@ def test_shape_on_ranks(n_ranks, backend):
         assert row["avg_ns"] == pytest.approx(sum(row["samples_ns"]) / 2, abs=1)
         assert row["avg_ts"] == pytest.approx(sum(row["samples_ts"]) / 2)
         assert (row["n_ranks"], row["n_threads"], row["backends"]) == (size, 1, backend)
-        assert row["weight_gbps"] == pytest.approx(row["weight_bytes"] * n_tokens * 2 / sum(row["samples_ns"]))
-        assert row["stream_share"] == pytest.approx(row["weight_gbps"] / row["stream_gbps"])
+        n_bytes = row["weight_bytes"] + row["kv_bytes"]
+        assert row["read_gbps"] == pytest.approx(n_bytes * n_tokens * 2 / sum(row["samples_ns"]))
+        assert row["stream_share"] == pytest.approx(row["read_gbps"] / row["stream_gbps"])
         assert (row["comm_us"] > 0) == (size > 1)
         assert (row["skew_us"] > 0) == (size > 1)
         assert 0 <= row["comm_min_us"] <= row["comm_us"]

@@ -106,6 +106,8 @@ def test_names_of_tests():
     ]
     assert Test(64, 16, 100).n_tokens == 80
     assert Test(64, 16, 100).n_ctx == 180
+    several = Test(64, 16, 100, n_parallel=3)
+    assert (several.name, several.n_tokens, several.n_ctx) == ("pp64+tg16 @ d100 x 3", 240, 3 * 192)
 
 
 def test_cross_product_loads_as_seldom_as_possible(rng):
