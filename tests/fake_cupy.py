@@ -89,6 +89,11 @@ class MemoryPool:
         self._used.append((pointer, weakref.ref(array)))
 
 
+class DefaultPool:
+    def malloc(self, size):
+        raise AssertionError("only a name for the usual memory")
+
+
 class MemoryPointer:
     def __init__(self, memory, offset):
         assert offset == 0
@@ -113,7 +118,7 @@ class Allocators:
 
     def empty(self, shape, dtype):
         pool, n_bytes = self.current, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        if pool is None or not n_bytes:
+        if pool is None or isinstance(pool, DefaultPool) or not n_bytes:
             assert not n_bytes or Stream.current.recorded is None
             return np.empty(shape, dtype).view(Array)
         # As CuPy, in units of 512 bytes.
@@ -300,5 +305,6 @@ def fake_cupy(n_gpus: int = 2, hip: bool = False, error: str = "") -> SimpleName
         cuda=cuda,
         RawModule=RawModule,
         empty=allocators.empty,
+        get_default_memory_pool=DefaultPool,
         asnumpy=download,
     )

@@ -95,9 +95,9 @@ def schedule(rng, n_vocab, n_steps):
     return batches
 
 
-def model(tmp_path, rng, experts):
+def model(tmp_path, rng, experts, types=_TYPES):
     more = {"n_expert": 6, "n_expert_used": 2, "n_ff": 64} if experts else {}
-    type = _TYPES[int(rng.integers(len(_TYPES)))]
+    type = types[int(rng.integers(len(types)))]
     return write_llama(tmp_path / "m.gguf", rng, type, n_embd=128, n_head_dim=32, n_layer=1, **more)
 
 

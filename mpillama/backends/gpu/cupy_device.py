@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class CupyDevice:
         self.can_capture = kind == "cuda"
         self._graph_chunks: list[Any] = []
         self._graph_pool: Any = None
+        self._in_graph_memory = False
 
     def _load_blas(self) -> Any:
         """Return CuPy's cuBLAS module, or None; the tiled kernels then serve long prompts too, more slowly."""
@@ -90,7 +91,8 @@ class CupyDevice:
     def upload(self, x: np.ndarray) -> Array:
         """Return a copy; large ones through pinned memory."""
         x = np.ascontiguousarray(x)
-        out = self.empty(x.shape, x.dtype)
+        with self._lasting_memory():
+            out = self.empty(x.shape, x.dtype)
         if x.nbytes <= _PIECE:
             # From pageable memory: CUDA has taken the bytes when this returns.
             out.set(x, stream=self._stream)
@@ -122,7 +124,17 @@ class CupyDevice:
         self._cupy.asnumpy(x, stream=self._stream, out=out)
         return out
 
-    def graph_memory(self) -> AbstractContextManager[object]:
+    def _lasting_memory(self) -> AbstractContextManager[object]:
+        """Use the usual pool: in that of graphs, one may overwrite what another needs from launch to launch."""
+        if not self._in_graph_memory:
+            return nullcontext()
+        usual: AbstractContextManager[object] = self._cupy.cuda.using_allocator(
+            self._cupy.get_default_memory_pool().malloc
+        )
+        return usual
+
+    @contextmanager
+    def graph_memory(self) -> Iterator[None]:
         """Use a pool of its own. It keeps its chunks when it thinks that they are free: graphs have their addresses."""
         memory = self._cupy.cuda.memory
         if self._graph_pool is None:
@@ -133,8 +145,12 @@ class CupyDevice:
                 return memory.MemoryPointer(chunk, 0)
 
             self._graph_pool = self._cupy.cuda.MemoryPool(allocate)
-        pooled: AbstractContextManager[object] = self._cupy.cuda.using_allocator(self._graph_pool.malloc)
-        return pooled
+        self._in_graph_memory = True
+        try:
+            with self._cupy.cuda.using_allocator(self._graph_pool.malloc):
+                yield
+        finally:
+            self._in_graph_memory = False
 
     def capture(self, work: Callable[[], Array]) -> tuple[CupyGraph, Array]:
         """Record the stream."""

@@ -83,9 +83,10 @@ class Device(Protocol):
         ...
 
     def graph_memory(self) -> AbstractContextManager[object]:
-        """Take arrays that are made meanwhile from memory that recorded work has for itself, and never gives back.
+        """Let `empty` take memory that recorded work has for itself, and never gives back.
 
-        Work that is to be recorded should run once like this before: then there is memory enough for it.
+        Work that is to be recorded should run once like this before: then there is memory enough for it, and what it
+        uploads once is there. All graphs share this memory, so nothing in it lasts beyond the next launch.
         """
         ...
 
@@ -94,7 +95,7 @@ class Device(Protocol):
 
         Every argument is recorded as it is: only what arrays hold may differ when the graph is launched. ``work`` may
         start kernels and collectives and make arrays, of `graph_memory`; it may not bring anything over or back, nor
-        use `gemm`. A launch leaves nothing of what other graphs have put into arrays of that memory.
+        use `gemm`.
         """
         ...
 

@@ -10,6 +10,7 @@ import numpy as np
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import Array, Device, Unit
 from mpillama.backends.gpu.elementwise import EXPERTS, ElementwiseOps
+from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
 
@@ -72,6 +73,10 @@ class MatmulOps(ElementwiseOps):
     def __init__(self, device: Device) -> None:
         super().__init__(device)
         self._rounded: tuple[Array, int, int, tuple[Array, ...]] | None = None
+
+    def begin_step(self, inputs: StepInputs) -> None:
+        """Let the ops that follow find their batch on the device; nothing is kept of the step before."""
+        self.inputs, self._rounded = inputs, None
 
     def supports(self, type: GGMLType) -> bool:
         """Whether there is a decoder for the type."""

@@ -55,7 +55,7 @@ class Steps:
     def __call__(self, batch: Batch, residual: np.ndarray | None) -> Array:
         """Run a batch. The result is good until the next one."""
         if not self.captures or not self._fits(batch):
-            self._backend.inputs = StepInputs(self._device, batch)
+            self._backend.begin_step(StepInputs(self._device, batch))
             return self._work(batch, None if residual is None else self._device.upload(residual))
         key = len(batch.tokens), len(batch.logit_rows), seen_bound(batch), 0 if residual is None else residual.shape[1]
         # Those used last are last; what was used least recently goes first.
@@ -65,7 +65,7 @@ class Steps:
                 del self._shapes[next(iter(self._shapes))]
             shape = _Shape(StepInputs(self._device, batch), None if residual is None else self._device.upload(residual))
             self._shapes[key] = shape
-            self._backend.inputs = shape.inputs
+            self._backend.begin_step(shape.inputs)
             # Compiles kernels, and leaves as much memory as the recording will need.
             with self._device.graph_memory():
                 return self._work(batch, shape.residual)
@@ -74,7 +74,7 @@ class Steps:
         if residual is not None:
             self._device.write(shape.residual, residual)
         if shape.graph is None:
-            self._backend.inputs = shape.inputs
+            self._backend.begin_step(shape.inputs)
             shape.graph, shape.result = self._device.capture(lambda: self._work(batch, shape.residual))
         shape.graph.launch()
         return shape.result
