@@ -48,7 +48,7 @@ demo: $(VENV)/.run
 test: test-unit test-jobs test-mpi
 
 test-unit: $(VENV)/.test
-	$(PY) -m pytest tests/unit $(ARGS)
+	$(PY) -m pytest tests/unit -n auto --maxprocesses 8 $(ARGS)
 
 test-jobs: $(VENV)/.test
 	$(PY) -m pytest tests/jobs $(ARGS)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpillama.engine.engine import Engine
+from mpillama.engine.base import EngineLike
 from mpillama.engine.request import Logprob, Output, Request, RequestParams, Timings, Usage
 from mpillama.errors import UserError
 from mpillama.openai.chat import ChatCall
@@ -141,7 +141,7 @@ class Desk:
         stepping: whether the engine is in a step, or has failed in one.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineLike) -> None:
         self._engine = engine
         self._jobs: dict[str, Job] = {}
         self.stepping = False

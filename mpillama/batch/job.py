@@ -10,7 +10,7 @@ from typing import Any
 from mpillama.batch.ids import IdSet
 from mpillama.batch.requests import Line
 from mpillama.batch.results import Results, key
-from mpillama.engine.engine import Engine
+from mpillama.engine.base import EngineLike
 from mpillama.engine.request import Output
 from mpillama.openai.calls import Call
 from mpillama.openai.errors import ApiError, as_bad_request
@@ -64,7 +64,7 @@ class Job:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineLike,
         make_call: Callable[[str, dict[str, Any]], Call],
         lines: Iterable[Line],
         results: Results,
@@ -86,7 +86,7 @@ class Job:
         """
         exhausted = False
         while (hurry := self._hurry()) is not Hurry.NOW:
-            while not exhausted and hurry is Hurry.NONE and len(self._open) < _AHEAD * self._engine.n_parallel:
+            while not exhausted and hurry is Hurry.NONE and len(self._open) < _AHEAD * self._engine.n_places:
                 line = next(self._lines, None)
                 if line is None:
                     exhausted = True

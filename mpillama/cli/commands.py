@@ -187,6 +187,7 @@ COMMANDS = (
         (
             "mpirun -n 4 mpillama serve -m model.gguf",
             "mpirun -n 4 mpillama serve -m model.gguf --host 0.0.0.0 --api-key SECRET -np 64",
+            "mpirun -n 8 mpillama serve -m model.gguf --dp 2",
             "srun mpillama serve -m model.gguf --host $HOME/model.sock",
         ),
         SERVE,
@@ -199,6 +200,7 @@ COMMANDS = (
         (
             "mpirun -n 4 mpillama batch -m model.gguf -i requests.jsonl -o results.jsonl",
             "srun mpillama batch -m model.gguf -i requests.jsonl -o results.jsonl -np 64 --time-limit 11:45:00",
+            "mpirun -n 8 mpillama batch -m model.gguf -i requests.jsonl -o results.jsonl --dp 4",
             "mpillama batch -i requests.jsonl -o results.jsonl --temp 0 --log-file batch.log",
         ),
         BATCH,

@@ -37,6 +37,24 @@ def available_memory() -> int:
     return free
 
 
+def _places(world: World, own: int) -> list[tuple[str, list[int], int]]:
+    """Return each host, or each rank's device, with its ranks and the bytes that are free there."""
+    free = world.bcast(world.gather(own or available_memory()))
+    names = [f"the GPU of rank {rank} on {host}" if own else host for rank, host in enumerate(world.hosts)]
+    found = []
+    for name in dict.fromkeys(names):
+        ranks = [rank for rank in range(world.size) if names[rank] == name]
+        found.append((name, ranks, min(free[rank] for rank in ranks)))
+    return found
+
+
+def fits_easily(world: World, needed: list[int], own: int = 0) -> bool:
+    """Return whether so many bytes for each rank leave a part of the memory to others, everywhere; see `fit_memory`."""
+    return all(
+        sum(needed[rank] + WORKSPACE for rank in ranks) <= room * _OWN_CHOICE for _, ranks, room in _places(world, own)
+    )
+
+
 def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int, own: int = 0) -> int:
     """Return how many tokens the KV cache can hold where each host, or each rank's device, has room; at best ``n_kv``.
 
@@ -51,12 +69,8 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
     Raises:
         UserError: on rank 0, naming the host, what is needed and what would fit; the other ranks raise PeerFailure.
     """
-    free = world.bcast(world.gather(own or available_memory()))
-    places = [f"the GPU of rank {rank} on {host}" if own else host for rank, host in enumerate(world.hosts)]
     granted = n_kv
-    for place in dict.fromkeys(places):
-        ranks = [rank for rank in range(world.size) if places[rank] == place]
-        room = min(free[rank] for rank in ranks)
+    for place, ranks, room in _places(world, own):
         fixed = sum(weights[rank] + WORKSPACE for rank in ranks)
         cache = sum(kv[rank] for rank in ranks)
         if fixed + cache <= room:

@@ -63,7 +63,7 @@ class HttpServer:
         context = api_context(replace(service, tokenizer=encoder.proxy()), self._args.alias)
         self._api.served = Served(context, meta, model.paths[0])
         self._log.report(f"mpillama serve: {context.name} is ready at {self._url}")
-        self._bridge.run(service.engine, interrupts, self._settings.grace, self._on_drain)
+        self._bridge.run(service.engines, interrupts, self._settings.grace, self._on_drain)
         self._thread.stop()
         encoder.close()
         left = len(self._bridge.tickets)

@@ -18,7 +18,7 @@ _TEMPLATE = tuple(option for option in PROMPT if option.dest in ("jinja", "chat_
 SERVING = (
     Option(
         ("-np", "--parallel"),
-        f"sequences that are evaluated together, 0 or -1 = {DEFAULT_PARALLEL}",
+        f"sequences that are evaluated together (in each replica), 0 or -1 = {DEFAULT_PARALLEL}",
         values.integer(-1),
         -1,
         "N",
@@ -30,7 +30,10 @@ SERVING = (
 )
 """The KV cache of ``-c`` tokens is shared by all sequences; one may have as many as all of them."""
 
-ENGINE = (*SERVING, *MODEL, *GRID, *PARALLEL, *SAMPLING, *ROPE, *LOGGING)
+_SHOWN_REPLICAS = "the number of hosts, if the model fits into each of them"
+_GRID = (replace(option, shown=_SHOWN_REPLICAS) if option.dest == "dp" else option for option in GRID)
+
+ENGINE = (*SERVING, *MODEL, *_GRID, *PARALLEL, *SAMPLING, *ROPE, *LOGGING)
 """All that `engine_session.run_engine` needs."""
 
 

@@ -20,19 +20,19 @@ from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.kv_codec import check_cache_type
 from mpillama.backends.reference import ReferenceBackend
-from mpillama.cli.memory import fit_memory
+from mpillama.cli.memory import fit_memory, fits_easily
 from mpillama.cli.progress import JointProgress, Log, format_bytes
 from mpillama.cli.shares import choose_shares
-from mpillama.comm.base import Group, World, attempt, from_root, settle
+from mpillama.comm.base import Group, Team, World, attempt, from_root, settle
 from mpillama.comm.nccl import device_group
 from mpillama.comm.pipeline import Pipe, open_pipe
 from mpillama.comm.staged import tensor_group
 from mpillama.comm.virtual import VIRTUAL_RANKS, Crew
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
-from mpillama.errors import UsageError, UserError
+from mpillama.errors import PeerFailure, UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
-from mpillama.grid import ONE_RANK, Grid, choose_grid
+from mpillama.grid import ONE_RANK, Grid, choose_grid, host_replicas
 from mpillama.layout import apportion
 from mpillama.loader import check_types, load_weights
 from mpillama.ops import Ops
@@ -52,7 +52,7 @@ class Model:
         n_ctx: tokens of one sequence at most.
         n_kv: tokens that the KV cache should hold; with less than ``n_kv_min`` the model is not loaded.
         grid: of the ranks; it and ``weights``, a share for each rank, become known when the ranks have met.
-        weights: see ``grid``.
+        weights: see ``grid``; of the ranks of a replica.
     """
 
     paths: tuple[str, ...]
@@ -69,12 +69,13 @@ class Model:
 class Loaded:
     """A model that is ready to run on this rank, and how long that took in seconds.
 
-    ``places`` are the ranks' parts of the KV; empty where there are virtual ranks.
+    ``team`` are the ranks of its replica, ``places`` their parts of the KV; empty where there are virtual ranks.
     """
 
     model: Model
     runner: Runner
     seconds: float
+    team: Team
     places: tuple[KVPlace, ...] = ()
 
 
@@ -87,15 +88,25 @@ def model_path(args: Namespace) -> Path:
     return Path(args.model) if args.model else demo_model_path()
 
 
+def open_header(args: Namespace, path: Path) -> GGUFHeader:
+    """Read the header of a model file, with what the flags override.
+
+    Raises:
+        UserError: the file is wrong.
+    """
+    header = read_header(path)
+    for key, value in args.override_kv:
+        header.metadata[key] = value  # type: ignore[index]
+    return header
+
+
 def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     """Rank 0: read and check the header and everything that can be checked without the weights.
 
     Raises:
         UserError: the file, a flag, or their combination is wrong.
     """
-    header = read_header(model_path(args))
-    for key, value in args.override_kv:
-        header.metadata[key] = value  # type: ignore[index]
+    header = open_header(args, model_path(args))
     overrides = RopeOverrides(
         scaling=args.rope_scaling,
         freq_base=args.rope_freq_base or None,
@@ -115,8 +126,12 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     return header, Model(header.paths, cfg, tensors, n_ctx, n_ctx, n_ctx)
 
 
-def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]]) -> tuple[Loaded, T | None]:
+def load(
+    args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]], replicas: bool = False
+) -> tuple[Loaded, T | None]:
     """Let rank 0 ``make`` the model's description and its own working set; load the weights on every rank.
+
+    With ``replicas`` there may be several of the model.
 
     Returns:
         The loaded model, and on rank 0 what else ``make`` returned.
@@ -129,10 +144,13 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         own.append(other)
         if args.deterministic:
             return replace(model, grid=_deterministic_grid(args, world.size))
-        return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer))
+        return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer, replicas))
 
     model = from_root(world, describe)
     backend, threads = settle(world, attempt(lambda: open_backend(args, world, one_thread=args.deterministic)))
+    room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
+    if replicas and _leaves_layout_open(args) and _fit_into_hosts(args, world, model, room):
+        model = replace(model, grid=host_replicas(world.hosts))
     model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
     virtual = virtual_ranks(model.weights) if args.deterministic else None
     if virtual:
@@ -147,10 +165,10 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         """Return the bytes of each rank's KV cache."""
         return [sum(kv_bytes(model.cfg, *partition.of(i), n_kv, *kv_types) for i in here) for here in slices]
 
-    room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
     n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room)
     model = replace(model, n_kv=n_kv)
     kv = kv_shares(n_kv)
+    team = _team(world, model.grid)
     with JointProgress(world, shares, enabled=log.interactive) as bar:
         if virtual:
             crew = Crew(world.group(), [len(here) for here in virtual])
@@ -160,7 +178,8 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
         else:
-            parts = [(world.rank, Ops(backend, stage_group(world, model.grid, backend)), open_pipe(world, model.grid))]
+            ops = Ops(backend, stage_group(team, model.grid.one_replica, backend, model.grid.dp > 1))
+            parts = [(world.rank, ops, open_pipe(team, model.grid.one_replica))]
         loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
         if isinstance(loading, UserError):
             bar.give_up()
@@ -179,24 +198,47 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         f"read in all: {format_bytes(sum(n for n, _ in everyone))} of {format_bytes(n_file)} of tensors in the file"
     )
     n_k = model.cfg.n_embd_head_k
-    places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else world.size))
-    return Loaded(model, runner, time.perf_counter() - began, places), own[0] if own else None
+    places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else team.size))
+    return Loaded(model, runner, time.perf_counter() - began, team, places), own[0] if own else None
 
 
-def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
-    """Return the grid of a command that runs a single replica.
+def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int, replicas: bool = False) -> Grid:
+    """Return the grid of a command that runs a single replica, or with ``replicas`` as many as the flags say.
 
     Raises:
-        UsageError: there is no such grid of these ranks, or the flags ask for several replicas.
+        UsageError: there is no such grid of these ranks, or the flags ask for replicas that the command cannot use.
     """
-    grid = choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
-    if grid.dp > 1:
-        raise UsageError(f"--dp {grid.dp}: replicas serve batch and serve, but this command runs one; leave --dp out")
-    return grid
+    if (args.dp or 1) > 1 and not replicas:
+        raise UsageError(
+            f"--dp {args.dp}: replicas answer the many requests of mpillama batch and mpillama serve; this command has "
+            "use for one: leave --dp out"
+        )
+    return choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
+
+
+def _leaves_layout_open(args: Namespace) -> bool:
+    given = (args.split_mode, args.tp, args.pp, args.dp, args.tensor_split)
+    return not args.deterministic and all(value is None for value in given)
+
+
+def _fit_into_hosts(args: Namespace, world: World, model: Model, room: int) -> bool:
+    """Return whether each of several hosts can easily hold a replica, with a whole KV cache."""
+    grid = host_replicas(world.hosts)
+    if grid.dp == 1:
+        return False
+    partition = Partition(model.cfg, model.tensors, grid, (1.0,) * grid.replica_size, args.ep)
+    kv_types = (args.cache_type_k, args.cache_type_v)
+    kv = [kv_bytes(model.cfg, *partition.of(rank), model.n_kv, *kv_types) for rank in range(grid.size)]
+    return fits_easily(world, [partition.bytes_of(rank) + kv[rank] for rank in range(grid.size)], room)
+
+
+def _team(world: World, grid: Grid) -> Team:
+    """Return the ranks of this rank's replica."""
+    return world if grid.dp == 1 else world.part(grid.replica(grid.place(world.rank).replica))
 
 
 def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
-    if args.split_mode == "layer" or (args.pp or 1) * args.dp > 1:
+    if args.split_mode == "layer" or (args.pp or 1) * (args.dp or 1) > 1:
         raise UsageError("--deterministic is for tensor parallelism alone; leave --pp, --dp and -sm layer out")
     return Grid(n_ranks)
 
@@ -206,11 +248,16 @@ def wants_graphs() -> bool:
     return os.environ.get("MPILLAMA_GRAPHS", "") != "0"
 
 
-def stage_group(world: World, grid: Grid, backend: Backend) -> Group:
+def stage_group(team: Team, grid: Grid, backend: Backend, several: bool = False) -> Group:
     """Return the group of this rank's stage, for arrays of its backend; ``MPILLAMA_COLLECTIVES=host``: without NCCL."""
-    if grid.tp == world.size:
-        return device_group(world, backend, by_host=os.environ.get("MPILLAMA_COLLECTIVES", "") == "host")
-    return tensor_group(world.group(grid.stage_ranks(world.rank)), backend)
+    if grid.tp == team.size:
+        try:
+            return device_group(team, backend, by_host=os.environ.get("MPILLAMA_COLLECTIVES", "") == "host")
+        except UserError as error:
+            # The other replicas have not heard of it.
+            error.told = error.told and (not several or isinstance(error, PeerFailure))
+            raise
+    return tensor_group(team.group(grid.stage_ranks(team.rank)), backend)
 
 
 def open_runner(
@@ -260,10 +307,10 @@ def _layout_line(
 
 
 def _grid_words(grid: Grid, partition: Partition) -> str:
-    words = ""
+    words = f"{grid.dp} replicas of {_count(grid.replica_size, 'rank')}, " if grid.dp > 1 else ""
     if grid.pp > 1:
         blocks = "+".join(str(len(stage.blocks)) for stage in partition.stages)
-        words = f"{grid.pp} stages of {_count(grid.tp, 'rank')} with {blocks} blocks, "
+        words += f"{grid.pp} stages of {_count(grid.tp, 'rank')} with {blocks} blocks, "
     whole = len(partition.whole_experts)
     return words + (f"whole experts in {_count(whole, 'block')}, " if whole else "")
 

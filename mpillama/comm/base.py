@@ -1,8 +1,9 @@
 """The protocols of this package.
 
 `Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `Link`
-hands tensors from one rank to another. `World` carries small control messages between all ranks of a run, and knows how
-to end it. `tests/unit/test_comm_contract.py` holds every implementation to the same contract.
+hands tensors from one rank to another. `Team` carries small control messages between the ranks that hold one model;
+`World` is the team of all ranks of a run: it can be parted into several, and knows how to end the run.
+`tests/unit/test_comm_contract.py` holds every implementation to the same contract.
 """
 
 from __future__ import annotations
@@ -70,20 +71,23 @@ class Link(Protocol):
         ...
 
 
-class World(Protocol):
-    """All ranks of one run, and the host each lives on."""
+class Team(Protocol):
+    """Ranks that work through the same steps, and the host each lives on.
+
+    Attributes:
+        job_ranks: for each rank, its number among all ranks of the run: the one that people know it by.
+    """
 
     rank: int
     size: int
     hosts: tuple[str, ...]
-    local_rank: int
-    local_size: int
+    job_ranks: tuple[int, ...]
     watch: Watch
 
     def group(self, ranks: Sequence[int] | None = None) -> Group:
         """Return a group for tensors in host memory: of all ranks, or of these, which include this one.
 
-        All ranks of the world call this together, each with the ranks (in order) of its own group.
+        All ranks of the team call this together, each with the ranks (in order) of its own group.
         """
         ...
 
@@ -111,6 +115,31 @@ class World(Protocol):
         """Other ranks: wait for the next message of rank 0 without occupying a core."""
         ...
 
+
+class World(Team, Protocol):
+    """All ranks of one run."""
+
+    local_rank: int
+    local_size: int
+
+    def part(self, ranks: Sequence[int]) -> Team:
+        """Return the team of these ranks, which are consecutive and include this one; it lasts as long as the world.
+
+        All ranks call this together, each with the ranks of its own team.
+        """
+        ...
+
+    def post(self, rank: int, value: Any) -> None:
+        """Send a small picklable object to another rank, to be taken by `fetch`; returns at once."""
+        ...
+
+    def fetch(self, seconds: float = 0.0) -> list[tuple[int, Any]]:
+        """Return what others have posted to this rank, with who posted it; wait so long for it, without using a core.
+
+        What one rank has posted comes in its order.
+        """
+        ...
+
     def report(self, amount: int) -> None:
         """Tell rank 0 of some progress (bytes); returns at once."""
         ...
@@ -128,7 +157,12 @@ class World(Protocol):
         ...
 
 
-def check_agreement(world: World, signature: int) -> None:
+def name_of(team: Team, rank: int) -> str:
+    """Return what people know a rank of a team by."""
+    return f"rank {team.job_ranks[rank]} on {team.hosts[rank]}"
+
+
+def check_agreement(world: Team, signature: int) -> None:
     """Make sure that all ranks have come to the same point with the same signature.
 
     Raises:
@@ -136,14 +170,15 @@ def check_agreement(world: World, signature: int) -> None:
     """
     step = world.watch.step
     everyone = world.agree(signature)
-    others = [f"rank {rank} on {world.hosts[rank]}" for rank, own in enumerate(everyone) if own != everyone[0]]
+    others = [name_of(world, rank) for rank, own in enumerate(everyone) if own != everyone[0]]
     if others:
-        error = JobError(f"the ranks have diverged by step {step}: {', '.join(others)} differs from rank 0")
+        first = world.job_ranks[0]
+        error = JobError(f"the ranks have diverged by step {step}: {', '.join(others)} differs from rank {first}")
         error.told = True
         raise error
 
 
-def from_root(world: World, make: Callable[[], T]) -> T:
+def from_root(world: Team, make: Callable[[], T]) -> T:
     """Call ``make`` on rank 0 and return its result on every rank.
 
     Raises:
@@ -172,7 +207,7 @@ def attempt(make: Callable[[], T]) -> T | UserError:
         return error
 
 
-def settle(world: World, outcome: T | UserError) -> T:
+def settle(world: Team, outcome: T | UserError) -> T:
     """Return this rank's outcome of an `attempt` if no rank's is an error.
 
     Raises:
@@ -184,7 +219,7 @@ def settle(world: World, outcome: T | UserError) -> T:
     def judge() -> None:
         for rank, told in enumerate(said):
             if told is not None:
-                error = UserError(f"rank {rank} on {world.hosts[rank]}: {told[1]}" if world.size > 1 else told[1])
+                error = UserError(f"{name_of(world, rank)}: {told[1]}" if world.size > 1 else told[1])
                 error.exit_code = told[0]
                 raise error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Protocol
 
-from mpillama.comm.base import Group, World
+from mpillama.comm.base import Group, Team
 from mpillama.comm.staged import Holder, tensor_group
 from mpillama.errors import PeerFailure, UserError
 from mpillama.layout import Cut
@@ -41,7 +41,7 @@ class NcclGroup:
         PeerFailure: rank 0 could not even begin.
     """
 
-    def __init__(self, world: World, nccl: Any, device: GpuMemory) -> None:
+    def __init__(self, world: Team, nccl: Any, device: GpuMemory) -> None:
         self.rank, self.size = world.rank, world.size
         self._nccl, self._device = nccl, device
         # A failure of rank 0 must not leave the others waiting for the id.
@@ -126,7 +126,7 @@ def load_nccl() -> Any:
     return nccl if nccl.available else None
 
 
-def device_group(world: World, backend: Any, by_host: bool) -> Group:
+def device_group(world: Team, backend: Any, by_host: bool) -> Group:
     """Return a group of all ranks for the arrays of this backend: NCCL's where all have it, else by way of the host.
 
     Args:

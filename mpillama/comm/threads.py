@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ class _Board:
         self.slots: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.messages = [queue.Queue[np.ndarray]() for _ in range(size)]
+        self.mail = [queue.Queue[tuple[int, bytes]]() for _ in range(size)]
         self.progress: queue.Queue[int] = queue.Queue()
         # Room for one: a sender runs ahead by no more.
         self.channels: defaultdict[tuple[int, int], queue.Queue[np.ndarray]] = defaultdict(lambda: queue.Queue(1))
@@ -169,8 +172,9 @@ class ThreadLink:
 class ThreadWorld:
     """A run whose ranks are threads."""
 
-    def __init__(self, board: _Board, rank: int) -> None:
+    def __init__(self, board: _Board, rank: int, job_ranks: Sequence[int] = ()) -> None:
         self._board, self.rank, self.size = board, rank, board.size
+        self.job_ranks = tuple(job_ranks) or tuple(range(board.size))
         self.hosts = ("threads",) * board.size
         self.local_rank, self.local_size = rank, board.size
         own = Board(board.memory, None, rank, board.size)
@@ -207,6 +211,25 @@ class ThreadWorld:
     def receive(self) -> np.ndarray:
         """Take the next message."""
         return self._board.take(self._board.messages[self.rank])
+
+    def part(self, ranks: Sequence[int]) -> ThreadWorld:
+        """Return the world of some of the threads."""
+        if len(ranks) == self.size:
+            return self
+        return ThreadWorld(self._board.part(tuple(ranks)), ranks.index(self.rank), ranks)
+
+    def post(self, rank: int, value: Any) -> None:
+        """Put an object into another rank's queue, pickled as for another process."""
+        self._board.mail[rank].put((self.rank, pickle.dumps(value)))
+
+    def fetch(self, seconds: float = 0.0) -> list[tuple[int, Any]]:
+        """Take what is in this rank's queue."""
+        box, end = self._board.mail[self.rank], time.monotonic() + seconds
+        while box.empty() and time.monotonic() < end:
+            if self._board.barrier.broken:
+                raise threading.BrokenBarrierError
+            time.sleep(1e-3)
+        return [(source, pickle.loads(value)) for source, value in (box.get() for _ in range(box.qsize()))]
 
     def report(self, amount: int) -> None:
         """Note some progress."""

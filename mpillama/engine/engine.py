@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.engine.base import Counters, EngineLike, Stats
 from mpillama.engine.blocks import BlockManager, names_of
 from mpillama.engine.branch import Branch
 from mpillama.engine.embedding import Pooling
@@ -23,50 +24,6 @@ from mpillama.tokenizer.base import Tokenizer
 
 _LOGITS_BYTES = 64 << 20
 """Logits of a prompt's tokens that one step may bring, when their logprobs are wanted."""
-
-
-@dataclass
-class Counters:
-    """What has happened since the engine was made.
-
-    Attributes:
-        requests: added; ``finished`` and ``cancelled`` of them have left.
-        prompt_tokens: evaluated, those again after a preemption included; ``cached_tokens`` were found in the KV cache.
-        generated_tokens: sampled.
-        preemptions: sequences sent back to wait because the KV cache was full.
-        copied_blocks: for n > 1.
-        steps: with ``step_seconds`` in all, of these ``run_seconds`` in the model and ``sample_seconds`` sampling.
-    """
-
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    copied_blocks: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    run_seconds: float = 0.0
-    sample_seconds: float = 0.0
-
-
-@dataclass
-class Stats(Counters):
-    """The counters, and how things stand.
-
-    Attributes:
-        waiting: sequences that wait for their turn, or for blocks.
-        running: sequences that take part in steps.
-        kv_blocks: in all; ``kv_used`` by sequences, ``kv_cached`` by nobody but kept for prompts that begin alike.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    kv_blocks: int = 0
-    kv_used: int = 0
-    kv_cached: int = 0
 
 
 @dataclass
@@ -84,7 +41,7 @@ class _Active:
     kept: dict[int, tuple[float, Output]] = field(default_factory=dict)
 
 
-class Engine:
+class Engine(EngineLike):
     """Runs many requests at once over one KV cache; not thread-safe, and all of it on one rank.
 
     Args:
@@ -126,7 +83,8 @@ class Engine:
         self._executor = OneByOne(executor) if callable(executor) else executor
         self._tokenizer, self._n_vocab = tokenizer, n_vocab
         self.n_ctx = min(n_ctx, n_blocks * block_size)
-        self.n_parallel, self._pooling, self._clock = n_parallel, pooling, clock
+        self.n_parallel = self.n_places = n_parallel
+        self._pooling, self._clock = pooling, clock
         self.priority_seconds = priority_seconds
         self._blocks = BlockManager(n_blocks, block_size)
         self._scheduler = Scheduler(self._blocks, n_batch, n_parallel, max(1, _LOGITS_BYTES // (4 * n_vocab)))
@@ -143,7 +101,7 @@ class Engine:
         Raises:
             UserError: it can never be run, or its parameters do not fit the model.
         """
-        self._check(request)
+        self.check(request)
         arrival = self._clock() if request.arrival is None else request.arrival
         key = (arrival - request.params.priority * self.priority_seconds, self._counters.requests, 0)
         branch = Branch(request, 0, key, self.n_ctx, self._blocks.block_size)
@@ -153,24 +111,11 @@ class Engine:
         self._active[request.id] = active
         self._scheduler.add(branch)
 
-    def add_all(self, requests: Sequence[Request]) -> None:
-        """Take requests in: all of them, or with an error none.
-
-        Raises:
-            UserError: as `add` does.
-        """
-        for i, request in enumerate(requests):
-            try:
-                self.add(request)
-            except UserError:
-                for added in requests[:i]:
-                    self.cancel(added.id)
-                raise
-
     def _writer(self, request: Request, index: int) -> Writer:
         return Writer(request, index, self._tokenizer, self._n_vocab, self.n_ctx)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that can never be run."""
         params, prompt = request.params, request.prompt
         if request.id in self._active:
             raise UserError(f"there is a request {request.id} already; give each an id of its own")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpillama.engine.request import Logprob, Output
+from mpillama.engine.request import Constraint, Logprob, Output
 from mpillama.openai.call import Call, Chunk, json_logprob
 from mpillama.openai.constraints import AfterThought
 from mpillama.openai.context import Context
@@ -66,9 +66,10 @@ class ChatCall(Call):
         self.prompt = render_prompt(context, fields, self.tools)
         tags = context.reasoning_tags
         thinking = opens_thought(self.prompt, tags)
-        constraint = force_call(context, self.tools) if self.tools.forced else read_constraint(context, fields)
-        if constraint is not None and thinking:
-            constraint = AfterThought(constraint, context.tokenizer, tags[1])
+        grammar = force_call(context, self.tools) if self.tools.forced else read_constraint(context, fields)
+        constraint: Constraint | None = grammar
+        if grammar is not None and thinking:
+            constraint = AfterThought(grammar, context.tokenizer, tags[1])
         params = read_params(
             context,
             fields,

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpillama.engine.request import Constraint, RequestParams
 from mpillama.engine.sampling.params import SamplingParams, parse_samplers
+from mpillama.openai.constraints import GrammarConstraint
 from mpillama.openai.context import Context
 from mpillama.openai.errors import as_bad_request, bad
 from mpillama.openai.fields import Fields
@@ -131,10 +132,10 @@ def read_params(
         )
 
 
-def read_constraint(context: Context, fields: Fields) -> Constraint | None:
+def read_constraint(context: Context, fields: Fields) -> GrammarConstraint | None:
     """Return the constraint that ``response_format``, ``json_schema``, ``grammar``, ``lark`` or ``regex`` ask for."""
     grammars = context.grammars
-    found: list[tuple[str, Constraint]] = []
+    found: list[tuple[str, GrammarConstraint]] = []
     if fields.has("response_format"):
         form = fields.object("response_format")
         kind = form.choice("type", "text", "json_object", "json_schema")

@@ -167,7 +167,7 @@ class Api:
         return json_response(
             {
                 "default_generation_settings": {"n_ctx": context.n_ctx, "params": sampling},
-                "total_slots": context.n_parallel,
+                "total_slots": self._bridge.n_places,
                 "model_alias": context.name,
                 "model_path": served.path,
                 "chat_template": context.template.source if context.template else "",
@@ -179,7 +179,7 @@ class Api:
         )
 
     async def _slots(self, request: Request) -> Response:
-        n, n_ctx = self._loaded().context.n_parallel, self._loaded().context.n_ctx
+        n_ctx, n = self._loaded().context.n_ctx, self._bridge.n_places
         slots: list[dict[str, Any]] = []
         for ticket in dict.fromkeys(self._bridge.tickets.values()):
             task = {"id_task": ticket.call.id, "n_prompt_tokens": ticket.call.n_prompt, "n_decoded": ticket.n_generated}

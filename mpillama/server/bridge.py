@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from mpillama.engine.engine import Engine, Stats
+from mpillama.engine.base import EngineLike, Stats
 from mpillama.engine.request import Output, Request
 from mpillama.errors import UserError
 from mpillama.openai.call import Call
@@ -100,6 +100,7 @@ class Bridge:
         draining: whether no more are taken.
         stats: of the engine after the last step.
         totals: of what it has done.
+        n_places: sequences that can run at a time.
         tickets: calls under way, by request; only for the event loop.
     """
 
@@ -109,7 +110,7 @@ class Bridge:
         self.totals = Totals()
         self.tickets: dict[str, Ticket] = {}
         self._max_queue = max_queue
-        self._n_parallel = 1
+        self.n_places = 1
         self._inbox: SimpleQueue[tuple[Request, ...] | str] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -125,7 +126,7 @@ class Bridge:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         if not self.ready:
             raise ApiError(503, "the model is being loaded", code="loading")
-        most = self._max_queue + self._n_parallel
+        most = self._max_queue + self.n_places
         if n > most:
             raise bad(f"{n} prompts in one call are more than the server takes at all ({most}); send fewer at a time")
         if len(self.tickets) + n > most:
@@ -158,10 +159,10 @@ class Bridge:
 
     # -- on the main thread ----------------------------------------------------------------------------------------
 
-    def run(self, engine: Engine, signals: StopSignals, grace: float, on_drain: Callable[[int], None]) -> None:
+    def run(self, engine: EngineLike, signals: StopSignals, grace: float, on_drain: Callable[[int], None]) -> None:
         """Serve until a signal comes, then for at most ``grace`` seconds until all that runs has ended."""
         deadline = float("inf")
-        self._n_parallel = engine.n_parallel
+        self.n_places = engine.n_places
         self.stats = engine.stats()
         self.ready = True
         while True:
@@ -184,7 +185,7 @@ class Bridge:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._deliver, events)
 
-    def _take_in(self, engine: Engine, wait: bool) -> list[tuple[str, Output | ApiError]]:
+    def _take_in(self, engine: EngineLike, wait: bool) -> list[tuple[str, Output | ApiError]]:
         """Do what the event loop has asked for; with ``wait``, sleep until it asks for something."""
         events: list[tuple[str, Output | ApiError]] = []
         try:
@@ -198,14 +199,14 @@ class Bridge:
         except Empty:
             return events
 
-    def _add(self, engine: Engine, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
+    def _add(self, engine: EngineLike, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
         try:
             engine.add_all(requests)
         except UserError as error:
             return [(requests[0].id, bad(error.line))]
         return []
 
-    def _step(self, engine: Engine) -> list[tuple[str, Output | ApiError]]:
+    def _step(self, engine: EngineLike) -> list[tuple[str, Output | ApiError]]:
         outputs = engine.step()
         totals = self.totals
         totals.busy += len(outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mpillama.engine.engine import Stats
+from mpillama.engine.base import Stats
 from mpillama.server.bridge import Totals
 
 

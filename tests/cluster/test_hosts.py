@@ -61,3 +61,21 @@ def test_an_error_on_a_far_host_ends_the_job(hosts: Hosts) -> None:
     assert told.returncode != 0
     assert told.stderr.count("mpillama: error: ") == 1
     assert time.monotonic() - began < 20
+
+
+def test_each_host_answers_requests_of_its_own(hosts: Hosts) -> None:
+    """As the model fits into each of them, unless a flag says otherwise."""
+    source, target = hosts.folder / "in.jsonl", hosts.folder / "out.jsonl"
+    body = {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}
+    lines = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(40)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["batch", "-i", str(source), "-o", str(target), "-c", "1024", "-np", "4", "-t", "1", "-v"]
+    told = on_both(hosts, *arguments)
+    assert told.returncode == 0, told.stderr
+    assert "4 ranks on 2 hosts, 2 replicas of 2 ranks" in told.stderr
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert {answer["custom_id"] for answer in answers} == {f"r{i}" for i in range(40)}
+    assert len({answer["response"]["body"]["choices"][0]["text"] for answer in answers}) == 1
+    told = on_both(hosts, *arguments, "--dp", "1")
+    assert "2 stages of 2 ranks" in told.stderr
+    assert "40 answered earlier" in told.stderr

@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "split_mode": None,  # llama.cpp: layer; here by where the ranks are
     "tp": None,
     "pp": None,
-    "dp": 1,
+    "dp": None,  # what the machine suggests; mpillama's own
     "ep": "auto",
     "threads": -1,
     "backend": "auto",

@@ -16,8 +16,9 @@ from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.base import World
 from mpillama.comm.solo import SoloWorld
 from mpillama.comm.threads import run_threads
+from mpillama.engine.base import Stats
 from mpillama.engine.embedding import pooling_type
-from mpillama.engine.engine import Engine, Stats
+from mpillama.engine.engine import Engine
 from mpillama.engine.request import Request, RequestParams
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import ModelError
