@@ -258,20 +258,19 @@ class _Bench:
         if self._cache is None or self._cache.types != types:
             self._cache = None
             model, world, grid = loaded.model, self._world, loaded.model.grid
-            group = MeteredGroup(self._group(grid, loaded.backend))
+            group = MeteredGroup(self._group(grid, loaded))
             ops = Ops(loaded.backend, group, loaded.kinds.alike(grid.stage_ranks(world.rank)))
             settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
             stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid), wants_graphs())
             self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
         return self._cache
 
-    def _group(self, grid: Grid, backend: Backend) -> Group:
-        """Return the group of this rank's stage, for arrays of the backend; groups of GPUs belong to one backend."""
-        if backend.name in GPU_NAMES:
-            return stage_group(self._world, grid, backend)
-        if grid not in self._groups:
-            self._groups[grid] = self._world.group(grid.stage_ranks(self._world.rank))
-        return tensor_group(self._groups[grid], backend)
+    def _group(self, grid: Grid, loaded: _Loaded) -> Group:
+        """Return the group of this rank's stage, for arrays of its backend; groups of GPUs belong to one backend."""
+        if set(loaded.kinds.names) & set(GPU_NAMES):
+            return stage_group(self._world, grid, loaded.backend)
+        group = self._groups.get(grid) or self._world.group(grid.stage_ranks(self._world.rank))
+        return tensor_group(self._groups.setdefault(grid, group), loaded.backend)
 
     # -- the program that is compared with ---------------------------------------------------------------------------
 
