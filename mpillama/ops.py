@@ -60,6 +60,11 @@ class Ops:
         fuses = hasattr(backend, "linears") and hasattr(backend, "gated_linear")
         self._fusing = cast(Fusing, backend) if fuses else None
 
+    @property
+    def capturable(self) -> bool:
+        """Whether collectives are work of the device, which it can record, or none at all."""
+        return bool(getattr(self._group, "capturable", False))
+
     # -- layouts ---------------------------------------------------------------------------------------------------
 
     def whole(self, x: Value) -> Array:

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from mpillama import __version__
+from mpillama.backends import GPU_NAMES
 from mpillama.backends.base import Backend
 from mpillama.bench.measure import Figures, MeteredRunner, RankSteps, Workload, figures, spread
 from mpillama.bench.model import BenchModel, StepBytes, describe, load, step_bytes
@@ -31,9 +32,9 @@ from mpillama.cli.devices import Kinds, kinds_of
 from mpillama.cli.loading import read_watch
 from mpillama.cli.memory import available_memory
 from mpillama.cli.progress import LoadProgress, Log
-from mpillama.cli.session import grid_of, model_path, open_backend
+from mpillama.cli.session import grid_of, model_path, open_backend, stage_group, wants_graphs
 from mpillama.cli.shares import choose_shares
-from mpillama.comm.base import World, from_root
+from mpillama.comm.base import Group, World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.comm.pipeline import open_pipe
 from mpillama.comm.staged import tensor_group
@@ -108,7 +109,7 @@ class _Bench:
         self._log = Log(args, world.rank)
         # Before a backend pins this thread.
         self._cores = os.sched_getaffinity(0)
-        self._groups: dict[Grid, MeteredGroup] = {}
+        self._groups: dict[Grid, Group] = {}
         self._loaded: _Loaded | None = None
         self._cache: _Cache | None = None
         self._peer: Peer | None = None
@@ -269,15 +270,20 @@ class _Bench:
         if self._cache is None or self._cache.types != types:
             self._cache = None
             model, world, grid = loaded.model, self._world, loaded.model.grid
-            if grid not in self._groups:
-                self._groups[grid] = MeteredGroup(world.group(grid.stage_ranks(world.rank)))
-            group = self._groups[grid]
-            alike = loaded.kinds.alike(grid.stage_ranks(world.rank))
-            ops = Ops(loaded.backend, tensor_group(group, loaded.backend), alike)
+            group = MeteredGroup(self._group(grid, loaded.backend))
+            ops = Ops(loaded.backend, group, loaded.kinds.alike(grid.stage_ranks(world.rank)))
             settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
-            stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid))
+            stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid), wants_graphs())
             self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
         return self._cache
+
+    def _group(self, grid: Grid, backend: Backend) -> Group:
+        """Return the group of this rank's stage, for arrays of the backend; groups of GPUs belong to one backend."""
+        if backend.name in GPU_NAMES:
+            return stage_group(self._world, grid, backend)
+        if grid not in self._groups:
+            self._groups[grid] = self._world.group(grid.stage_ranks(self._world.rank))
+        return tensor_group(self._groups[grid], backend)
 
     # -- the program that is compared with ---------------------------------------------------------------------------
 

@@ -204,7 +204,7 @@ def load(
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
         else:
-            group = _stage_group(team, model.grid.one_replica, backend, gpu, model.grid.dp > 1)
+            group = stage_group(team, model.grid.one_replica, backend, gpu, model.grid.dp > 1)
             if group.size > 1:
                 group = metered = MeteredGroup(group)
                 traffic = metered.traffic
@@ -275,9 +275,17 @@ def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
     return Grid(n_ranks)
 
 
-def _stage_group(team: Team, grid: Grid, backend: Backend, gpu: str, several: bool) -> Group:
+def wants_graphs() -> bool:
+    """Whether GPUs may record the steps of decoding (see `Runner`): unless ``MPILLAMA_GRAPHS=0``."""
+    return os.environ.get("MPILLAMA_GRAPHS", "") != "0"
+
+
+def stage_group(team: Team, grid: Grid, backend: Backend, gpu: str = "", several: bool = False) -> Group:
     """Return the group of this rank's stage, for arrays of its backend; ``MPILLAMA_COLLECTIVES=host``: without NCCL."""
     if grid.tp == team.size:
+        # NCCL's own switch for ranks that share a GPU.
+        if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "") == "1":
+            gpu = ""
         try:
             return device_group(team, backend, os.environ.get("MPILLAMA_COLLECTIVES", "") == "host", gpu)
         except UserError as error:
@@ -313,7 +321,9 @@ def open_runner(
     sharding, index = partition.of(rank)
     weights = take_weights(source, model.tensors, sharding, index, ops.backend)
     n_head_kv = partition.n_head_kv(rank)
-    return Runner(model.cfg, weights, ops, n_head_kv, model.n_kv, *kv_types, sharding.blocks, pipe), source.bytes_read
+    sizes = (n_head_kv, model.n_kv, *kv_types)
+    runner = Runner(model.cfg, weights, ops, *sizes, sharding.blocks, pipe, graphs=wants_graphs())
+    return runner, source.bytes_read
 
 
 def _layout_line(

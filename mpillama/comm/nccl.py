@@ -70,6 +70,11 @@ class NcclGroup:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a device can record its collectives, which NCCL's can; ranks must record and launch alike."""
+        return True
+
     def allreduce(self, x: Any) -> Any:
         """Return the sum over the ranks, in place."""
         if x.size:

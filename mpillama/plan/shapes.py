@@ -258,6 +258,10 @@ class ShapeBackend:
         shape = (logits.shape[0], n_used)
         return self._light("route", shape, logits, flops=logits.shape[1]), self._out(shape)
 
+    def attn_temperature(self, positions: np.ndarray, span: float, scale: float) -> Shaped:
+        """Make factors of positions."""
+        return self._light("attn_temperature", (len(positions), 1))
+
     def rope_table(self, positions: np.ndarray, rope: Rope, factors: Shaped | None) -> Buffer:
         """Prepare rotations."""
         self.tape.add("rope_table", flops=16.0 * len(positions) * rope.n_rot, n_tokens=len(positions))

@@ -1,12 +1,18 @@
 """The CuPy device and the choice of GPUs, against a stand-in for CuPy; and what is said when something is missing."""
 
+import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_gpu_steps
 
 import fake_cupy
+import mpillama.runner
+import run_gpu
 from gpu_host import needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import RawWeight
@@ -62,6 +68,34 @@ def test_golden_logits_through_the_cupy_device(install, name):
     assert nmse(results[0], reference["logits"]) <= 1e-6
 
 
+@needs_compiler
+def test_steps_are_recorded_through_the_cupy_device(install, monkeypatch):
+    """In memory of their own: the stand-in has none to give while it records, and spoils what is given out again."""
+    install()
+    reference = np.load(shared("golden", "llama-moe.npz"))
+    path, tokens, runs = shared("golden", "llama-moe.gguf"), reference["tokens"].tolist(), []
+    forward = mpillama.runner.forward
+    monkeypatch.setattr("mpillama.runner.forward", lambda *args: runs.append(1) or forward(*args))
+    result = run_on(path, tokens, [1.0], 1, make=lambda: make_backend("cuda"))[0]
+    assert nmse(result, reference["logits"]) <= 1e-6
+    assert len(runs) == 2
+
+
+@needs_compiler
+def test_graphs_share_memory_and_keep_what_they_need(install, monkeypatch, tmp_path, rng):
+    """Shapes of steps in turn, each with a graph: what one leaves lying about another may overwrite."""
+    install()
+    monkeypatch.setattr("test_gpu_steps.gpu_backend", lambda: make_backend("cuda"))
+    path, batches = test_gpu_steps.model(tmp_path, rng, False, [GGMLType.Q4_0]), test_gpu_steps.schedule(rng, 96, 40)
+
+    def main(world):
+        plain, recorded = (test_gpu_steps.open_on(world, path, graphs=graphs) for graphs in (False, True))
+        for batch in batches:
+            np.testing.assert_array_equal(recorded.run(batch), plain.run(batch))
+
+    run_threads(1, main)
+
+
 def test_what_is_missing_is_said_in_one_line(install, monkeypatch):
     def said(kind="cuda"):
         with pytest.raises(UserError) as caught:
@@ -100,8 +134,6 @@ def test_failures_of_the_compiler():
 
 
 def test_importing_the_program_does_not_import_cupy():
-    import subprocess
-
     code = "import sys, mpillama.cli.main, mpillama.backends.gpu; sys.exit('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -155,3 +187,16 @@ def test_a_model_that_does_not_fit_a_gpu_is_refused(install):
         fit_memory(SoloWorld(), [4 << 30], [20 << 30], 1 << 20, 1 << 20, backend.free_memory())
     assert fit_memory(SoloWorld(), [4 << 30], [1 << 30], 4096, 4096, backend.free_memory()) == 4096
     assert 4096 <= fit_memory(SoloWorld(), [4 << 30], [20 << 30], 1 << 20, 4096, backend.free_memory()) < 1 << 18
+
+
+@pytest.mark.parametrize("script", ["run_gpu.py", "measure_gpu.py"])
+def test_scripts_for_gpus_say_that_there_is_none(script):
+    path = Path(__file__).parents[1] / script
+    if not run_gpu.no_gpu("cuda"):
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert done.returncode == run_gpu.NO_GPU
+    assert re.fullmatch(
+        r"(test-gpu|measure_gpu): (there is no NVIDIA GPU here|the NVIDIA driver is here).*\n", done.stderr
+    )
+    assert not done.stdout
