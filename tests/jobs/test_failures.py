@@ -202,6 +202,26 @@ def test_an_error_of_one_rank_while_loading_is_told_once_and_ends_all(model, tmp
     assert_told_once(run([], 3, program=("-c", code)), f"rank {victim} on ", "m.gguf: cannot read it")
 
 
+def test_rank_0_tells_the_code_and_leaves_last():
+    """Else launchers that kill the rest at the first bad code would tell theirs."""
+    code = (
+        "import sys, time\n"
+        "from mpillama.spmd import run\n"
+        "ranks = []\n"
+        "def main(world, interrupts):\n"
+        "    ranks.append(world.rank)\n"
+        "    return 75\n"
+        "code = run(main)\n"
+        "sys.stdout.write(f'{time.monotonic()} {ranks[0]} {code}\\n')\n"
+        "sys.exit(code)\n"
+    )
+    ended = run([], 3, program=("-c", code))
+    assert ended.code == 75, ended.err
+    told = sorted(tuple(map(float, line.split())) for line in ended.out.splitlines())
+    assert {rank: code for _, rank, code in told} == {0: 75, 1: 0, 2: 0}
+    assert told[-1][1] == 0
+
+
 def test_a_launcher_of_another_family_is_explained(model, tmp_path):
     arguments = ["logits", "-m", model, "--tokens", "1", "--out", tmp_path / "o.npy"]
     ended = run(arguments, env={"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"})
