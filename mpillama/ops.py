@@ -62,8 +62,11 @@ class Ops:
 
     @property
     def capturable(self) -> bool:
-        """Whether collectives are work of the device, which it can record, or none at all."""
-        return bool(getattr(self._group, "capturable", False))
+        """Whether collectives are work of the device, which it can record, or none at all.
+
+        Ranks that are not alike bring zeros over for what the first one decides, which a device cannot record.
+        """
+        return self._alike and bool(getattr(self._group, "capturable", False))
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
