@@ -62,10 +62,7 @@ class Ops:
 
     @property
     def capturable(self) -> bool:
-        """Whether collectives are work of the device, which it can record, or none at all.
-
-        Ranks that are not alike bring zeros over for what the first one decides, which a device cannot record.
-        """
+        """Whether all that crosses ranks is work of the device, which it can record: nothing that one tells others."""
         return self._alike and bool(getattr(self._group, "capturable", False))
 
     # -- layouts ---------------------------------------------------------------------------------------------------
