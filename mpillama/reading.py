@@ -48,6 +48,12 @@ class ReadWatch(Silence):
         self._thread = threading.Thread(target=self._look, name="read-watch", daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> ReadWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def begin(self, path: str, offset: int, n_bytes: int) -> None:
         """Note that a read begins."""
         self._now = path, offset, n_bytes, time.monotonic()

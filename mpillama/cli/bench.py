@@ -186,7 +186,7 @@ class _Bench:
         self._close_peer()
         self._interrupts.deferred = False
         world = self._world
-        backend, n_threads = open_backend(Namespace(**{**vars(self._args), "threads": spec.n_threads}), world)
+        backend, n_threads, gpu = open_backend(Namespace(**{**vars(self._args), "threads": spec.n_threads}), world)
         model = from_root(world, lambda: self._describe(spec, n_ctx, backend))
         if isinstance(spec.tensor_split, str):
             found = choose_shares(spec.tensor_split, world, model.grid, backend)
@@ -197,7 +197,7 @@ class _Bench:
         stream = self._stream(backend, n_threads) if self._details else None
         weights = self._weights(model, partition, backend)
         reads = step_bytes(model, *partition.stages)
-        kinds = kinds_of(world, backend)
+        kinds = kinds_of(world, backend, gpu)
         self._loaded = _Loaded(spec, model, partition, backend, kinds, weights, reads, n_threads, stream)
         if self._args.compare:
             self._peer = self._open_peer(self._loaded)
@@ -237,20 +237,16 @@ class _Bench:
         self._say(f"loading {model.type_name}")
         world = self._world
         total = sum(partition.bytes_of(rank) for rank in range(world.size))
-        bar, watch = LoadProgress(total, enabled=self._log.interactive), read_watch(world)
+        with LoadProgress(total, enabled=self._log.interactive) as bar, read_watch(world) as watch:
 
-        def progress(n: int) -> None:
-            world.report(n)
-            bar.update(n + (world.reported() if world.rank == 0 else 0))
+            def progress(n: int) -> None:
+                world.report(n)
+                bar.update(n + (world.reported() if world.rank == 0 else 0))
 
-        try:
             weights = load(model, *partition.of(world.rank), backend, progress, watch)
             world.bcast(world.gather(None))
             if world.rank == 0:
                 bar.update(world.reported())
-        finally:
-            bar.close()
-            watch.close()
         return weights
 
     def _runner(self, case: Case, loaded: _Loaded) -> _Cache:
@@ -268,7 +264,7 @@ class _Bench:
     def _group(self, grid: Grid, loaded: _Loaded) -> Group:
         """Return the group of this rank's stage, for arrays of its backend; groups of GPUs belong to one backend."""
         if set(loaded.kinds.names) & set(GPU_NAMES):
-            return stage_group(self._world, grid, loaded.backend)
+            return stage_group(self._world, grid, loaded.backend, loaded.kinds.gpu)
         group = self._groups.get(grid) or self._world.group(grid.stage_ranks(self._world.rank))
         return tensor_group(self._groups.setdefault(grid, group), loaded.backend)
 

@@ -73,10 +73,14 @@ def choose_device(args: Namespace, world: World) -> tuple[str, int, str]:
 
 @dataclass(frozen=True)
 class Kinds:
-    """The backends of all ranks: their names, and what decides about the last bits of their results."""
+    """The backends of all ranks: their names, and what decides about the last bits of their results.
+
+    ``gpu`` tells this rank's GPU from others; "" if it has none.
+    """
 
     names: tuple[str, ...]
     arithmetic: tuple[str, ...]
+    gpu: str = ""
 
     def __str__(self) -> str:
         """For people: ``cpu backend``, ``cpu, cuda and hip backends``."""
@@ -88,10 +92,10 @@ class Kinds:
         return len({self.arithmetic[rank] for rank in ranks}) == 1
 
 
-def kinds_of(world: World, backend: Backend) -> Kinds:
+def kinds_of(world: World, backend: Backend, gpu: str) -> Kinds:
     """Return the kinds of all ranks, which call this together."""
     everyone = world.bcast(world.gather((backend.name, arithmetic(backend))))
-    return Kinds(tuple(name for name, _ in everyone), tuple(detail for _, detail in everyone))
+    return Kinds(tuple(name for name, _ in everyone), tuple(detail for _, detail in everyone), gpu)
 
 
 def arithmetic(backend: Any) -> str:

@@ -169,7 +169,7 @@ def _measure(args: Namespace, world: World, times: dict[tuple[str, str, int], fl
             raise UsageError(f"--save {args.save}: the folder {args.save.parent} does not exist")
 
     from_root(world, check)
-    backend, n_threads = open_backend(args, world)
+    backend, n_threads, _ = open_backend(args, world)
     device = measure_device(world, backend, n_threads, [known[name] for name in types])
     device["memory_gb"] = min(world.gather(available_memory()), default=GIB) / world.local_size / GIB
     tables: dict[str, Any] = {

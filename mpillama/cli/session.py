@@ -159,8 +159,8 @@ def load(
         return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer, replicas))
 
     model = from_root(world, describe)
-    backend, threads, gpu = settle(world, attempt(lambda: _open_backend(args, world, one_thread=args.deterministic)))
-    kinds = kinds_of(world, backend)
+    backend, threads, gpu = settle(world, attempt(lambda: open_backend(args, world, one_thread=args.deterministic)))
+    kinds = kinds_of(world, backend, gpu)
     room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
     if replicas and _leaves_layout_open(args) and _fit_into_hosts(args, world, model, room):
         model = replace(model, grid=host_replicas(world.hosts))
@@ -371,19 +371,16 @@ def virtual_ranks(weights: tuple[float, ...]) -> list[range]:
     return [range(a, b) for a, b in pairwise(ends)]
 
 
-def open_backend(args: Namespace, world: World, one_thread: bool = False) -> tuple[Backend, int]:
-    """Return this rank's backend and its number of threads; with ``one_thread``, of one that has to share the rank.
+def open_backend(args: Namespace, world: World, one_thread: bool = False) -> tuple[Backend, int, str]:
+    """Return this rank's backend, its number of threads, and what tells its GPU from others, "" if it has none.
+
+    With ``one_thread`` it is one that has to share the rank.
 
     ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use.
 
     Raises:
         UsageError: the backend or the level is not there.
     """
-    return _open_backend(args, world, one_thread)[:2]
-
-
-def _open_backend(args: Namespace, world: World, one_thread: bool) -> tuple[Backend, int, str]:
-    """Return also what tells this rank's GPU from others, "" if it has none."""
     threads, cores = (1, ()) if one_thread else place_threads(world, args.threads)
     threadpool_limits(threads)
     # CuPy keeps compiled kernels in the home folder, which the nodes of a cluster share, and which is slow.
