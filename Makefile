@@ -1,7 +1,9 @@
 # make demo   generate text with the model that ships in the package, on 4 ranks
 # make test   unit tests, whole jobs as users start them, then the MPI tests on 1, 2, 3 and 4 ranks
 # make test-cluster   job scripts under a real Slurm of two nodes, and mpirun over two hosts, on this machine (needs root)
+# make soak   ten minutes of good and bad clients against mpillama serve; ARGS="--seconds 60 --connections 200" for less
 # make test-sanitize   the kernel tests with sanitizers for memory errors and undefined behaviour
+# make test-gpu   on a machine with an NVIDIA GPU: everything that only a GPU can show, and two ranks over NCCL
 # make lint   ruff and mypy
 # make hooks  run the same before each commit
 # make compilers  fetch the run-time compiler of CUDA, for tests that compile kernels for GPUs that are not here
@@ -37,7 +39,7 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize lint hooks compilers clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize test-gpu soak lint hooks compilers clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -47,7 +49,7 @@ demo: $(VENV)/.run
 test: test-unit test-jobs test-mpi
 
 test-unit: $(VENV)/.test
-	$(PY) -m pytest tests/unit $(ARGS)
+	$(PY) -m pytest tests/unit -n auto --maxprocesses 8 $(ARGS)
 
 test-jobs: $(VENV)/.test
 	$(PY) -m pytest tests/jobs $(ARGS)
@@ -67,6 +69,14 @@ test-openmpi:
 
 test-sanitize: $(VENV)/.test
 	$(PY) tests/run_sanitized.py -q $(ARGS)
+
+soak: $(VENV)/.test
+	$(PY) tests/soak_serve.py $(ARGS)
+
+# GPU_PY: a Python that already has CuPy, mpi4py, pytest and what mpillama needs, where nothing can be installed.
+GPU_PY ?= $(PY)
+test-gpu: $(if $(filter $(PY),$(GPU_PY)),$(VENV)/.gpu)
+	$(GPU_PY) tests/run_gpu.py $(ARGS)
 
 lint: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/ruff check
@@ -102,6 +112,14 @@ NAMED_BY = import sys, importlib.metadata as m; \
 $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.run
 	@echo "Installing what mpillama[$*] names into $(VENV) ..."
 	@$(PY) -m pip install --quiet $$($(PY) -c '$(NAMED_BY)' $*)
+	@touch $@
+
+# Before anything is fetched: is there a GPU, and which CUDA does its driver know?
+$(VENV)/.gpu:
+	@$(PYTHON) tests/run_gpu.py --extra >/dev/null
+	@$(MAKE) --no-print-directory $(VENV)/.test
+	@extra=$$($(PYTHON) tests/run_gpu.py --extra) && echo "Installing what mpillama[$$extra] names into $(VENV) ..." && \
+	    $(PY) -m pip install --quiet $$($(PY) -c '$(NAMED_BY)' $$extra)
 	@touch $@
 
 $(VENV)/.venv:

@@ -41,6 +41,11 @@ class Grid:
         """Ranks of one replica."""
         return self.pp * self.tp
 
+    @property
+    def one_replica(self) -> Grid:
+        """The grid within a replica, whose ranks are numbered from 0."""
+        return Grid(self.tp, self.pp)
+
     def place(self, rank: int) -> Place:
         """Return where a rank stands."""
         stage, index = divmod(rank % self.replica_size, self.tp)
@@ -100,7 +105,7 @@ def choose_grid(
         split_mode: ``none``, ``layer`` (a stage for each rank), ``tensor`` (one stage), or None for the rule above.
         tp: ranks of a stage.
         pp: stages of a replica.
-        dp: replicas, 1 by default.
+        dp: replicas, 1 by default; see also `host_replicas`.
 
     Raises:
         UsageError: the flags contradict each other, the number of ranks or the model.
@@ -146,10 +151,22 @@ def _agreed(flag: str, tp: int | None, pp: int | None, n_tp: int, n_pp: int) -> 
     return n_tp, n_pp
 
 
+def host_replicas(hosts: Sequence[str]) -> Grid:
+    """Return the grid with a replica on each host, tensor-parallel; one replica where the hosts are filled unevenly."""
+    n_hosts = _even_hosts(hosts)
+    return Grid(len(hosts) // n_hosts, 1, n_hosts)
+
+
 def _host_stages(hosts: Sequence[str], n_layer: int) -> int:
     """Return the number of hosts if the ranks fill them evenly, one after the other, and there are blocks; else 1."""
+    n_hosts = _even_hosts(hosts)
+    return n_hosts if n_hosts <= n_layer else 1
+
+
+def _even_hosts(hosts: Sequence[str]) -> int:
+    """Return the number of hosts if the ranks fill them evenly, one after the other; else 1."""
     n_hosts = len(set(hosts))
-    if n_hosts > n_layer or len(hosts) % n_hosts:
+    if len(hosts) % n_hosts:
         return 1
     each = len(hosts) // n_hosts
     even = all(len(set(hosts[first : first + each])) == 1 for first in range(0, len(hosts), each))

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mpillama.cli.api_context import api_context
-from mpillama.cli.engine_session import Service, open_service
+from mpillama.cli.engine_session import Seat, Service, open_service
 from mpillama.cli.namespace import default_namespace, set_options
 from mpillama.cli.progress import Log
 from mpillama.cli.serving_options import ENGINE, check_engine
@@ -27,7 +27,6 @@ from mpillama.llm_jobs import Desk, EmbeddingJob, TextJob
 from mpillama.openai.context import Context
 from mpillama.results import Completion, GenerationParams, Piece
 from mpillama.spmd import embed, ranks_on_host
-from mpillama.steps import follow
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
@@ -48,15 +47,16 @@ class LLM:
         comm: an ``mpi4py.MPI.Comm``; None: all ranks of the launch, or this process alone. With ``MPI.COMM_SELF`` every
             rank has a model of its own.
         hf_repo: in place of ``model``, a repository of Hugging Face as ``user/name:quant``.
-        n_ctx: tokens of the KV cache, shared by all sequences; None: what the model was trained with, and more for
-            several sequences if there is memory.
-        n_parallel: sequences that are evaluated together; None: 16.
+        n_ctx: tokens of the KV cache (of a replica), shared by all sequences; None: what the model was trained with,
+            and more for several sequences if there is memory.
+        n_parallel: sequences that are evaluated together (in each replica); None: 16.
         n_batch: tokens of a step at most; None: 512.
         threads: CPU threads of each rank; None: its share of its host. NumPy's own are limited to as many.
-        tensor_split: share of the model of each rank; None: equal shares.
+        tensor_split: share of the model of each rank (of a replica); None: equal shares.
+        dp: replicas of the model, among which the ranks are divided and the requests of a call shared; None: one.
         cache_type_k: of cached keys: f32, f16, bf16, q8_0 or q4_0; None: f16.
         cache_type_v: of cached values, likewise.
-        backend: what computes, see ``mpillama generate --help``; None: the best there is.
+        backend: what computes, or a list like ``cuda,cpu``, see ``mpillama generate --help``; None: the best there is.
         chat_template: Jinja text or the name of a built-in template; None: the model's.
         verbose: say on stderr what is loaded where.
 
@@ -75,6 +75,7 @@ class LLM:
         n_batch: int | None = None,
         threads: int | None = None,
         tensor_split: Sequence[float] | None = None,
+        dp: int | None = None,
         cache_type_k: str | None = None,
         cache_type_v: str | None = None,
         backend: str | None = None,
@@ -94,6 +95,7 @@ class LLM:
             "ubatch_size": ("n_batch", n_batch),
             "threads": ("threads", threads),
             "tensor_split": ("tensor_split", tensor_split and ",".join(map(str, tensor_split))),
+            "dp": ("dp", dp or 1),
             "cache_type_k": ("cache_type_k", cache_type_k),
             "cache_type_v": ("cache_type_v", cache_type_v),
             "backend": ("backend", backend),
@@ -103,19 +105,19 @@ class LLM:
         }
         try:
             args = from_root(world, lambda: _namespace(given))
-            self._runner, self._service = open_service(args, world, Log(args, world.rank))
+            seat = open_service(args, world, Log(args, world.rank), replicas=True)
         except UserError:
             # All ranks have come here.
             world.close()
             raise
-        self._closed = False
+        self._seat: Seat | None = seat
         self._desk: Desk | None = None
         self._context: Context | None = None
         about = ("", 0, 0)
-        if self._service is not None:
-            self._desk = Desk(self._service.engine)
-            self._context = api_context(self._service)
-            about = (self._service.name, self._service.engine.n_ctx, self._service.loaded.model.cfg.n_vocab)
+        if seat.service is not None:
+            self._desk = Desk(seat.service.engines)
+            self._context = api_context(seat.service)
+            about = (seat.service.name, seat.service.engine.n_ctx, seat.service.loaded.model.cfg.n_vocab)
         self.name, self.n_ctx, self.n_vocab = world.bcast(about)
 
     @property
@@ -205,40 +207,45 @@ class LLM:
 
     def _on_root(self, work: Callable[[Service, Desk, Context], T]) -> T:
         """Run ``work`` on rank 0 with the others behind its engine, and return what it returns on every rank."""
-        if self._closed:
+        if self._seat is None:
             raise UsageError("this LLM is closed; make another one")
         # Ranks come here when their own work allows it; inside a step they would be taken for stuck.
         self._world.bcast(None)
-        if self._service is None or self._desk is None or self._context is None:
-            follow(self._world, self._runner)
+        service = self._seat.service
+        if service is None or self._desk is None or self._context is None:
+            self._seat.follow()
             result = self._world.bcast(None)
             if isinstance(result, PeerFailure):
                 raise UserError(result.message)
             return result
         try:
-            value = work(self._service, self._desk, self._context)
+            value = work(service, self._desk, self._context)
         except UserError as error:
-            self._service.leader.stop()
+            self._stop(service, self._desk)
             self._world.bcast(PeerFailure(error.exit_code, error.line))
             raise
         except Exception as error:
             if not self._desk.stepping:
                 # The others are between two steps, where they can still be told.
-                self._service.leader.stop()
+                self._stop(service, self._desk)
                 self._world.bcast(PeerFailure(1, f"rank 0 failed: {type(error).__name__}: {error}"))
             raise
-        self._service.leader.stop()
+        self._stop(service, self._desk)
         return self._world.bcast(value)
+
+    def _stop(self, service: Service, desk: Desk) -> None:
+        """Let the other ranks return; what is unfinished goes on with the next call."""
+        if not desk.stepping:
+            service.engine.settle()
+        service.stop(0)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give the model's memory back; may be called more than once. Collective, but MPI stays as it is."""
-        if self._closed:
+        if self._seat is None:
             return
-        self._closed = True
-        self._service = self._desk = self._context = None
-        del self._runner
+        self._seat = self._desk = self._context = None
         self._world.close()
 
     def __enter__(self) -> LLM:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpillama.engine.engine import Engine
+from mpillama.engine.base import EngineLike
 from mpillama.engine.request import Logprob, Output, Request, RequestParams, Timings, Usage
 from mpillama.errors import UserError
 from mpillama.openai.chat import ChatCall
@@ -141,23 +141,16 @@ class Desk:
         stepping: whether the engine is in a step, or has failed in one.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineLike) -> None:
         self._engine = engine
         self._jobs: dict[str, Job] = {}
         self.stepping = False
 
     def add(self, jobs: Iterable[Job]) -> None:
         """Let jobs begin: all, or with a UserError none."""
-        added: list[Request] = []
-        for job in jobs:
-            for request in job.requests:
-                try:
-                    self._engine.add(request)
-                except UserError:
-                    self._cancel(added)
-                    raise
-                self._jobs[request.id] = job
-                added.append(request)
+        owners = [(request, job) for job in jobs for request in job.requests]
+        self._engine.add_all([request for request, _ in owners])
+        self._jobs |= {request.id: job for request, job in owners}
 
     def step(self) -> None:
         """Run a step of all jobs."""

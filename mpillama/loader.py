@@ -1,73 +1,56 @@
-"""Slices of files as weights: a rank reads the bytes that it owns, in the order of the file, and nothing else.
-
-Reads are plain ``pread`` calls into the arrays that are kept: on a parallel file system page faults through a memory
-map are slower by orders of magnitude, and a copy would double a rank's memory.
-"""
+"""Slices of files as weights: a rank takes the bytes that it owns, in the order of the file, and nothing else."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 
 from mpillama.backends.base import Backend, RawWeight
-from mpillama.errors import GGUFError, ModelError
+from mpillama.errors import ModelError
 from mpillama.gguf.reader import TensorInfo
 from mpillama.models.weights import Weights
 from mpillama.ops import Value, Weight
+from mpillama.reading import Files, ReadWatch
 from mpillama.sharding import Sharding, Slice
 
-# Large enough for a parallel file system's stripes, small enough for a moving progress bar.
-_READ_BYTES = 32 << 20
 
+class Source(Protocol):
+    """Where slices come from; a context, left when all have been taken."""
 
-class SliceReader:
-    """Reads slices of tensors from a model's files, and counts the bytes."""
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that this rank has read from files so far."""
+        ...
 
-    def __init__(self, paths: Iterable[str], progress: Callable[[int], None]) -> None:
-        self._paths, self._progress = tuple(paths), progress
-        self._files: dict[int, int] = {}
-        self._buffer: np.ndarray | None = None
-        self.bytes_read = 0
+    def __enter__(self) -> Source: ...
 
-    def __enter__(self) -> SliceReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd in self._files.values():
-            os.close(fd)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
 
     def read(self, info: TensorInfo, part: Slice, borrowed: bool = False) -> np.ndarray:
         """Return a slice of a tensor, uint8 (n_mats, n_rows, row bytes); one that is ``borrowed`` until the next call.
 
         Raises:
             GGUFError: the file cannot be read, or has become shorter.
+            PeerFailure: another rank cannot go on.
         """
-        n_rows, n_cols = part.row_stop - part.row_start, part.col_stop - part.col_start
-        out = self._array((part.n_mats, n_rows, n_cols), borrowed)
-        if out.size == 0:
-            return out
-        mat_bytes = info.nbytes // (info.shape[2] if len(info.shape) > 2 else 1)
-        stride = mat_bytes // (info.shape[1] if len(info.shape) > 1 else 1)
-        first = info.offset + part.mat_start * mat_bytes
-        try:
-            if n_cols < stride:
-                for mat in range(part.n_mats):
-                    start = first + mat * mat_bytes + part.row_start * stride + part.col_start
-                    for row in range(n_rows):
-                        self._fill(info, out[mat, row], start + row * stride)
-            elif n_rows * stride < mat_bytes:
-                for mat in range(part.n_mats):
-                    self._fill(info, out[mat].reshape(-1), first + mat * mat_bytes + part.row_start * stride)
-            else:
-                self._fill(info, out.reshape(-1), first)
-        except OSError as error:
-            raise GGUFError(f"{self._paths[info.part]}: cannot read {info.name}: {error.strerror}") from error
-        return out
+        ...
 
-    def _array(self, shape: tuple[int, int, int], borrowed: bool) -> np.ndarray:
+
+class Shelf:
+    """Memory for slices: new, or the same again for those that are borrowed."""
+
+    def __init__(self) -> None:
+        self._buffer: np.ndarray | None = None
+
+    def array(self, part: Slice, borrowed: bool) -> np.ndarray:
+        """Return memory for a slice, uint8 (n_mats, n_rows, row bytes)."""
+        shape = part.n_mats, part.row_stop - part.row_start, part.col_stop - part.col_start
         # Memory that is new to the process costs as much time as reading into it.
         if not borrowed:
             return np.empty(shape, np.uint8)
@@ -77,18 +60,53 @@ class SliceReader:
             self._buffer = np.empty(n, np.uint8)
         return self._buffer[:n].reshape(shape)
 
+
+class SliceReader:
+    """Reads slices of tensors from a model's files.
+
+    Args:
+        paths: of the files.
+        progress: called with each number of bytes.
+        watch: over the reads.
+    """
+
+    def __init__(self, paths: Iterable[str], progress: Callable[[int], None], watch: ReadWatch | None = None) -> None:
+        self._files, self._progress, self._shelf = Files(paths, watch), progress, Shelf()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from files so far."""
+        return self._files.bytes_read
+
+    def __enter__(self) -> SliceReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def read(self, info: TensorInfo, part: Slice, borrowed: bool = False) -> np.ndarray:
+        """Return a slice of a tensor, see `Source`."""
+        out = self._shelf.array(part, borrowed)
+        if out.size == 0:
+            return out
+        _, n_rows, n_cols = out.shape
+        mat_bytes = info.nbytes // (info.shape[2] if len(info.shape) > 2 else 1)
+        stride = mat_bytes // (info.shape[1] if len(info.shape) > 1 else 1)
+        first = info.offset + part.mat_start * mat_bytes
+        if n_cols < stride:
+            for mat in range(part.n_mats):
+                start = first + mat * mat_bytes + part.row_start * stride + part.col_start
+                for row in range(n_rows):
+                    self._fill(info, out[mat, row], start + row * stride)
+        elif n_rows * stride < mat_bytes:
+            for mat in range(part.n_mats):
+                self._fill(info, out[mat].reshape(-1), first + mat * mat_bytes + part.row_start * stride)
+        else:
+            self._fill(info, out.reshape(-1), first)
+        return out
+
     def _fill(self, info: TensorInfo, out: np.ndarray, offset: int) -> None:
-        fd = self._files.get(info.part)
-        if fd is None:
-            fd = self._files[info.part] = os.open(self._paths[info.part], os.O_RDONLY)
-        view, done = memoryview(out.data), 0
-        while done < len(view):
-            n = os.preadv(fd, [view[done : done + _READ_BYTES]], offset + done)
-            if n == 0:
-                raise GGUFError(f"{self._paths[info.part]}: the file ends inside {info.name}; copy it again")
-            done += n
-            self.bytes_read += n
-            self._progress(n)
+        self._files.fill(info.part, offset, out, info.name, self._progress)
 
 
 def check_types(tensors: Iterable[TensorInfo], backend: Backend) -> None:
@@ -104,6 +122,19 @@ def check_types(tensors: Iterable[TensorInfo], backend: Backend) -> None:
             )
 
 
+def is_matrix(info: TensorInfo) -> bool:
+    """Whether a tensor is a matrix, or a stack of them: what products are made with, and what can be tied."""
+    return info.name.endswith(".weight") and len(info.shape) > 1
+
+
+def distinct(tensors: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """Yield the tensors in their order; matrices that lie in the same place (a tied head) together."""
+    places: dict[tuple[int, int] | str, list[TensorInfo]] = {}
+    for info in tensors:
+        places.setdefault((info.part, info.offset) if is_matrix(info) else info.name, []).append(info)
+    yield from places.values()
+
+
 def load_weights(
     paths: Iterable[str],
     tensors: Mapping[str, TensorInfo],
@@ -111,31 +142,43 @@ def load_weights(
     rank: int,
     backend: Backend,
     progress: Callable[[int], None] = lambda n: None,
+    watch: ReadWatch | None = None,
 ) -> tuple[Weights, int]:
-    """Read a rank's slices and hand them to its backend; returns the weights and the number of bytes read.
+    """Read a rank's slices and hand them to its backend; returns the weights and the number of bytes read."""
+    source = SliceReader(paths, progress, watch)
+    return take_weights(source, tensors, sharding, rank, backend), source.bytes_read
 
-    Tensors that lie in the same place (a tied head) are read and kept once.
+
+def take_weights(
+    source: Source, tensors: Mapping[str, TensorInfo], sharding: Sharding, rank: int, backend: Backend
+) -> Weights:
+    """Take a rank's slices and hand them to its backend.
+
+    Tensors that lie in the same place (a tied head) are taken and kept once.
+
+    Args:
+        source: of the slices.
+        tensors: of the model, in the order of the file.
+        sharding: of the rank's stage.
+        rank: within the stage.
+        backend: of the rank.
     """
     matrices: dict[str, Weight] = {}
     vectors: dict[str, Value] = {}
-    by_place: dict[tuple[int, int], Weight] = {}
-    with SliceReader(paths, progress) as reader:
-        for info in filter(sharding.holds, tensors.values()):
-            place = sharding.placement(info)
-            is_matrix = info.name.endswith(".weight") and len(info.shape) > 1
-            known = by_place.get((info.part, info.offset))
-            if is_matrix and known is not None:
-                matrices[info.name] = known
+    with source:
+        for infos in distinct(tensors.values()):
+            held = [info for info in infos if sharding.holds(info)]
+            if not held:
                 continue
-            part = sharding.slice_of(info, rank)
+            info = held[0]
+            place, part = sharding.placement(info), sharding.slice_of(info, rank)
             # A backend that copies has the attribute ``copies``.
-            data = reader.read(info, part, borrowed=is_matrix and getattr(backend, "copies", False))
+            data = source.read(info, part, borrowed=is_matrix(info) and getattr(backend, "copies", False))
             raw = RawWeight(info.name, info.type, data, part.n_in, part.pad)
-            if is_matrix:
+            if is_matrix(info):
                 weight = Weight(info.name, backend.weight(raw), place.axis, place.cut)
-                matrices[info.name] = by_place[info.part, info.offset] = weight
+                matrices.update((other.name, weight) for other in held)
             else:
                 rows = backend.vector(raw)
-                vector = rows if len(info.shape) > 1 else rows[0]
-                vectors[info.name] = Value(vector, place.layout)
-        return Weights(matrices, vectors), reader.bytes_read
+                vectors[info.name] = Value(rows if len(info.shape) > 1 else rows[0], place.layout)
+    return Weights(matrices, vectors)

@@ -51,12 +51,24 @@ class Experts:
 
 
 class Ops:
-    """The ops of a model text, over one backend and one group."""
+    """The ops of a model text, over one backend and one group.
 
-    def __init__(self, backend: Backend, group: Group) -> None:
-        self.backend, self._group = backend, group
+    Args:
+        backend: of this rank.
+        group: of the ranks that share the weights.
+        alike: whether all of them compute the same bits from the same input. Where they do not, what each works out for
+            itself is as good as the others', but a choice between experts has to be one for all, and so has the result.
+    """
+
+    def __init__(self, backend: Backend, group: Group, alike: bool = True) -> None:
+        self.backend, self._group, self._alike = backend, group, alike
         fuses = hasattr(backend, "linears") and hasattr(backend, "gated_linear")
         self._fusing = cast(Fusing, backend) if fuses else None
+
+    @property
+    def capturable(self) -> bool:
+        """Whether collectives are work of the device, which it can record, or none at all."""
+        return bool(getattr(self._group, "capturable", False))
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
@@ -72,7 +84,14 @@ class Ops:
         """Return the value whole: shards are joined, partial sums reduced."""
         if isinstance(x.layout, Shard):
             return Value(self._group.allgather(x.data, x.layout.cut))
+        if isinstance(x.layout, Replicate) and not self._alike:
+            return Value(self._leaders(x.data))
         return Value(self.whole(x))
+
+    def _leaders(self, x: Array) -> Array:
+        """Return the first rank's array on all ranks: of numbers that float32 can hold."""
+        mine = x.astype("f4") if self._group.leader else self.backend.asarray(np.zeros(x.shape, np.float32))
+        return self._group.allreduce(mine).astype(x.dtype)
 
     def _elementwise(self, x: Value) -> Layout:
         if isinstance(x.layout, Partial):
@@ -245,7 +264,8 @@ class Ops:
 
     def route(self, logits: Value, n_used: int, gating: str, normalize: bool) -> Experts:
         """Choose experts by the router's logits."""
-        return Experts(*self.backend.route(self.whole(logits), n_used, gating, normalize))
+        index, weights = self.backend.route(self.whole(logits), n_used, gating, normalize)
+        return Experts(index, weights) if self._alike else Experts(self._leaders(index), self._leaders(weights))
 
     def _held(self, cut: Cut, experts: Experts) -> Array:
         """Return which of this rank's experts the chosen ones are, (T, K), -1 for those of other ranks."""

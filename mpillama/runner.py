@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import numpy as np
 
-from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.backends.base import KV_BLOCK, Array, Batch, Handle, Stepper, Stepping
+from mpillama.backends.kv_codec import row_bytes
 from mpillama.comm.base import Arrival
 from mpillama.comm.pipeline import Pipe
 from mpillama.comm.virtual import Crew
@@ -18,9 +21,6 @@ from mpillama.models import forward
 from mpillama.models.weights import Weights
 from mpillama.ops import Ops, Value
 from mpillama.sharding import Sharding
-
-KV_BYTES = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q4_0": 18}
-"""Bytes of 32 cached elements, by type."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Runner:
         ops: of this rank's backend and group.
         n_head_kv: KV heads that this rank holds.
         n_ctx: tokens that the KV cache holds.
-        type_k: of cached keys, one of `KV_BYTES`.
+        type_k: of cached keys, one of `kv_codec.CACHE_TYPES`.
         type_v: of cached values, likewise.
         blocks: of this rank's stage; all by default.
         pipe: the links to the other stages.
+        graphs: let a device record steps, where it and its group can.
 
     Raises:
         UsageError: heads of this size cannot be cached in these types.
@@ -63,8 +64,9 @@ class Runner:
         type_v: str,
         blocks: range | None = None,
         pipe: Pipe | None = None,
+        graphs: bool = True,
     ) -> None:
-        self.cfg, self._weights, self._ops = cfg, weights, ops
+        self.cfg, self._ops = cfg, ops
         self.type_k, self.type_v = type_k, type_v
         self._stage, self._pipe = range(cfg.n_layer) if blocks is None else blocks, pipe or Pipe()
         self.n_blocks = -(-n_ctx // KV_BLOCK)
@@ -73,6 +75,8 @@ class Runner:
             new_cache(self.n_blocks, n_head_kv, cfg.n_embd_head_k, cfg.n_embd_head_v, type_k, type_v)
             for _ in self._stage
         ]
+        # Not a method: what a device keeps of the work must not keep the runner, whose cache is large.
+        self._step = _stepper(ops, partial(_work, ops, weights, cfg, self._caches, self._stage), graphs)
 
     @property
     def has_all_blocks(self) -> bool:
@@ -98,11 +102,10 @@ class Runner:
         if len(batch.copies):
             for cache in self._caches:
                 backend.copy_blocks(cache, batch.copies)
-        h = None
+        residual = None
         if pipe.before is not None:
-            h = Value(backend.asarray(pipe.before.receive((len(batch.tokens), self.cfg.n_embd))))
-        out = forward(self._ops, self._weights, self.cfg, self._caches, batch, self._stage, h)
-        result = backend.to_host(out.data)
+            residual = pipe.before.receive((len(batch.tokens), self.cfg.n_embd))
+        result = backend.to_host(self._step(batch, residual))
         logits: Arrival = Here(result)
         if pipe.head is not None:
             # Expected before anything is sent that may have to wait, or the stages would wait for each other in a ring.
@@ -126,6 +129,27 @@ class Runner:
     def write_kv(self, il: int, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         """Put keys and values into whole KV blocks."""
         self._ops.backend.write_blocks(self._caches[il - self._stage.start], blocks, k, v)
+
+
+def _work(
+    ops: Ops,
+    weights: Weights,
+    cfg: Config,
+    caches: Sequence[Handle],
+    blocks: range,
+    batch: Batch,
+    residual: Array | None,
+) -> Array:
+    h = None if residual is None else Value(residual)
+    return forward(ops, weights, cfg, caches, batch, blocks, h).data
+
+
+def _stepper(ops: Ops, work: Callable[[Batch, Array | None], Array], graphs: bool) -> Stepper:
+    """Return what runs steps on this backend."""
+    backend = ops.backend
+    if hasattr(backend, "stepper"):
+        return cast(Stepping, backend).stepper(work, graphs and ops.capturable)
+    return lambda batch, residual: work(batch, None if residual is None else backend.asarray(residual))
 
 
 class VirtualRunner(Runner):
@@ -170,8 +194,9 @@ class VirtualRunner(Runner):
 def kv_bytes(cfg: Config, sharding: Sharding, rank: int, n_ctx: int, type_k: str, type_v: str) -> int:
     """Return the bytes of a rank's KV cache; ``rank`` is the index within the ranks of ``sharding``."""
     n_tokens = -(-n_ctx // KV_BLOCK) * KV_BLOCK
-    per_32 = sharding.cuts["k"].width(rank) * KV_BYTES[type_k] + sharding.cuts["v"].width(rank) * KV_BYTES[type_v]
-    return len(sharding.blocks) * n_tokens * per_32 // 32
+    cuts = sharding.cuts
+    per_token = row_bytes(type_k, cuts["k"].width(rank)) + row_bytes(type_v, cuts["v"].width(rank))
+    return len(sharding.blocks) * n_tokens * per_token
 
 
 def pack(batch: Batch) -> np.ndarray:

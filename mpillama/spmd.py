@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -29,6 +30,10 @@ _LAUNCHERS = (
 # A rank that fails like rank 0 does lets rank 0 speak first; before MPI has joined them, rank 0 may start much later.
 _GRACE = 0.3
 _GRACE_AT_START = 1.0
+# How often a rank looks whether its launcher lives.
+_LOOK_SECONDS = 0.5
+# After MPI has been finalized, a rank needs this long to end, with room for a busy host.
+_OTHERS_LEAVE = 1.0
 # Launchers forward a signal that the terminal has already delivered; a second one within this time is the same one.
 _SAME_SIGNAL = 1.0
 
@@ -173,6 +178,25 @@ class Stopped(BaseException):
         self.exit_code = exit_code
 
 
+def end_with_launcher() -> None:
+    """End this process soon after the one that has started it has died, as a launcher does that is killed.
+
+    Some launchers leave their ranks behind then, who would serve, or wait for each other, for ever. Nothing is put in
+    order: what a rank writes is complete, or found to be torn, however it dies.
+    """
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        # The launcher may have held the other end of stderr.
+        with suppress(OSError):
+            os.write(2, b"mpillama: error: the launcher of this job has died\n")
+        os._exit(1)
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()
+
+
 def run(main: Callable[[World, Interrupts], int], limit: float | None = None, stranded: bool = False) -> int:
     """Run ``main`` on every rank and return the exit code; an error of one rank ends all, and is told once.
 
@@ -182,6 +206,8 @@ def run(main: Callable[[World, Interrupts], int], limit: float | None = None, st
     place = launch(os.environ)
     interrupts = Interrupts()
     interrupts.install()
+    if place.launcher:
+        end_with_launcher()
     world: World | None = None
     try:
         try:
@@ -197,7 +223,7 @@ def run(main: Callable[[World, Interrupts], int], limit: float | None = None, st
             world = StrandedWorld(error.line)
         code = main(world, interrupts)
         world.close()
-        return code
+        return _leave(world, code)
     except PeerFailure as failure:
         code = failure.exit_code
     except UserError as error:
@@ -235,6 +261,22 @@ def run(main: Callable[[World, Interrupts], int], limit: float | None = None, st
             world.close()
         except JobError:
             _abort(world, code)
+    return code
+
+
+def _leave(world: World, code: int) -> int:
+    """Return the exit code of this rank after an orderly end: rank 0's is the job's, and it comes last.
+
+    Launchers (srun -K, Open MPI's mpirun) kill the rest as soon as one rank has ended with another code than 0, and
+    then tell the code of those that they have killed: a job script would not see that there is work left.
+    """
+    if not code or world.size == 1:
+        return code
+    # Whoever is on its way out already is not to be counted among the killed.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if world.rank:
+        return 0
+    time.sleep(_OTHERS_LEAVE)
     return code
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from mpillama.backends.base import Batch
-from mpillama.comm.base import Arrival, World, attempt, check_agreement
+from mpillama.comm.base import Arrival, Team, attempt, check_agreement, name_of
 from mpillama.errors import UserError
 from mpillama.runner import Runner, pack, unpack
 
@@ -28,7 +28,7 @@ T_co = TypeVar("T_co", covariant=True)
 class Task(Protocol[T_co]):
     """Something for every rank to do; it travels pickled."""
 
-    def __call__(self, world: World, runner: Runner) -> T_co:
+    def __call__(self, world: Team, runner: Runner) -> T_co:
         """Do it; a UserError ends the task, not the run."""
         ...
 
@@ -37,12 +37,12 @@ class Leader:
     """Rank 0's side of the step loop: runs batches on all ranks.
 
     Args:
-        world: of all ranks.
+        world: the ranks of one replica of the model.
         runner: of rank 0.
         max_in_flight: batches whose logits may be under way at a time; a pipeline of n stages is busy with n.
     """
 
-    def __init__(self, world: World, runner: Runner, max_in_flight: int = 1) -> None:
+    def __init__(self, world: Team, runner: Runner, max_in_flight: int = 1) -> None:
         self._world, self._runner = world, runner
         self.max_in_flight = max_in_flight
         self._in_flight: deque[Arrival] = deque()
@@ -88,16 +88,18 @@ class Leader:
         outcomes = self._world.gather(attempt(partial(task, self._world, self._runner)))
         for rank, outcome in enumerate(outcomes):
             if isinstance(outcome, UserError):
-                where = f"rank {rank} on {self._world.hosts[rank]}: " if self._world.size > 1 else ""
+                where = f"{name_of(self._world, rank)}: " if self._world.size > 1 else ""
                 raise UserError(where + outcome.line)
         return outcomes
 
     def stop(self, exit_code: int = 0) -> None:
-        """End the loop of the others, who then return ``exit_code``."""
+        """End the loop of the others, who then return ``exit_code``, after what is in flight."""
+        while self._in_flight:
+            self.collect()
         self._world.send(np.array([_STOP, exit_code], np.int32))
 
 
-def follow(world: World, runner: Runner) -> int:
+def follow(world: Team, runner: Runner) -> int:
     """The other ranks' side: run what rank 0 says until it says stop; returns the exit code it gives."""
     while True:
         message = world.receive()
@@ -111,7 +113,7 @@ def follow(world: World, runner: Runner) -> int:
         _begin(world, runner, message, unpack(message))
 
 
-def _begin(world: World, runner: Runner, message: np.ndarray, batch: Batch) -> Arrival:
+def _begin(world: Team, runner: Runner, message: np.ndarray, batch: Batch) -> Arrival:
     """Begin a batch; at the first step, and at every so many, all ranks compare the plan and what they computed.
 
     In a pipeline only the plan, and before they begin: whoever has to wait for the last stage's result would hold up

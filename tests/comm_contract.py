@@ -190,7 +190,95 @@ def a_sender_does_not_wait_for_a_busy_partner(world: World) -> None:
     world.bcast(None)
 
 
+def couriers_carry_bytes_between_all_ranks(world: World) -> None:
+    """Of any size, shorter than expected ones and empty ones too, in order for each pair; and again with another."""
+    if world.size == 1:
+        return
+    for n in (1, 70_001):
+        courier = world.courier()
+        others = [rank for rank in range(world.size) if rank != world.rank]
+        sizes = [n, 0, max(1, n // 3), 2 * n]
+
+        def data(source: int, target: int, i: int, sizes: list[int] = sizes) -> np.ndarray:
+            return np.random.default_rng([source, target, i]).integers(0, 256, sizes[i], dtype=np.uint8)
+
+        for i in range(len(sizes)):
+            for rank in others:
+                courier.send(rank, data(world.rank, rank, i))
+        courier.progress()
+        for rank in others:
+            for i, size in enumerate(sizes):
+                out = np.zeros(2 * n, np.uint8)
+                assert courier.receive(rank, out) == size
+                np.testing.assert_array_equal(out[:size], data(rank, world.rank, i))
+                assert not out[size:].any()
+        courier.flush()
+        courier.close()
+
+
+def parts_of_the_world_are_teams(world: World) -> None:
+    """Each with messages, groups and links of its own, whatever the others do meanwhile."""
+    n_lower = max(1, world.size // 2)
+    ranks = range(n_lower) if world.rank < n_lower else range(n_lower, world.size)
+    team = world.part(ranks)
+    assert (team.rank, team.size) == (world.rank - ranks[0], len(ranks))
+    assert team.job_ranks == tuple(ranks)
+    assert team.hosts == tuple(world.hosts[rank] for rank in ranks)
+    for _ in range(1 + ranks[0]):  # one team has more to say than the other
+        assert team.bcast(world.rank) == ranks[0]
+        assert team.gather(world.rank) == (list(ranks) if team.rank == 0 else [])
+        assert team.agree(world.rank) == list(ranks)
+        if team.rank == 0 and team.size > 1:
+            team.send(np.arange(5, dtype=np.int32))
+        elif team.size > 1:
+            np.testing.assert_array_equal(team.receive(), np.arange(5))
+        total = team.group().allreduce(np.full((2, 3), 10.0**world.rank, "f4"))
+        np.testing.assert_array_equal(total, np.full((2, 3), sum(10.0**rank for rank in ranks), "f4"))
+    if team.size > 1:
+        after, before = team.link((team.rank + 1) % team.size), team.link((team.rank - 1) % team.size)
+        arrival = before.expect((3, 1))
+        after.send(np.full((3, 1), world.rank, "f4"))
+        assert (arrival.wait() == ranks[team.rank - 1]).all()
+        with pytest.raises(JobError, match=f"rank {ranks[-1]} on "):
+            check_agreement(team, int(team.rank == team.size - 1))
+    world.bcast(None)
+
+
+def what_is_posted_arrives_in_order(world: World) -> None:
+    if world.size == 1:
+        assert world.fetch() == []
+        return
+    sizes = [1, 300_000, 10, 5_000_000, 2]
+    if world.rank:
+        for i, size in enumerate(sizes):
+            world.post(0, (i, bytes(size)))
+        while not (answer := world.fetch(1.0)):
+            pass
+        assert answer == [(0, {"rank": world.rank})]
+    else:
+        came: dict[int, list[tuple[int, bytes]]] = {rank: [] for rank in range(1, world.size)}
+        while any(len(values) < len(sizes) for values in came.values()):
+            for source, value in world.fetch(1.0):
+                came[source].append(value)
+        for rank, values in came.items():
+            assert [(i, len(data)) for i, data in values] == list(enumerate(sizes))
+            world.post(rank, {"rank": rank})
+    world.bcast(None)
+
+
+def waiting_for_mail_costs_no_core(world: World) -> None:
+    began, busy = time.monotonic(), time.thread_time()
+    assert world.fetch(0.5) == []
+    assert time.monotonic() - began > 0.4 or world.size == 1
+    assert time.thread_time() - busy < 0.15
+    world.bcast(None)
+
+
 CONTRACT = (
+    couriers_carry_bytes_between_all_ranks,
+    parts_of_the_world_are_teams,
+    what_is_posted_arrives_in_order,
+    waiting_for_mail_costs_no_core,
     parts_of_the_world_are_groups,
     links_keep_the_order_of_arrays_of_any_size,
     a_sender_does_not_wait_for_a_busy_partner,

@@ -6,8 +6,11 @@ shape that CuPy documents, not that a GPU understands them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import subprocess
+import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +20,113 @@ import mpillama.backends.gpu as package
 from mpillama.backends.gpu.cache import cached, user_cache
 
 KERNELS = Path(package.__file__).parent / "kernels"
+
+
+class Stream:
+    """A stream that does all work at once, unless it records: then kernels wait for the launch of a graph."""
+
+    ptr = 1
+
+    def __init__(self, non_blocking):
+        # A blocking one could not be recorded.
+        assert non_blocking
+        self.recorded = None
+
+    def use(self):
+        Stream.current = self
+
+    def synchronize(self):
+        assert self.recorded is None
+
+    def begin_capture(self):
+        self.recorded = []
+
+    def end_capture(self):
+        work, self.recorded = self.recorded, None
+        return Graph(work)
+
+    def do(self, work):
+        if self.recorded is None:
+            work()
+        else:
+            self.recorded.append(work)
+
+
+class Graph:
+    def __init__(self, work):
+        self.work = work
+
+    def launch(self, stream=None):
+        assert stream.recorded is None
+        for work in self.work:
+            work()
+
+
+class Memory:
+    def __init__(self, size):
+        self.buffer = bytearray(size)
+
+
+class MemoryPool:
+    """Memory by the size, of which nothing is in use any more that nobody has a reference to."""
+
+    def __init__(self, allocator):
+        self._allocator, self._used, self._free = allocator, [], {}
+
+    def malloc(self, size):
+        # What only this list and the loop know is free.
+        for entry in list(self._used):
+            pointer, known = entry
+            if known() is None:
+                self._used.remove(entry)
+                self._free.setdefault(len(pointer.memory.buffer), []).append(pointer)
+        if self._free.get(size):
+            return self._free[size].pop()
+        assert Stream.current.recorded is None, "memory is asked for while work is being recorded"
+        return self._allocator(size)
+
+    def use(self, pointer, array):
+        self._used.append((pointer, weakref.ref(array)))
+
+
+class DefaultPool:
+    def malloc(self, size):
+        raise AssertionError("only a name for the usual memory")
+
+
+class MemoryPointer:
+    def __init__(self, memory, offset):
+        assert offset == 0
+        self.memory = memory
+
+
+class Allocators:
+    """The allocator of each thread."""
+
+    def __init__(self):
+        self._local = threading.local()
+
+    @contextlib.contextmanager
+    def using(self, malloc):
+        before, self._local.pool = self.current, malloc.__self__
+        yield
+        self._local.pool = before
+
+    @property
+    def current(self):
+        return getattr(self._local, "pool", None)
+
+    def empty(self, shape, dtype):
+        pool, n_bytes = self.current, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if pool is None or isinstance(pool, DefaultPool) or not n_bytes:
+            assert not n_bytes or Stream.current.recorded is None
+            return np.empty(shape, dtype).view(Array)
+        # As CuPy, in units of 512 bytes.
+        pointer = pool.malloc(-(-n_bytes // 512) * 512)
+        root = np.frombuffer(pointer.memory.buffer, np.uint8, n_bytes).view(Array)
+        root[:] = 0xFD
+        pool.use(pointer, root)
+        return root.view(dtype).reshape(shape)
 
 
 class Pointer:
@@ -43,6 +153,7 @@ class Array(np.ndarray):
 
     def set(self, x, stream=None):
         assert type(x) is np.ndarray
+        assert stream.recorded is None
         assert x.shape == self.shape
         assert x.dtype == self.dtype
         np.copyto(self, x)
@@ -94,8 +205,13 @@ class RawModule:
                 values.append(np.array(arg.ctypes.data, np.uint64) if isinstance(arg, Array) else np.array(arg))
             pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
             how = np.array([*grid, *block, 0, 0], np.uint32)
-            fault = function(ctypes.c_void_p(how.ctypes.data), ctypes.c_size_t(shared_mem), pointers)
-            assert fault is None, fault
+
+            # Pointers are all that a graph keeps; `values` is the memory of the arguments themselves.
+            def run(values=values):
+                fault = function(ctypes.c_void_p(how.ctypes.data), ctypes.c_size_t(shared_mem), pointers)
+                assert fault is None, fault
+
+            Stream.current.do(run)
 
         return call
 
@@ -107,7 +223,8 @@ def _at(ptr, rows, cols, type):
 
 
 def gemm_ex(handle, ta, tb, m, n, k, one, a, ta_, lda, b, tb_, ldb, zero, c, tc, ldc, compute, algo):
-    """Column-major C (m, n) = A^T B, as cuBLAS documents it."""
+    """Column-major C (m, n) = A^T B, as cuBLAS documents it; CuPy refuses it while work is being recorded."""
+    assert Stream.current.recorded is None
     assert (ta, tb, lda, ldb, ldc, tc, compute) == (1, 0, k, k, m, 0, 68)
     left, right = _at(a, m, k, ta_).astype(np.float32), _at(b, n, k, tb_).astype(np.float32)
     _at(c, n, m, tc)[:] = right @ left.T
@@ -149,9 +266,17 @@ def fake_cupy(n_gpus: int = 2, hip: bool = False, error: str = "") -> SimpleName
             raise CUDARuntimeError(error)
         return n_gpus
 
+    def download(x, stream=None, out=None):
+        assert stream.recorded is None
+        assert type(out) is np.ndarray
+        assert (out.shape, out.dtype) == (x.shape, x.dtype)
+        out[...] = x
+        return out
+
     def properties(index):
         return {"name": b"Fake GPU", "uuid": bytes([index + 1] * 16)}
 
+    allocators = Allocators()
     runtime = SimpleNamespace(
         is_hip=hip,
         getDeviceCount=count,
@@ -160,20 +285,26 @@ def fake_cupy(n_gpus: int = 2, hip: bool = False, error: str = "") -> SimpleName
         getDeviceProperties=properties,
         CUDA_R_32F=0,
         CUDA_R_16F=2,
+        CUDA_R_16BF=14,
     )
     cuda = SimpleNamespace(
         runtime=runtime,
         Device=Device,
-        Stream=lambda non_blocking: SimpleNamespace(use=lambda: None, ptr=1, synchronize=lambda: None),
+        Stream=Stream,
+        MemoryPool=MemoryPool,
+        using_allocator=allocators.using,
         Event=Event,
         alloc_pinned_memory=Pinned,
         device=SimpleNamespace(get_cublas_handle=lambda: 7),
         compiler=SimpleNamespace(CompileException=type("CompileException", (Exception,), {})),
-        memory=SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})),
+        memory=SimpleNamespace(
+            OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {}), Memory=Memory, MemoryPointer=MemoryPointer
+        ),
     )
     return SimpleNamespace(
         cuda=cuda,
         RawModule=RawModule,
-        empty=lambda shape, dtype: np.empty(shape, dtype).view(Array),
-        asnumpy=lambda x, stream=None: np.array(x, subok=False),
+        empty=allocators.empty,
+        get_default_memory_pool=DefaultPool,
+        asnumpy=download,
     )

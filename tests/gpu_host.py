@@ -1,22 +1,45 @@
-"""GPU backends for tests that speak NumPy: on the emulated device, and on a real one where there is one."""
+"""GPU backends for tests that speak NumPy: on the emulated device, or on the GPU that ``MPILLAMA_TEST_GPU`` asks for.
+
+``MPILLAMA_TEST_GPU=cuda`` (or ``hip``) takes a real GPU; `run_gpu.py` sets it. With
+``MPILLAMA_TEST_GPU_POOL=0`` each array is an allocation of its own, so that a tool that watches accesses knows where it
+ends.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mpillama.backends import make_backend
 from mpillama.backends.base import AttentionParams, Batch, RawWeight
 from mpillama.backends.gpu.backend import GpuBackend
-from mpillama.backends.gpu.emulated import DeviceArray, EmulatedDevice
+from mpillama.backends.gpu.emulated import EmulatedDevice
 
-NO_COMPILER = "" if shutil.which("g++") else "the emulated GPU needs g++"
+REAL = os.environ.get("MPILLAMA_TEST_GPU", "")
+NO_COMPILER = "" if REAL or shutil.which("g++") else "the emulated GPU needs g++"
 needs_compiler = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
+only_emulated = pytest.mark.skipif(bool(REAL), reason="this is about the emulated GPU")
 
 # Warps of both sizes, and every order of threads.
 VARIANTS = ((32, 2), (64, 1), (32, 0))
+
+
+def gpu_backend(warp: int = 32, order: int = 0, seed: int = 1, gemm_tokens: int = 0, **options: Any) -> GpuBackend:
+    """Return a backend; a real GPU has the warp and the order that it has."""
+    if not REAL:
+        return GpuBackend(EmulatedDevice(warp, order, seed, gemm_tokens=gemm_tokens, **options))
+    backend = make_backend(REAL)
+    assert isinstance(backend, GpuBackend)
+    if os.environ.get("MPILLAMA_TEST_GPU_POOL") == "0":
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+    backend.device.gemm_tokens = gemm_tokens
+    return backend
 
 
 class HostView:
@@ -32,26 +55,48 @@ class HostView:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             # These host arrays stay on the host: integers that the engine makes.
-            kept = {"embedding": (0,), "rows": (1,), "rope_table": (0,), "asarray": (0,)}.get(name, ())
+            kept = {
+                "embedding": (0,),
+                "rows": (1,),
+                "rope_table": (0,),
+                "asarray": (0,),
+                "attn_temperature": (0,),
+                "copy_blocks": (1,),
+                "read_blocks": (1,),
+                "write_blocks": (1, 2, 3),
+            }.get(name, ())
             args = tuple(arg if i in kept else self._to_device(arg) for i, arg in enumerate(args))
             return self._to_host(method(*args, **kwargs))
 
         return call
 
     def _to_device(self, x: Any) -> Any:
-        if isinstance(x, np.ndarray):
+        if type(x) is np.ndarray:
             return self.backend.device.upload(x.astype(np.int32) if x.dtype == np.int64 else x)
         return x
 
     def _to_host(self, x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(map(self._to_host, x))
-        return self.backend.device.download(x) if isinstance(x, DeviceArray) else x
+        on_device = hasattr(x, "dtype") and hasattr(x, "shape") and type(x) is not np.ndarray
+        return self.backend.device.download(x) if on_device else x
 
 
 def emulated(warp: int = 32, order: int = 0, seed: int = 1, **options: Any) -> HostView:
-    """Return a backend on the emulated device."""
-    return HostView(GpuBackend(EmulatedDevice(warp, order, seed, **options)))
+    """Return a backend on the emulated device, or on the real one in its place."""
+    return HostView(gpu_backend(warp, order, seed, **options))
 
 
-__all__ = ["NO_COMPILER", "VARIANTS", "AttentionParams", "Batch", "HostView", "RawWeight", "emulated", "needs_compiler"]
+__all__ = [
+    "NO_COMPILER",
+    "REAL",
+    "VARIANTS",
+    "AttentionParams",
+    "Batch",
+    "HostView",
+    "RawWeight",
+    "emulated",
+    "gpu_backend",
+    "needs_compiler",
+    "only_emulated",
+]

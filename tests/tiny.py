@@ -26,6 +26,8 @@ from mpillama.partition import Partition
 from mpillama.runner import Runner, pack, unpack
 from mpillama.tensors import model_tensors
 
+Makers = Callable[[], Backend] | Sequence[Callable[[], Backend]]
+
 # Where a block keeps its float16 factors: random bits there could be infinite.
 _F16_AT = {
     GGMLType.Q4_0: (0,),
@@ -91,7 +93,7 @@ def write_llama(path: Path, rng: np.random.Generator, type: GGMLType = GGMLType.
         "n_vocab": 96,
     } | sizes
     arch = sizes.get("arch", "llama")
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=size.get("split_max_tensors", 0))
     writer.add_context_length(128)
     writer.add_embedding_length(size["n_embd"])
     writer.add_block_count(size["n_layer"])
@@ -157,20 +159,24 @@ def open_runner(
     weights: Sequence[float],
     n_ctx: int = 128,
     kv_type: str = "f32",
-    make: Callable[[], Backend] = ReferenceBackend,
+    make: Makers = ReferenceBackend,
     grid: Grid | None = None,
     experts: str = "off",
 ) -> tuple[Runner, int]:
-    """Load a rank's share of a model, all ranks tensor-parallel by default; returns the runner and the bytes read."""
+    """Load a rank's share of a model, all ranks tensor-parallel by default; returns the runner and the bytes read.
+
+    ``make`` makes the backend of every rank, or there is one for each.
+    """
     header = read_header(path)
     cfg = read_config(header, n_ctx)
     tensors = model_tensors(header, cfg)
     grid = grid or Grid(tp=len(weights))
     partition = Partition(cfg, tensors, grid, weights, experts)
     sharding, index = partition.of(world.rank)
-    backend = make()
+    backend = make() if callable(make) else make[world.rank]()
     loaded, n_read = load_weights(header.paths, tensors, sharding, index, backend)
-    ops, pipe = Ops(backend, tensor_group(world.group(grid.stage_ranks(world.rank)), backend)), open_pipe(world, grid)
+    group = tensor_group(world.group(grid.stage_ranks(world.rank)), backend)
+    ops, pipe = Ops(backend, group, alike=callable(make)), open_pipe(world, grid)
     sizes = (partition.n_head_kv(world.rank), n_ctx, kv_type, kv_type)
     return Runner(cfg, loaded, ops, *sizes, sharding.blocks, pipe), n_read
 
@@ -191,7 +197,7 @@ def run_on(
     weights: Sequence[float],
     chunk: int = 1000,
     kv_type: str = "f32",
-    make: Callable[[], Backend] = ReferenceBackend,
+    make: Makers = ReferenceBackend,
     grid: Grid | None = None,
     experts: str = "off",
 ) -> list[np.ndarray]:

@@ -5,27 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
-from mpillama.errors import UsageError
+from mpillama.backends.kv_codec import check_cache_type
 
 # Scores of one step are made for so many elements at a time.
 _SCORE_ELEMENTS = 4 << 20
-
-
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-"""Of cached keys and values, independently of each other; the quantized ones need heads of whole blocks of 32."""
-
-
-def check_cache_type(what: str, name: str, n_dim: int) -> None:
-    """Make sure that heads of ``n_dim`` elements can be cached in a type.
-
-    Raises:
-        UsageError: names ``what`` cannot, and the types that can.
-    """
-    if name not in CACHE_TYPES:
-        raise UsageError(f"{what} cannot be cached as {name}; choose one of {', '.join(CACHE_TYPES)}")
-    if name in _QUANTIZE and n_dim % 32:
-        others = ", ".join(other for other in CACHE_TYPES if other not in _QUANTIZE)
-        raise UsageError(f"{what} of {n_dim} elements cannot be cached as {name}; choose one of {others}")
 
 
 class KVCache:

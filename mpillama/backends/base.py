@@ -7,7 +7,7 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -189,6 +189,10 @@ class Backend(Protocol):
         """Prepare the rotations of a step's tokens."""
         ...
 
+    def attn_temperature(self, positions: np.ndarray, span: float, scale: float) -> Array:
+        """Return log(floor(position / span) + 1) * scale + 1, (T, 1): Llama 4's factor on queries at long range."""
+        ...
+
     def rope(self, x: Array, table: Handle) -> Array:
         """Rotate heads x (T, H, D)."""
         ...
@@ -228,6 +232,26 @@ class Backend(Protocol):
 
         Returns:
             (T, H, Dv)
+        """
+        ...
+
+
+class Stepper(Protocol):
+    """Runs the steps of a model."""
+
+    def __call__(self, batch: Batch, residual: np.ndarray | None) -> Array:
+        """Return what a batch comes to, given the residual that an earlier stage has left; good until the next one."""
+        ...
+
+
+class Stepping(Backend, Protocol):
+    """A backend that wants to know where a step begins, to do more of it at once."""
+
+    def stepper(self, work: Callable[[Batch, Array | None], Array], capture: bool) -> Stepper:
+        """Return what runs steps by means of ``work``, which depends on nothing but its arguments.
+
+        With ``capture``, ``work`` may be recorded on the device and not be called for later batches; its collectives
+        must then be work of the device too.
         """
         ...
 

@@ -5,21 +5,36 @@ from __future__ import annotations
 import numpy as np
 
 from mpillama.backends.quants import dequantize
+from mpillama.errors import UsageError
 from mpillama.gguf import types
 from mpillama.gguf.types import GGMLType
 
-_TYPES = {
+CACHE_TYPES = {
     "f32": GGMLType.F32,
     "f16": GGMLType.F16,
     "bf16": GGMLType.BF16,
     "q8_0": GGMLType.Q8_0,
     "q4_0": GGMLType.Q4_0,
 }
+"""Of cached keys and values, independently of each other; the quantized ones need heads of whole blocks."""
+
+
+def check_cache_type(what: str, name: str, n_dim: int) -> None:
+    """Make sure that heads of ``n_dim`` elements can be cached in a type.
+
+    Raises:
+        UsageError: names ``what`` cannot, and the types that can.
+    """
+    if name not in CACHE_TYPES:
+        raise UsageError(f"{what} cannot be cached as {name}; choose one of {', '.join(CACHE_TYPES)}")
+    if n_dim % CACHE_TYPES[name].block_size:
+        others = ", ".join(other for other, type in CACHE_TYPES.items() if n_dim % type.block_size == 0)
+        raise UsageError(f"{what} of {n_dim} elements cannot be cached as {name}; choose one of {others}")
 
 
 def row_bytes(type: str, n_dim: int) -> int:
     """Return the bytes of one key or value."""
-    return types.row_bytes(_TYPES[type], n_dim)
+    return types.row_bytes(CACHE_TYPES[type], n_dim)
 
 
 def encode(x: np.ndarray, type: str) -> np.ndarray:
@@ -53,4 +68,4 @@ def _codes(blocks: np.ndarray, factor: np.ndarray) -> np.ndarray:
 
 def decode(raw: np.ndarray, type: str) -> np.ndarray:
     """Return float32 (..., n) of uint8 (..., row bytes)."""
-    return dequantize(np.ascontiguousarray(raw), _TYPES[type])
+    return dequantize(np.ascontiguousarray(raw), CACHE_TYPES[type])

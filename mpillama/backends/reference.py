@@ -184,6 +184,11 @@ class ReferenceBackend:
         """Return cosines and sines of the step's tokens."""
         return rope_table(positions, rope, factors)
 
+    def attn_temperature(self, positions: np.ndarray, span: float, scale: float) -> np.ndarray:
+        """Return the factors on queries, (T, 1)."""
+        factors = np.log(np.floor(positions / span) + 1.0) * scale + 1.0
+        return np.asarray(factors[:, None], np.float32)
+
     def rope(self, x: np.ndarray, table: RopeTable) -> np.ndarray:
         """Rotate heads."""
         return rotate(x, table)

@@ -10,7 +10,7 @@ from typing import Any
 from mpillama.batch.ids import IdSet
 from mpillama.batch.requests import Line
 from mpillama.batch.results import Results, key
-from mpillama.engine.engine import Engine
+from mpillama.engine.base import EngineLike
 from mpillama.engine.request import Output
 from mpillama.openai.calls import Call
 from mpillama.openai.errors import ApiError, as_bad_request
@@ -36,9 +36,8 @@ class Summary:
         failed: with an error as the answer: bad lines, and requests that the model cannot take.
         skipped: answered by an earlier run.
         duplicates: of an id that had been read before.
-        dropped: begun, but not finished in time.
         complete: whether every line has been read and answered.
-        n_prompt: tokens, ``n_cached`` of them found in the KV cache.
+        n_prompt: tokens.
         n_generated: tokens.
     """
 
@@ -46,10 +45,8 @@ class Summary:
     failed: int = 0
     skipped: int = 0
     duplicates: int = 0
-    dropped: int = 0
     complete: bool = False
     n_prompt: int = 0
-    n_cached: int = 0
     n_generated: int = 0
 
 
@@ -67,7 +64,7 @@ class Job:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineLike,
         make_call: Callable[[str, dict[str, Any]], Call],
         lines: Iterable[Line],
         results: Results,
@@ -89,7 +86,7 @@ class Job:
         """
         exhausted = False
         while (hurry := self._hurry()) is not Hurry.NOW:
-            while not exhausted and hurry is Hurry.NONE and len(self._open) < _AHEAD * self._engine.n_parallel:
+            while not exhausted and hurry is Hurry.NONE and len(self._open) < _AHEAD * self._engine.n_places:
                 line = next(self._lines, None)
                 if line is None:
                     exhausted = True
@@ -100,7 +97,6 @@ class Job:
             for output in self._engine.step():
                 self._push(output)
             self._on_step(self.summary)
-        self.summary.dropped = len(self._open)
         for request_id in list(self._requests):
             self._engine.cancel(request_id)
         self.summary.complete = exhausted and not self._open
@@ -120,25 +116,13 @@ class Job:
             return
         try:
             call = self._make_call(line.url, line.body)
-            self._add(call)
+            with as_bad_request():
+                self._engine.add_all(call.requests)
         except ApiError as error:
             self._answer(line, error.status, error.body())
             return
         self._open[name] = (line, call)
         self._requests |= dict.fromkeys((request.id for request in call.requests), name)
-
-    def _add(self, call: Call) -> None:
-        """Hand a call's requests to the engine, all of them or none."""
-        added: list[str] = []
-        try:
-            for request in call.requests:
-                with as_bad_request():
-                    self._engine.add(request)
-                added.append(request.id)
-        except ApiError:
-            for request_id in added:
-                self._engine.cancel(request_id)
-            raise
 
     def _push(self, output: Output) -> None:
         name = self._requests[output.request_id]
@@ -156,7 +140,6 @@ class Job:
             return
         usage = response.get("usage") or {}
         self.summary.n_prompt += usage.get("prompt_tokens", 0)
-        self.summary.n_cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         self.summary.n_generated += usage.get("completion_tokens", 0)
         self._answer(line, 200, response)
 

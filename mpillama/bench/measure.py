@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mpillama.backends.base import Batch
+from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.backends.kv_codec import row_bytes
 from mpillama.bench.model import StepBytes
 from mpillama.bench.plan import Test
 from mpillama.comm.base import Arrival
 from mpillama.comm.metered import MeteredGroup
-from mpillama.engine.sequence import Sequence as TokenSequence
 from mpillama.runner import Runner
 
 Run = Callable[[Batch], Any]
@@ -31,6 +31,7 @@ class RankSteps:
     n_logits: list[int] = field(default_factory=list)
     comm_calls: int = 0
     comm_bytes: int = 0
+    kv_bytes: int = 0
     kernel_ns: list[int] = field(default_factory=list)
     """Empty where the backend does not count it."""
 
@@ -42,6 +43,8 @@ class MeteredRunner(Runner):
         super().__init__(*args)
         self._group = group
         self._steps = RankSteps()
+        cfg, _, _, n_head_kv, _, type_k, type_v = args[:7]
+        self._kv_bytes = n_head_kv * (row_bytes(type_k, cfg.n_embd_head_k) + row_bytes(type_v, cfg.n_embd_head_v))
         # A backend that counts the time in its kernels has the method ``kernel_ns``.
         self._kernel_ns: Callable[[], int] | None = getattr(self._ops.backend, "kernel_ns", None)
 
@@ -61,7 +64,14 @@ class MeteredRunner(Runner):
         steps.n_logits.append(len(batch.logit_rows))
         steps.comm_calls += traffic.calls
         steps.comm_bytes += traffic.nbytes
+        steps.kv_bytes += self._kv_bytes * sum(self._kv_tokens(batch, il) for il in self._stage)
         return logits
+
+    def _kv_tokens(self, batch: Batch, il: int) -> int:
+        """Return of how many tokens block ``il`` reads keys and values, each once for a sequence."""
+        ends = batch.positions[np.cumsum(batch.seq_lens) - 1] + 1
+        window = self.cfg.windows[il]
+        return int((np.minimum(ends, window + batch.seq_lens - 1) if window else ends).sum())
 
     def take(self) -> RankSteps:
         """Return the steps since the last call."""
@@ -81,40 +91,51 @@ class Workload:
     """
 
     def __init__(self, run: Run, n_kv_blocks: int, n_vocab: int, stopped: Callable[[], bool], seed: int = 0) -> None:
-        self._run, self._n_vocab, self._stopped = run, n_vocab, stopped
-        self._table = np.arange(n_kv_blocks, dtype=np.int32)
+        self._run, self._n_kv_blocks, self._n_vocab, self._stopped = run, n_kv_blocks, n_vocab, stopped
         self._rng = np.random.default_rng(seed)
 
-    def _tokens(self, n: int) -> list[int]:
-        return [int(token) for token in self._rng.integers(0, self._n_vocab, n)]
+    def _step(self, sequences: np.ndarray, positions: np.ndarray, logit_rows: np.ndarray, n_parallel: int) -> None:
+        """Run a step on random tokens of these sequences (ascending) at these positions, all int32 (T,)."""
+        n_each = self._n_kv_blocks // n_parallel
+        found, seq_lens = np.unique(sequences, return_counts=True)
+        n_used = int(positions.max()) // KV_BLOCK + 1
+        self._run(
+            Batch(
+                tokens=self._rng.integers(0, self._n_vocab, len(positions), np.int32),
+                positions=positions.astype(np.int32),
+                seq_lens=seq_lens.astype(np.int32),
+                block_tables=(found[:, None] * n_each + np.arange(n_used)).astype(np.int32),
+                logit_rows=logit_rows.astype(np.int32),
+            )
+        )
 
-    def _sequence(self, n_past: int) -> TokenSequence:
-        """Return a sequence whose first ``n_past`` tokens are in the KV cache."""
-        sequence = TokenSequence([0] * n_past, self._table)
-        sequence.n_past = n_past
-        return sequence
+    def prompt(self, n_past: int, n_tokens: int, n_batch: int, n_ubatch: int, n_parallel: int = 1) -> None:
+        """Evaluate tokens of each sequence after ``n_past`` others: ``n_batch`` at a time in ubatches.
 
-    def prompt(self, n_past: int, n_tokens: int, n_batch: int, n_ubatch: int) -> None:
-        """Evaluate tokens after ``n_past`` others: ``n_batch`` at a time with logits of the last, in ubatches."""
-        sequence = self._sequence(n_past)
-        for start in range(0, n_tokens, n_batch):
-            sequence.tokens += self._tokens(min(n_batch, n_tokens - start))
-            while sequence.pending and not self._stopped():
-                self._run(sequence.next_batch(n_ubatch))
+        Logits are wanted of the last token of a batch, and of the last one of each sequence.
+        """
+        total = n_parallel * n_tokens
+        for start in range(0, total, n_batch):
+            stop = min(start + n_batch, total)
+            for first in range(start, stop, n_ubatch):
+                if self._stopped():
+                    return
+                rows = np.arange(first, min(first + n_ubatch, stop))
+                last = np.flatnonzero((rows % n_tokens == n_tokens - 1) | (rows == stop - 1))
+                self._step(rows // n_tokens, n_past + rows % n_tokens, last, n_parallel)
 
-    def generate(self, n_past: int, n_tokens: int) -> None:
-        """Evaluate tokens one by one after ``n_past`` others, each with logits."""
-        sequence = self._sequence(n_past)
-        for token in self._tokens(n_tokens):
+    def generate(self, n_past: int, n_tokens: int, n_parallel: int = 1) -> None:
+        """Evaluate tokens one by one after ``n_past`` others in each sequence, each with logits."""
+        sequences = np.arange(n_parallel)
+        for position in range(n_past, n_past + n_tokens):
             if self._stopped():
                 return
-            sequence.tokens.append(token)
-            self._run(sequence.next_batch(1))
+            self._step(sequences, np.full(n_parallel, position), sequences, n_parallel)
 
     def test(self, test: Test, n_batch: int, n_ubatch: int) -> None:
         """Run what is timed of a test."""
-        self.prompt(test.n_depth, test.n_prompt, n_batch, n_ubatch)
-        self.generate(test.n_depth + test.n_prompt, test.n_gen)
+        self.prompt(test.n_depth, test.n_prompt, n_batch, n_ubatch, test.n_parallel)
+        self.generate(test.n_depth + test.n_prompt, test.n_gen, test.n_parallel)
 
 
 @dataclass(frozen=True)
@@ -132,7 +153,8 @@ class Figures:
         skew_us: per step, the longest less the shortest time that a rank spends outside of collectives.
         overhead_us: per token, what passes between two steps on rank 0: planning, and sending the plan.
         weight_bytes: bytes of weights per token, of all ranks.
-        weight_gbps: 1e9 bytes of weights per second, of all ranks.
+        kv_bytes: bytes of cached keys and values per token, of all ranks.
+        read_gbps: 1e9 bytes of both per second.
     """
 
     samples_ns: tuple[int, ...]
@@ -145,7 +167,8 @@ class Figures:
     skew_us: float
     overhead_us: float
     weight_bytes: float
-    weight_gbps: float
+    kv_bytes: float
+    read_gbps: float
 
     @property
     def avg_ns(self) -> int:
@@ -196,6 +219,7 @@ def figures(
         for steps in first
         for tokens, logits in zip(steps.n_tokens, steps.n_logits, strict=True)
     )
+    n_kv_bytes = sum(steps.kv_bytes for rank in by_rank for steps in rank)
     return Figures(
         samples_ns=tuple(samples_ns),
         samples_ts=tuple(1e9 * n_tokens / ns for ns in samples_ns),
@@ -207,5 +231,6 @@ def figures(
         skew_us=float((compute.max(axis=0) - compute.min(axis=0)).mean()) / 1e3,
         overhead_us=(sum(samples_ns) - float(total[0].sum())) / n_all / 1e3,
         weight_bytes=n_bytes / n_all,
-        weight_gbps=n_bytes / sum(samples_ns),
+        kv_bytes=n_kv_bytes / n_all,
+        read_gbps=(n_bytes + n_kv_bytes) / sum(samples_ns),
     )

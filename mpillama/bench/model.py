@@ -17,6 +17,7 @@ from mpillama.grid import ONE_RANK, Grid
 from mpillama.layout import check_weights
 from mpillama.loader import check_types, load_weights
 from mpillama.models.weights import Weights
+from mpillama.reading import ReadWatch
 from mpillama.sharding import Sharding
 from mpillama.tensors import model_tensors
 
@@ -98,11 +99,16 @@ def _commonest_type(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def load(
-    model: BenchModel, sharding: Sharding, rank: int, backend: Backend, progress: Callable[[int], None]
+    model: BenchModel,
+    sharding: Sharding,
+    rank: int,
+    backend: Backend,
+    progress: Callable[[int], None],
+    watch: ReadWatch | None = None,
 ) -> Weights:
     """Read or make a rank's weights."""
     if model.paths:
-        return load_weights(model.paths, model.tensors, sharding, rank, backend, progress)[0]
+        return load_weights(model.paths, model.tensors, sharding, rank, backend, progress, watch)[0]
     return random_weights(model.tensors, sharding, rank, backend, progress)
 
 

@@ -21,9 +21,9 @@ class Result:
 
     Attributes:
         n_threads: of each rank; ``n_ranks`` and ``n_hosts`` say how many there are.
-        comm_us: and what follows, down to ``weight_gbps``: see `Figures`.
+        comm_us: and what follows, down to ``read_gbps``: see `Figures`.
         stream_gbps: what all ranks together read from memory, measured in this run.
-        stream_share: weight_gbps / stream_gbps.
+        stream_share: read_gbps / stream_gbps.
         peer: the program compared with, its tokens per second, and the median of our tokens per second over its, taken
             pair by pair.
     """
@@ -46,6 +46,7 @@ class Result:
     n_prompt: int
     n_gen: int
     n_depth: int
+    n_parallel: int
     test_time: str
     avg_ns: int
     stddev_ns: int
@@ -62,7 +63,8 @@ class Result:
     skew_us: float
     overhead_us: float
     weight_bytes: float
-    weight_gbps: float
+    kv_bytes: float
+    read_gbps: float
     stream_gbps: float | None
     stream_share: float | None
     peer: str | None
@@ -203,12 +205,12 @@ _COLUMNS: Mapping[str, tuple[str, int]] = {
     "comm_calls": ("comms/t", 7),
     "host_us": ("host us/t", 9),
     "skew_us": ("skew us", 8),
-    "weight_gbps": ("GB/s", 7),
+    "read_gbps": ("GB/s", 7),
     "stream_share": ("of stream", 9),
     "peer_avg_ts": ("", 18),
     "peer_ratio": ("ratio", 6),
 }
-DETAILS = ("comm_us", "comm_bytes", "comm_calls", "host_us", "skew_us", "weight_gbps", "stream_share")
+DETAILS = ("comm_us", "comm_bytes", "comm_calls", "host_us", "skew_us", "read_gbps", "stream_share")
 COMPARISON = ("peer_avg_ts", "peer_ratio")
 _ALWAYS = ("model_type", "model_size", "model_n_params", "backends", "n_threads", "n_ranks", "test", "avg_ts")
 

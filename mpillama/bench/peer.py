@@ -60,6 +60,7 @@ class Peer:
         self._settings: tuple[Any, ...] = ()
         self._n_filled = 0
         self._rng = np.random.default_rng(0)
+        self._tokens: Any = None
         with _on_cores(self._cores):
             params = self._lib.llama_model_default_params()
             self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -72,14 +73,15 @@ class Peer:
         """The version of the package."""
         return str(getattr(self._lib, "__version__", "unknown version"))
 
-    def prepare(self, n_ctx: int, n_batch: int, n_ubatch: int, type_k: str, type_v: str) -> None:
-        """Make a context, unless there is one with these settings."""
-        settings = (n_ctx, n_batch, n_ubatch, type_k, type_v)
+    def prepare(self, n_ctx: int, n_batch: int, n_ubatch: int, type_k: str, type_v: str, n_parallel: int = 1) -> None:
+        """Make a context for so many sequences, unless there is one with these settings."""
+        settings = (n_ctx, n_batch, n_ubatch, type_k, type_v, n_parallel)
         if self._context and settings == self._settings:
             return
         self._free_context()
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_batch, n_ubatch
+        params.n_seq_max = n_parallel
         params.type_k, params.type_v = int(GGMLType[type_k.upper()]), int(GGMLType[type_v.upper()])
         params.n_threads = params.n_threads_batch = self._n_threads
         with _on_cores(self._cores):
@@ -96,24 +98,44 @@ class Peer:
         memory = lib.llama_get_memory(self._context)
         with _on_cores(self._cores):
             kept = min(self._n_filled, test.n_depth)
-            lib.llama_memory_seq_rm(memory, 0, kept, -1)
-            self._evaluate(test.n_depth - kept, n_batch)
-            self._n_filled = test.n_depth
+            for sequence in range(test.n_parallel):
+                lib.llama_memory_seq_rm(memory, sequence, kept, -1)
+            self._evaluate(kept, test.n_depth - kept, n_batch, test.n_parallel)
+            self._n_filled = n_past = test.n_depth
             began = time.perf_counter_ns()
-            self._evaluate(test.n_prompt, n_batch)
-            for _ in range(min(1, test.n_gen) if warmup else test.n_gen):
-                self._evaluate(1, 1)
+            self._evaluate(n_past, test.n_prompt, n_batch, test.n_parallel)
+            n_past += test.n_prompt
+            for i in range(min(1, test.n_gen) if warmup else test.n_gen):
+                self._evaluate(n_past + i, 1, n_batch, test.n_parallel)
             return time.perf_counter_ns() - began
 
-    def _evaluate(self, n_tokens: int, n_batch: int) -> None:
-        """Evaluate random tokens after those in the cache, and wait for them."""
-        for start in range(0, n_tokens, n_batch):
-            n = min(n_batch, n_tokens - start)
-            tokens = (ctypes.c_int32 * n)(*self._rng.integers(0, self._n_vocab, n).tolist())
-            status = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(tokens, n))
+    def _evaluate(self, n_past: int, n_tokens: int, n_batch: int, n_parallel: int) -> None:
+        """Evaluate random tokens of each sequence after those in the cache, and wait for them."""
+        total = n_parallel * n_tokens
+        for start in range(0, total, n_batch):
+            n = min(n_batch, total - start)
+            tokens = self._rng.integers(0, self._n_vocab, n).tolist()
+            batch = self._batch(tokens, n_past, range(start, start + n), n_tokens, n_parallel)
+            status = self._lib.llama_decode(self._context, batch)
+            if n_parallel > 1:
+                self._lib.llama_batch_free(batch)
             if status != 0:
                 raise UserError(f"{NAME} ({self.version}) failed with status {status} on {n} tokens")
         self._lib.llama_synchronize(self._context)
+
+    def _batch(self, tokens: list[int], n_past: int, rows: range, n_tokens: int, n_parallel: int) -> Any:
+        """Return a batch; row r is of sequence r // n_tokens, and the logits of each sequence's last are wanted."""
+        if n_parallel == 1:
+            # The batch points to the tokens, so they must outlive this call.
+            self._tokens = (ctypes.c_int32 * len(tokens))(*tokens)
+            return self._lib.llama_batch_get_one(self._tokens, len(tokens))
+        batch = self._lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, (token, row) in enumerate(zip(tokens, rows, strict=True)):
+            batch.token[i], batch.pos[i] = token, n_past + row % n_tokens
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row // n_tokens
+            batch.logits[i] = row % n_tokens == n_tokens - 1
+        return batch
 
     def _free_context(self) -> None:
         if self._context:

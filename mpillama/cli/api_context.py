@@ -17,4 +17,5 @@ def api_context(service: Service, name: str = "") -> Context:
         n_parallel=service.engine.n_parallel,
         sampling=service.sampling,
         ignore_eos=service.ignore_eos,
+        reasoning_budget=service.reasoning_budget,
     )

@@ -42,7 +42,7 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
         with results:
             return _work(args, service, requests, results, deadline, log)
 
-    return run_engine(args, world, interrupts, log, body, before)
+    return run_engine(args, world, interrupts, log, body, before, replicas=True)
 
 
 class Deadline:
@@ -83,7 +83,7 @@ def _work(args: Namespace, service: Service, requests: Requests, results: Result
     context = api_context(service)
     with Progress(requests, args, log) as progress:
         job = Job(
-            service.engine,
+            service.engines,
             lambda url, body: open_call(context, url, body),
             requests,
             results,

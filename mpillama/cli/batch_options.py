@@ -6,9 +6,9 @@ from argparse import Namespace
 
 from mpillama.batch.clock import parse_duration
 from mpillama.cli import values
+from mpillama.cli.checks import check_model
 from mpillama.cli.options import Option
 from mpillama.cli.serving_options import ENGINE, check_engine
-from mpillama.errors import UsageError
 
 
 def duration(text: str) -> float:
@@ -71,5 +71,4 @@ BATCH = (
 def check_batch(namespace: Namespace) -> None:
     """Raise UsageError for flags of ``batch`` that do not go together."""
     check_engine(namespace)
-    if namespace.hf_file and namespace.hf_repo is None:
-        raise UsageError("--hf-file names a file of a repository: give the repository with --hf-repo USER/MODEL")
+    check_model(namespace)

@@ -16,20 +16,25 @@ from pathlib import Path
 from statistics import fmean, median
 
 from mpillama import __version__
+from mpillama.backends import GPU_NAMES
 from mpillama.backends.base import Backend
 from mpillama.bench.measure import Figures, MeteredRunner, RankSteps, Workload, figures, spread
 from mpillama.bench.model import BenchModel, StepBytes, describe, load, step_bytes
 from mpillama.bench.output import COMPARISON, DETAILS, Printer, Result, make_printer
 from mpillama.bench.peer import NAME, Peer, import_peer
-from mpillama.bench.plan import Case, Load, Test, cases, workloads
+from mpillama.bench.plan import Case, Load, cases, workloads
 from mpillama.bench.plot import Row, import_matplotlib, plot, read_results
 from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
 from mpillama.cli.bench_options import with_defaults
+from mpillama.cli.devices import Kinds, kinds_of
+from mpillama.cli.loading import read_watch
+from mpillama.cli.memory import available_memory
 from mpillama.cli.progress import LoadProgress, Log
-from mpillama.cli.session import grid_of, model_path, open_backend
-from mpillama.comm.base import World, from_root
+from mpillama.cli.session import grid_of, model_path, open_backend, stage_group, wants_graphs
+from mpillama.cli.shares import choose_shares
+from mpillama.comm.base import Group, World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.comm.pipeline import open_pipe
 from mpillama.comm.staged import tensor_group
@@ -68,6 +73,7 @@ class _Loaded:
     model: BenchModel
     partition: Partition
     backend: Backend
+    kinds: Kinds
     weights: Weights
     reads: StepBytes
     n_threads: int
@@ -76,11 +82,12 @@ class _Loaded:
 
 @dataclass
 class _Cache:
-    """A runner with a KV cache of some types, and how many tokens of a context it holds."""
+    """A runner with a KV cache of some types, and how many tokens of a context it holds for how many sequences."""
 
     types: tuple[str, str]
     runner: MeteredRunner
     n_filled: int = 0
+    n_parallel: int = 1
 
 
 def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
@@ -102,7 +109,7 @@ class _Bench:
         self._log = Log(args, world.rank)
         # Before a backend pins this thread.
         self._cores = os.sched_getaffinity(0)
-        self._groups: dict[Grid, MeteredGroup] = {}
+        self._groups: dict[Grid, Group] = {}
         self._loaded: _Loaded | None = None
         self._cache: _Cache | None = None
         self._peer: Peer | None = None
@@ -119,7 +126,7 @@ class _Bench:
             args.ubatch_size,
             args.cache_type_k,
             args.cache_type_v,
-            workloads(args.n_prompt, args.n_gen, args.pg, args.n_depth),
+            workloads(args.n_prompt, args.n_gen, args.pg, args.n_depth, args.n_parallel),
         )
         n_ctx = max(case.test.n_ctx for case in planned)
         printers = self._printers()
@@ -181,12 +188,17 @@ class _Bench:
         world = self._world
         backend, n_threads = open_backend(Namespace(**{**vars(self._args), "threads": spec.n_threads}), world)
         model = from_root(world, lambda: self._describe(spec, n_ctx, backend))
+        if isinstance(spec.tensor_split, str):
+            found = choose_shares(spec.tensor_split, world, model.grid, backend)
+            # To be read in a table: 1.94/1.
+            model = replace(model, shares=tuple(share / min(found) for share in found))
         partition = Partition(model.cfg, model.tensors, model.grid, model.shares, self._args.ep)
         self._check_memory(model, partition)
         stream = self._stream(backend, n_threads) if self._details else None
         weights = self._weights(model, partition, backend)
         reads = step_bytes(model, *partition.stages)
-        self._loaded = _Loaded(spec, model, partition, backend, weights, reads, n_threads, stream)
+        kinds = kinds_of(world, backend)
+        self._loaded = _Loaded(spec, model, partition, backend, kinds, weights, reads, n_threads, stream)
         if self._args.compare:
             self._peer = self._open_peer(self._loaded)
         return self._loaded
@@ -197,7 +209,8 @@ class _Bench:
             hub = None if spec.model else self._args.hf_repo
             args = Namespace(**{**vars(self._args), "model": spec.model or None, "hf_repo": hub})
             path = os.fspath(model_path(args))
-        model = describe(path or spec.model, path, spec.tensor_split, self._world.size, n_ctx, backend)
+        split = () if isinstance(spec.tensor_split, str) else spec.tensor_split
+        model = describe(path or spec.model, path, split, self._world.size, n_ctx, backend)
         model = replace(model, grid=grid_of(self._args, self._world.hosts, model.cfg.n_layer))
         model.grid.stage_weights(model.shares)
         return model
@@ -211,7 +224,7 @@ class _Bench:
             for type_k in args.cache_type_k
             for type_v in args.cache_type_v
         )
-        everyone = world.gather((world.hosts[world.rank], need, _available_memory()))
+        everyone = world.gather((world.hosts[world.rank], need, available_memory()))
 
         def check() -> None:
             for host in dict.fromkeys(host for host, _, _ in everyone):
@@ -236,19 +249,20 @@ class _Bench:
         self._say(f"loading {model.type_name}")
         world = self._world
         total = sum(partition.bytes_of(rank) for rank in range(world.size))
-        bar = LoadProgress(total, enabled=self._log.interactive)
+        bar, watch = LoadProgress(total, enabled=self._log.interactive), read_watch(world)
 
         def progress(n: int) -> None:
             world.report(n)
             bar.update(n + (world.reported() if world.rank == 0 else 0))
 
         try:
-            weights = load(model, *partition.of(world.rank), backend, progress)
+            weights = load(model, *partition.of(world.rank), backend, progress, watch)
             world.bcast(world.gather(None))
             if world.rank == 0:
                 bar.update(world.reported())
         finally:
             bar.close()
+            watch.close()
         return weights
 
     def _runner(self, case: Case, loaded: _Loaded) -> _Cache:
@@ -256,14 +270,20 @@ class _Bench:
         if self._cache is None or self._cache.types != types:
             self._cache = None
             model, world, grid = loaded.model, self._world, loaded.model.grid
-            if grid not in self._groups:
-                self._groups[grid] = MeteredGroup(world.group(grid.stage_ranks(world.rank)))
-            group = self._groups[grid]
-            ops = Ops(loaded.backend, tensor_group(group, loaded.backend))
+            group = MeteredGroup(self._group(grid, loaded.backend))
+            ops = Ops(loaded.backend, group, loaded.kinds.alike(grid.stage_ranks(world.rank)))
             settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
-            stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid))
+            stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid), wants_graphs())
             self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
         return self._cache
+
+    def _group(self, grid: Grid, backend: Backend) -> Group:
+        """Return the group of this rank's stage, for arrays of the backend; groups of GPUs belong to one backend."""
+        if backend.name in GPU_NAMES:
+            return stage_group(self._world, grid, backend)
+        if grid not in self._groups:
+            self._groups[grid] = self._world.group(grid.stage_ranks(self._world.rank))
+        return tensor_group(self._groups[grid], backend)
 
     # -- the program that is compared with ---------------------------------------------------------------------------
 
@@ -321,20 +341,20 @@ class _Bench:
         cache = self._runner(case, loaded)
         peer = self._peer
         if peer:
-            peer.prepare(loaded.model.n_ctx, *sizes, case.type_k, case.type_v)
+            peer.prepare(loaded.model.n_ctx, *sizes, case.type_k, case.type_v, test.n_parallel)
         self._interrupts.deferred = True
         time.sleep(args.delay)
         test_time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
-        if test.n_depth > cache.n_filled:
-            start = cache.n_filled
+        start = cache.n_filled if test.n_parallel == cache.n_parallel else 0
+        if test.n_depth > start:
             self._say(f"{test.name}: filling the context to {test.n_depth}")
-            self._steps(cache.runner, lambda work: work.prompt(start, test.n_depth - start, *sizes))
+            self._steps(cache.runner, lambda work: work.prompt(start, test.n_depth - start, *sizes, test.n_parallel))
         # What comes after is overwritten.
-        cache.n_filled = test.n_depth
+        cache.n_filled, cache.n_parallel = test.n_depth, test.n_parallel
         if not args.no_warmup:
             self._say(f"{test.name}: warm-up")
-            short = Test(test.n_prompt, min(1, test.n_gen), test.n_depth)
+            short = replace(test, n_gen=min(1, test.n_gen))
             self._steps(cache.runner, lambda work: work.test(short, *sizes))
             if peer:
                 peer.test(test, case.n_batch, warmup=True)
@@ -361,7 +381,7 @@ class _Bench:
             build_commit=f"mpillama {__version__}",
             cpu_info=_cpu_info(),
             gpu_info="",
-            backends=loaded.backend.name,
+            backends=",".join(dict.fromkeys(loaded.kinds.names)),
             model_filename=model.filename,
             model_type=model.type_name,
             model_size=model.size,
@@ -372,10 +392,11 @@ class _Bench:
             type_k=case.type_k,
             type_v=case.type_v,
             split_mode=_split_mode(model.grid),
-            tensor_split="/".join(f"{share:g}" for share in model.shares),
+            tensor_split="/".join(f"{share:.3g}" for share in model.shares),
             n_prompt=test.n_prompt,
             n_gen=test.n_gen,
             n_depth=test.n_depth,
+            n_parallel=test.n_parallel,
             test_time=test_time,
             avg_ns=found.avg_ns,
             stddev_ns=found.stddev_ns,
@@ -392,9 +413,10 @@ class _Bench:
             skew_us=found.skew_us,
             overhead_us=found.overhead_us,
             weight_bytes=found.weight_bytes,
-            weight_gbps=found.weight_gbps,
+            kv_bytes=found.kv_bytes,
+            read_gbps=found.read_gbps,
             stream_gbps=loaded.stream,
-            stream_share=found.weight_gbps / loaded.stream if loaded.stream else None,
+            stream_share=found.read_gbps / loaded.stream if loaded.stream else None,
             peer=f"{NAME} ({self._peer.version})" if self._peer else None,
             peer_avg_ts=fmean(peer_ts) if peer_ts else None,
             peer_stddev_ts=spread(peer_ts) if peer_ts else None,
@@ -423,12 +445,6 @@ def _split_mode(grid: Grid) -> str:
     if grid.pp == 1:
         return "tensor"
     return "layer" if grid.tp == 1 else f"{grid.tp} x {grid.pp}"
-
-
-def _available_memory() -> int:
-    """Return the bytes that this host can still give, as the kernel estimates it."""
-    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(match[1]) * 1024 if match else sys.maxsize
 
 
 def _cpu_info() -> str:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpillama.bench.output import FORMATS
+from mpillama.cli.checks import check_model
 from mpillama.cli.grid_options import GRID
-from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, TIMEOUT, Option
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.parallel_options import BACKEND, DEVICE, TIMEOUT
 from mpillama.cli.values import BadValueError, choice, integer, number, path
 from mpillama.errors import UsageError
 
@@ -21,6 +23,7 @@ _DEFAULTS: dict[str, tuple[object, ...]] = {
     "n_prompt": (512,),
     "n_gen": (128,),
     "n_depth": (0,),
+    "n_parallel": (1,),
     "batch_size": (2048,),
     "ubatch_size": (512,),
     "cache_type_k": ("f16",),
@@ -76,16 +79,19 @@ def pair(text: str) -> tuple[tuple[int, int]]:
     return ((prompt, generated),)
 
 
-def splits(text: str) -> tuple[tuple[float, ...], ...]:
-    """Parse splits separated by commas, each of them shares separated by slashes: ``1/1,3/1``."""
-    found = []
+def splits(text: str) -> tuple[tuple[float, ...] | str, ...]:
+    """Parse splits separated by commas, each of them ``auto``, ``memory`` or shares separated by slashes: ``3/1``."""
+    found: list[tuple[float, ...] | str] = []
     for part in text.split(","):
+        if part in ("auto", "memory"):
+            found.append(part)
+            continue
         try:
             shares = tuple(number(share) for share in part.split("/"))
         except BadValueError:
             shares = ()
         if not shares or min(shares) < 0 or max(shares) <= 0:
-            raise BadValueError(f"expected shares separated by / and splits by commas, like 1/1,3/1, got {text!r}")
+            raise BadValueError(f"expected shares separated by / and splits by commas, like 1/1,3/1,auto, got {text!r}")
         found.append(shares)
     return tuple(found)
 
@@ -117,6 +123,7 @@ _TEST = (
     _list("-n --n-gen", "tokens to generate, 0 = no such test", integers(0)),
     _list("-pg", "a prompt and tokens to generate after it, timed together; can be repeated", pair, metavar="PP,TG"),
     _list("-d --n-depth", "tokens in the context before the test", integers(0)),
+    _list("-npl --n-parallel", "sequences that are evaluated together, with as many tokens each", integers(1)),
     _list("-b --batch-size", "logical maximum batch size", integers(1)),
     _list("-ub --ubatch-size", "physical maximum batch size", integers(1)),
     _context("cache_type_k"),
@@ -124,9 +131,10 @@ _TEST = (
     _list("-t --threads", "CPU threads per rank, 0 or -1 = the rank's share of its node", integers(-1)),
     _list(
         "-ts --tensor-split",
-        "share of the model of each rank, separated by /; commas separate splits",
+        "share of the model of each rank, separated by /; auto = by measured speed, memory = by free memory; commas "
+        "separate splits",
         splits,
-        metavar="N0/N1/...,...",
+        metavar="N0/N1/...,auto,...",
         shown="equal shares",
     ),
 )
@@ -165,7 +173,7 @@ _OUTPUT = (
 
 BENCH = (
     *(replace(option, group="what is measured") for option in _TEST),
-    *(replace(option, group="what is measured") for option in BACKEND),
+    *(replace(option, group="what is measured") for option in (*BACKEND, *DEVICE)),
     *(replace(option, group="what is measured") for option in TIMEOUT),
     *(replace(option, env="") for option in GRID),
     *(replace(option, excludes=(), env="") for option in MODEL if option.dest in _HUGGING_FACE),
@@ -183,8 +191,7 @@ def with_defaults(namespace: Namespace) -> Namespace:
 
 def check_bench(namespace: Namespace) -> None:
     """Raise UsageError for what ``bench`` cannot do."""
-    if namespace.hf_file and namespace.hf_repo is None:
-        raise UsageError("--hf-file names a file of a repository: give the repository with --hf-repo USER/MODEL")
+    check_model(namespace)
     filled = with_defaults(namespace)
     if not (any(filled.n_prompt) or any(filled.n_gen) or any(p + g for p, g in filled.pg)):
         raise UsageError("there is nothing to run: give lengths with -p, -n or -pg, e.g. -p 512 -n 128")

@@ -12,21 +12,12 @@ from mpillama.cli import values
 from mpillama.cli.batch_options import BATCH, check_batch
 from mpillama.cli.bench_options import BENCH, check_bench
 from mpillama.cli.chat_options import CHAT, check_chat
+from mpillama.cli.checks import check_model, check_split
 from mpillama.cli.doctor_options import DOCTOR
 from mpillama.cli.grammar import GRAMMAR
 from mpillama.cli.grid_options import GRID
-from mpillama.cli.options import (
-    CONTEXT,
-    LOGGING,
-    MODEL,
-    PARALLEL,
-    PROMPT,
-    ROPE,
-    SAMPLING,
-    TENSOR_SPLIT,
-    Option,
-    sampling_params,
-)
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, PROMPT, ROPE, SAMPLING, Option, sampling_params
+from mpillama.cli.parallel_options import PARALLEL, TENSOR_SPLIT
 from mpillama.cli.plan_options import PLAN, check_plan
 from mpillama.cli.prompt_cache_options import PROMPT_CACHE
 from mpillama.cli.serve_options import SERVE, check_serve
@@ -57,18 +48,6 @@ class Command:
         """Import and return the function that runs the command."""
         module, _, function = self.run.partition(":")
         return cast("Callable[..., int]", getattr(import_module(module), function))
-
-
-def check_model(namespace: Namespace) -> None:
-    """Raise UsageError for flags about the model that do not go together."""
-    if namespace.hf_file and namespace.hf_repo is None:
-        raise UsageError("--hf-file names a file of a repository: give the repository with --hf-repo USER/MODEL")
-
-
-def check_split(namespace: Namespace) -> None:
-    """Raise UsageError if shares are given for a model that is not split."""
-    if namespace.split_mode == "none" and namespace.tensor_split is not None:
-        raise UsageError("--tensor-split cuts the model over ranks, --split-mode none keeps it whole: give one of them")
 
 
 def check_generate(namespace: Namespace) -> None:
@@ -131,6 +110,7 @@ COMMANDS = (
             'mpillama -m model.gguf -p "Once upon a time" -n 64',
             'mpirun -n 4 mpillama generate -m model.gguf -p "The capital of France is" -n 32 --temp 0',
             "mpirun -n 2 mpillama generate -m model.gguf -ts 3,1 -f prompt.txt -c 4096",
+            "mpirun -n 3 mpillama generate -m model.gguf -dev cuda:0,cuda:1,cpu -ts 9,9,1 -f prompt.txt",
             "mpirun -n 8 mpillama generate -m model.gguf --tp 4 --pp 2 -f prompt.txt",
             "mpirun -n 4 mpillama generate -m model.gguf -f book.txt --prompt-cache book.kv -n 256",
             'mpillama generate -hf ggml-org/gemma-3-1b-it-GGUF:Q8_0 -p "Hello" -s 42',
@@ -186,6 +166,7 @@ COMMANDS = (
             "mpirun -n 2 mpillama bench -m a.gguf,b.gguf -t 1,2 -ts 1/1,2/1 -o json",
             "mpirun -n 4 mpillama bench -m model.gguf --tp 2 --pp 2 -p 2048",
             "mpillama bench --shape llama-1b:Q4_0 --compare llama.cpp",
+            "mpillama bench -m model.gguf -p 0 -n 64 -d 128 -npl 1,4,16",
         ),
         BENCH,
         "mpillama.cli.bench:run",
@@ -197,6 +178,7 @@ COMMANDS = (
         (
             "mpirun -n 4 mpillama serve -m model.gguf",
             "mpirun -n 4 mpillama serve -m model.gguf --host 0.0.0.0 --api-key SECRET -np 64",
+            "mpirun -n 8 mpillama serve -m model.gguf --dp 2",
             "srun mpillama serve -m model.gguf --host $HOME/model.sock",
         ),
         SERVE,
@@ -209,6 +191,7 @@ COMMANDS = (
         (
             "mpirun -n 4 mpillama batch -m model.gguf -i requests.jsonl -o results.jsonl",
             "srun mpillama batch -m model.gguf -i requests.jsonl -o results.jsonl -np 64 --time-limit 11:45:00",
+            "mpirun -n 8 mpillama batch -m model.gguf -i requests.jsonl -o results.jsonl --dp 4",
             "mpillama batch -i requests.jsonl -o results.jsonl --temp 0 --log-file batch.log",
         ),
         BATCH,

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from mpillama import __version__
+from mpillama.batch.clock import slurm_seconds_left
 from mpillama.bench.weights import RANDOM_TYPES
 from mpillama.cli.memory import available_memory
 from mpillama.cli.session import open_backend
 from mpillama.comm.base import World, from_root
 from mpillama.comm.solo import StrandedWorld
-from mpillama.doctor.facts import batch_system, launcher, rank_facts, slurm_seconds_left
+from mpillama.doctor.facts import batch_system, launcher, rank_facts
 from mpillama.doctor.files import file_system, read_speed
 from mpillama.doctor.findings import Finding, Job, findings
 from mpillama.errors import UsageError, UserError
 from mpillama.gguf.reader import read_header
 from mpillama.plan.cluster import GIB, as_toml, make_cluster
-from mpillama.plan.measure import fit_link, measure_device
+from mpillama.plan.measure import fit_link, measure_device, measure_within
 from mpillama.spmd import Interrupts, launch
 
 _SMALL, _LARGE = 8, 1 << 20
@@ -176,15 +177,17 @@ def _measure(args: Namespace, world: World, times: dict[tuple[str, str, int], fl
         "ranks_per_host": world.local_size,
         "device": device,
     }
-    small, large = times.get(("within", "allreduce", _SMALL)), times.get(("within", "allreduce", _LARGE))
-    if small is not None and large is not None:
+    small = 0.0
+    if ("within", "allreduce", _LARGE) in times:
+        # Ranks of a host have a better way than MPI's, above all where they outnumber the cores.
+        small, large = measure_within(world, _LARGE)
         tables["within"] = {"name": "shm", **fit_link(world.local_size, small, large, _LARGE)}
     short, long = times.get(("between", "ping-pong", _SMALL)), times.get(("between", "ping-pong", _LONG))
     if short is not None and long is not None:
         tables["between"] = {"name": "hdr", "latency_us": short * 1e6, "gbps": _LONG / long / 1e9}
     if "collective_us" in device:
         # What the small model's collectives took holds the links' own latency too.
-        wire = max((t for (_, kind, n), t in times.items() if (kind, n) == ("allreduce", _SMALL)), default=0.0)
+        wire = max(small, times.get(("between", "allreduce", _SMALL), 0.0))
         device["collective_us"] = max(0.0, device["collective_us"] - wire * 1e6)
     return tables
 

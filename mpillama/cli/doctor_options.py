@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mpillama.cli import values
-from mpillama.cli.options import BACKEND, LOGGING, TIMEOUT, Option
+from mpillama.cli.options import LOGGING, Option
+from mpillama.cli.parallel_options import BACKEND, DEVICE, THREADS, TIMEOUT
 
 DOCTOR = (
     Option(
@@ -33,15 +36,13 @@ DOCTOR = (
         shown="Q4_K,Q6_K,Q8_0",
         group="doctor",
     ),
-    Option(
-        ("-t", "--threads"),
-        "CPU threads per rank that --save measures with, 0 or -1 = the rank's share of its node",
-        values.integer(-1),
-        -1,
-        env="LLAMA_ARG_THREADS",
+    replace(
+        THREADS,
+        help="CPU threads per rank that --save measures with, 0 or -1 = the rank's share of its node",
         group="doctor",
     ),
     *BACKEND,
+    *DEVICE,
     *TIMEOUT,
     *LOGGING,
 )

@@ -15,9 +15,7 @@ IGNORED = """
 -ngl --gpu-layers --n-gpu-layers N
 -mg --main-gpu INDEX
 -fa --flash-attn on|off|auto
--fit --fit on|off
 -fitt --fit-target MiB0,MiB1,...
--fitc --fit-ctx N
 -kvo --kv-offload
 -nkvo --no-kv-offload
 --repack
@@ -72,7 +70,6 @@ UNSUPPORTED = """
 -cl --cache-list
 --completion-bash
 --server-base URL
---list-devices
 --verbose-prompt
 -lcs --lookup-cache-static FNAME
 -lcd --lookup-cache-dynamic FNAME
@@ -91,7 +88,6 @@ UNSUPPORTED = """
 --no-show-timings
 -gan --grp-attn-n N
 -gaw --grp-attn-w N
--dev --device dev1,dev2,...
 -ot --override-tensor PATTERN=TYPE,...
 -cmoe --cpu-moe
 -ncmoe --n-cpu-moe N
@@ -122,7 +118,6 @@ UNSUPPORTED = """
 --reasoning-format FORMAT
 -rea --reasoning on|off|auto
 --reasoning-effort LEVEL
---reasoning-budget N
 --reasoning-budget-message MESSAGE
 --reasoning-preserve
 --no-reasoning-preserve
@@ -151,7 +146,6 @@ UNSUPPORTED = """
 --props
 --slots
 --no-slots
---slot-save-path PATH
 --embedding --embeddings
 --rerank --reranking
 --prefill-assistant

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpillama.chat import encode_chat, template_from
+from mpillama.cli.files import read_text
 from mpillama.cli.grammar import constraint_from
+from mpillama.cli.memory import least_context
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log, format_timings
 from mpillama.cli.prompt_cache import PromptCache
@@ -42,7 +44,7 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     interrupts.deferred = True
     if work is None:
         return follow(world, loaded.runner)
-    leader = Leader(world, loaded.runner)
+    leader = Leader(world, loaded.runner, loaded.model.grid.pp)
     try:
         timings = _generate(args, leader, loaded, work, interrupts, log)
     except UserError as error:
@@ -81,6 +83,7 @@ def _prepare(args: Namespace, n_ranks: int, log: Log) -> tuple[Model, _Work]:
         special=args.special,
         constraint=constraint_from(args, tokenizer, model.cfg.n_vocab),
     )
+    model = replace(model, n_kv_min=least_context(args, model.n_kv, len(prompt) + 1))
     cache = PromptCache(args, header.metadata, model, log)
     # Now, and not when the weights have been read: a bias may be wrong.
     Sampler(params.sampling, model.cfg.n_vocab, model.n_ctx, tokenizer.token_bytes)
@@ -98,14 +101,8 @@ def prompt_texts(args: Namespace) -> tuple[str, str | None]:
 
 
 def _read(path: str | Path, flag: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{flag} {path}: the file is not UTF-8 text") from None
     # Editors end files with a newline that is not meant as part of the prompt (llama.cpp drops it too).
-    return text.removesuffix("\n")
+    return read_text(path, flag).removesuffix("\n")
 
 
 def _templated(args: Namespace, header: GGUFHeader, prompt: str, system: str | None) -> tuple[str, bool]:
@@ -125,7 +122,7 @@ def _templated(args: Namespace, header: GGUFHeader, prompt: str, system: str | N
 def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, interrupts: Interrupts, log: Log) -> str:
     """Evaluate the prompt, then sample and stream tokens; returns the timings."""
     n_vocab, n_ctx, n_blocks = loaded.model.cfg.n_vocab, loaded.model.n_ctx, loaded.runner.n_blocks
-    engine = Engine(leader.run, work.tokenizer, n_vocab, n_ctx, n_blocks, min(args.batch_size, args.ubatch_size))
+    engine = Engine(leader, work.tokenizer, n_vocab, n_ctx, n_blocks, min(args.batch_size, args.ubatch_size))
     work.cache.restore(loaded, leader, engine, work.request.prompt)
     engine.add(work.request)
     outputs: list[Output] = []
@@ -155,6 +152,7 @@ def _generate(args: Namespace, leader: Leader, loaded: Loaded, work: _Work, inte
     n = end.usage.n_generated
     return format_timings(
         load=loaded.seconds,
+        read=(loaded.reading, loaded.n_read),
         sample=(end.timings.sample, n),
         prompt=(end.timings.prompt, end.usage.n_prompt),
         eval=(end.timings.decode - end.timings.sample, n - 1),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 from mpillama.cli import values
+from mpillama.cli.files import read_text
 from mpillama.cli.options import Option
 from mpillama.engine.request import Constraint
 from mpillama.errors import UsageError, UserError
@@ -43,11 +43,7 @@ def constraint_from(args: Namespace, tokenizer: Tokenizer, n_vocab: int) -> Cons
     flag = "--" + dest.replace("_", "-")
     text = str(getattr(args, dest))
     if dest.endswith("_file"):
-        flag = f"{flag} {text}"
-        try:
-            text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{flag}: {getattr(error, 'strerror', None) or 'the file is not UTF-8 text'}") from None
+        flag, text = f"{flag} {text}", read_text(text, flag)
     grammars = Grammars(tokenizer, n_vocab)
     try:
         return grammars.gbnf(text) if dest.startswith("grammar") else grammars.json_schema(json.loads(text))

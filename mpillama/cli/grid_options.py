@@ -32,7 +32,13 @@ _GRID = (
         None,
         shown="the number of hosts",
     ),
-    Option(("--dp",), "replicas of the model, of --tp x --pp ranks each", values.integer(1), 1),
+    Option(
+        ("--dp",),
+        "replicas of the model, of --tp x --pp ranks each, that share the requests of batch and serve",
+        values.integer(1),
+        None,
+        shown="1",
+    ),
     Option(
         ("--ep", "--expert-parallel"),
         "keep experts whole, each on one rank of a stage: on, off, auto = where a token waits less for them",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from mpillama.cli.files import read_text
+from mpillama.cli.memory import least_context
 from mpillama.cli.progress import Log
 from mpillama.cli.session import Model, load, open_model
 from mpillama.comm.base import World
@@ -53,16 +56,14 @@ def _prepare(args: Namespace, n_ranks: int) -> tuple[Model, list[int]]:
     wrong = next((token for token in tokens if not 0 <= token < model.cfg.n_vocab), None)
     if wrong is not None:
         raise UsageError(f"token {wrong} is not in the vocabulary; ids go from 0 to {model.cfg.n_vocab - 1}")
-    return model, tokens
+    return replace(model, n_kv_min=least_context(args, model.n_kv, len(tokens))), tokens
 
 
 def _read_tokens(path: str) -> list[int]:
     """Read ids separated by commas or white space."""
+    words = read_text(path, "--tokens-file").replace(",", " ").split()
     try:
-        words = Path(path).read_text(encoding="utf-8").replace(",", " ").split()
         return [int(word) for word in words]
-    except OSError as error:
-        raise UsageError(f"--tokens-file {path}: {error.strerror}") from None
     except ValueError:
         raise UsageError(f"--tokens-file {path}: token ids must be integers separated by commas or spaces") from None
 

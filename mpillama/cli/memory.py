@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mpillama.backends.base import KV_BLOCK
@@ -37,6 +39,35 @@ def available_memory() -> int:
     return free
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A host, or one rank's device: its ranks, and the bytes that are free there."""
+
+    name: str
+    ranks: tuple[int, ...]
+    room: int
+    is_gpu: bool
+
+
+def _places(world: World, own: int) -> list[_Place]:
+    """Return all hosts and devices; ``own`` are the bytes free on this rank's device, 0 if it computes on its host."""
+    free = world.bcast(world.gather((own or available_memory(), own > 0)))
+    names = [f"the GPU of rank {r} on {world.hosts[r]}" if gpu else world.hosts[r] for r, (_, gpu) in enumerate(free)]
+    found = []
+    for name in dict.fromkeys(names):
+        ranks = tuple(rank for rank in range(world.size) if names[rank] == name)
+        found.append(_Place(name, ranks, min(free[rank][0] for rank in ranks), free[ranks[0]][1]))
+    return found
+
+
+def fits_easily(world: World, needed: list[int], own: int = 0) -> bool:
+    """Return whether so many bytes for each rank leave a part of the memory to others, everywhere; see `fit_memory`."""
+    return all(
+        sum(needed[rank] + WORKSPACE for rank in place.ranks) <= place.room * _OWN_CHOICE
+        for place in _places(world, own)
+    )
+
+
 def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int, own: int = 0) -> int:
     """Return how many tokens the KV cache can hold where each host, or each rank's device, has room; at best ``n_kv``.
 
@@ -46,40 +77,51 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
         kv: bytes of each rank's KV cache for ``n_kv`` tokens.
         n_kv: tokens wanted.
         n_kv_min: with fewer than these there is no use in starting.
-        own: bytes free on this rank's own device; 0: it computes in the host's memory, as do all others.
+        own: bytes free on this rank's own device; 0: it computes in the host's memory.
 
     Raises:
         UserError: on rank 0, naming the host, what is needed and what would fit; the other ranks raise PeerFailure.
     """
-    free = world.bcast(world.gather(own or available_memory()))
-    places = [f"the GPU of rank {rank} on {host}" if own else host for rank, host in enumerate(world.hosts)]
-    granted = n_kv
-    for place in dict.fromkeys(places):
-        ranks = [rank for rank in range(world.size) if places[rank] == place]
-        room = min(free[rank] for rank in ranks)
-        fixed = sum(weights[rank] + WORKSPACE for rank in ranks)
-        cache = sum(kv[rank] for rank in ranks)
-        if fixed + cache <= room:
+    granted, largest = n_kv, n_kv
+    tightest: tuple[_Place, int, int] | None = None
+    for place in _places(world, own):
+        fixed = sum(weights[rank] + WORKSPACE for rank in place.ranks)
+        cache = sum(kv[rank] for rank in place.ranks)
+        if fixed + cache <= place.room:
             continue
         per_block = max(1, cache * KV_BLOCK // n_kv)
-        largest = (room - fixed) // per_block * KV_BLOCK
+        fits = max(0, (place.room - fixed) // per_block * KV_BLOCK)
+        if tightest is None or fits < largest:
+            tightest, largest = (place, fixed, cache), fits
         # A cache of our own choice leaves a part of the memory to others.
-        modest = int((room * _OWN_CHOICE - fixed) // per_block) * KV_BLOCK
-        if n_kv_min < n_kv and modest >= n_kv_min:
-            granted = min(granted, modest)
-            continue
-        advice = (
-            f"the largest context that fits is -c {largest}"
-            if largest >= KV_BLOCK
-            else f"use more {'GPUs' if own else 'hosts'}, or a model with fewer bits per weight"
-        )
-        error = UserError(
-            f"{place} has {format_bytes(room)} free, but {'it needs' if own else 'its ranks need'} "
-            f"{format_bytes(fixed)} for weights and work and {format_bytes(cache)} for a KV cache of {n_kv} tokens; "
-            f"{advice}"
-        )
-        if world.rank:
-            raise PeerFailure(error.exit_code, error.line)
-        error.told = True
-        raise error
-    return granted
+        granted = min(granted, int((place.room * _OWN_CHOICE - fixed) // per_block) * KV_BLOCK)
+    if tightest is None or (n_kv_min < n_kv and granted >= n_kv_min):
+        return granted
+    place, fixed, cache = tightest
+    advice = (
+        f"the largest context that fits is -c {largest}"
+        if largest >= KV_BLOCK
+        else f"use more {'GPUs' if place.is_gpu else 'hosts'}, or a model with fewer bits per weight"
+    )
+    error = UserError(
+        f"{place.name} has {format_bytes(place.room)} free, but {'it needs' if place.is_gpu else 'its ranks need'} "
+        f"{format_bytes(fixed)} for weights and work and {format_bytes(cache)} for a KV cache of {n_kv} tokens; "
+        f"{advice}"
+    )
+    if world.rank:
+        raise PeerFailure(error.exit_code, error.line)
+    error.told = True
+    raise error
+
+
+def least_context(args: Namespace, n_kv: int, needed: int = 1) -> int:
+    """Return how few tokens the KV cache may hold, by ``--fit``.
+
+    Args:
+        args: the flags.
+        n_kv: tokens wanted.
+        needed: tokens without which there is no use in starting.
+    """
+    if args.fit == "off" or (args.ctx_size and args.fit is None):
+        return n_kv
+    return min(n_kv, max(needed, args.fit_ctx))

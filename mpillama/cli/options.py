@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from mpillama.backends import NAMES as BACKENDS
 from mpillama.cli import values
 
 if TYPE_CHECKING:
@@ -149,68 +148,6 @@ CONTEXT = _grouped(
         "f16",
         "TYPE",
         "LLAMA_ARG_CACHE_TYPE_V",
-    ),
-)
-
-TENSOR_SPLIT = _grouped(
-    "parallelism",
-    Option(
-        ("-ts", "--tensor-split"),
-        "share of the model of each rank, e.g. 3,1; auto = by measured speed, memory = by free memory",
-        values.shares,
-        None,
-        "{N0,N1,N2,...|auto|memory}",
-        "LLAMA_ARG_TENSOR_SPLIT",
-        shown="equal shares",
-    ),
-)
-
-BACKEND = _grouped(
-    "parallelism",
-    Option(
-        ("--backend",),
-        "what computes: cpu (native kernels), cuda or hip (GPU, through CuPy), reference (NumPy), emulated (GPU "
-        "kernels on the CPU, for tests), auto = cpu where it was built",
-        values.choice(*BACKENDS),
-        "auto",
-        "{" + ",".join(BACKENDS) + "}",
-    ),
-)
-
-TIMEOUT = _grouped(
-    "parallelism",
-    Option(
-        ("--timeout", "--rank-timeout"),
-        "end the job when a rank keeps the others waiting this long inside a step, 0 = never",
-        values.seconds,
-        60.0,
-        "SECONDS",
-        dest="rank_timeout",
-    ),
-)
-
-PARALLEL = (
-    *_grouped(
-        "parallelism",
-        Option(
-            ("-t", "--threads"),
-            "CPU threads per rank, 0 or -1 = the rank's share of its node",
-            values.integer(-1),
-            -1,
-            env="LLAMA_ARG_THREADS",
-        ),
-    ),
-    *BACKEND,
-    *TENSOR_SPLIT,
-    *TIMEOUT,
-    *_grouped(
-        "parallelism",
-        Option(
-            ("--deterministic",),
-            "compute the same numbers on any number of ranks up to 12, at a price in speed",
-            None,
-            False,
-        ),
     ),
 )
 

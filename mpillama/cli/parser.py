@@ -24,6 +24,7 @@ from mpillama.errors import UsageError
 
 HELP = ("-h", "--help", "--usage")
 VERSION = ("--version",)
+DEVICES = ("--list-devices",)
 
 
 class HelpRequested(Exception):
@@ -83,6 +84,11 @@ def _read_flags(command: Command, words: Sequence[str], notes: list[str]) -> dic
             raise HelpRequested(command_help(command))
         if flag in VERSION:
             raise HelpRequested(f"mpillama {__version__}")
+        if flag in DEVICES:
+            # Not at the top: it needs what help does not.
+            from mpillama.cli.devices import device_table
+
+            raise HelpRequested(device_table())
         target = known.get(flag)
         if target is None:
             if flag.startswith("-") or not command.positional:
@@ -134,7 +140,7 @@ def _value(flag: str, attached: str | None, rest: Iterator[str], known: Iterable
     word = next(rest, None)
     if word is None:
         raise UsageError(f"{flag} needs a value: {flag} {metavar}")
-    if word in known or word in HELP + VERSION:
+    if word in known or word in HELP + VERSION + DEVICES:
         raise UsageError(
             f"{flag} needs a value ({metavar}), but the flag {word} follows; if meant, write {flag}={word}"
         )
@@ -267,4 +273,6 @@ def command_help(command: Command) -> str:
     other = parser.add_argument_group("other")
     other.add_argument(*HELP, action="store_true", help="print this help")
     other.add_argument(*VERSION, action="store_true", help="print the version")
+    if any(option.dest == "device" for option in command.options):
+        other.add_argument(*DEVICES, action="store_true", help="print what ranks of this host can compute on")
     return parser.format_help().rstrip()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from dataclasses import replace
 
 from mpillama.cli import values
-from mpillama.cli.options import BACKEND, CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.checks import check_model
+from mpillama.cli.options import CONTEXT, LOGGING, MODEL, Option
+from mpillama.cli.parallel_options import BACKEND, THREADS
 from mpillama.errors import UsageError
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -87,12 +90,9 @@ _CLUSTER = (
         False,
         group="cluster",
     ),
-    Option(
-        ("-t", "--threads"),
-        "CPU threads per rank that --measure uses, 0 or -1 = the rank's share of its node",
-        values.integer(-1),
-        -1,
-        env="LLAMA_ARG_THREADS",
+    replace(
+        THREADS,
+        help="CPU threads per rank that --measure uses, 0 or -1 = the rank's share of its node",
         group="cluster",
     ),
     _number("--memory-gbps", "memory bandwidth of a device in GB/s that is reached"),
@@ -134,8 +134,7 @@ PLAN = (*_CLUSTER, *_WORK, *_OUTPUT, *MODEL, *_CONTEXT, *BACKEND, *LOGGING)
 
 def check_plan(namespace: Namespace) -> None:
     """Raise UsageError for flags that do not go together."""
-    if namespace.hf_file and namespace.hf_repo is None:
-        raise UsageError("--hf-file names a file of a repository: give the repository with --hf-repo USER/MODEL")
+    check_model(namespace)
     if namespace.shape and namespace.hf_repo:
         raise UsageError("--shape and --hf-repo exclude each other: give one of them")
     if namespace.measure and (namespace.gpus or namespace.device not in (None, "cpu")):

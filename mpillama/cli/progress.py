@@ -183,18 +183,23 @@ class Log:
 
 
 def format_timings(
-    *, load: float, sample: tuple[float, int], prompt: tuple[float, int], eval: tuple[float, int]
+    *,
+    load: float,
+    sample: tuple[float, int],
+    prompt: tuple[float, int],
+    eval: tuple[float, int],
+    read: tuple[float, int] = (0.0, 0),
 ) -> str:
     """Return timings as lines in llama.cpp's terms and layout.
 
     ``load`` is in seconds, the others are (seconds, tokens): drawn from the logits, evaluated together as the prompt,
-    evaluated one by one ("runs"). The total is the sum of all four.
+    evaluated one by one ("runs"). The total is the sum of all four. ``read`` are seconds and bytes of the weights.
     """
     total = load + sample[0] + prompt[0] + eval[0]
     return "\n".join(
         (
             f"   sampling time = {_time(sample, 'tokens')}",
-            f"       load time = {1e3 * load:10.2f} ms",
+            f"       load time = {1e3 * load:10.2f} ms" + (f" (weights: {format_rate(*read)})" if read[1] else ""),
             f"prompt eval time = {_time(prompt, 'tokens')}",
             f"       eval time = {_time(eval, 'runs  ')}",
             f"      total time = {1e3 * total:10.2f} ms / {prompt[1] + eval[1]:5d} tokens",
@@ -208,6 +213,12 @@ def _time(measured: tuple[float, int], unit: str) -> str:
     if n == 0 or seconds <= 0:
         return time.rstrip()
     return f"{time} ({1e3 * seconds / n:8.2f} ms per token, {n / seconds:8.2f} tokens per second)"
+
+
+def format_rate(seconds: float, n_bytes: int) -> str:
+    """Return bytes, the time they took, and their rate: ``3.00 GiB in 2.00 s, 1.50 GiB/s``."""
+    rate = f", {n_bytes / seconds / 2**30:.2f} GiB/s" if seconds > 0 else ""
+    return f"{format_bytes(n_bytes)} in {seconds:.2f} s{rate}"
 
 
 def format_bytes(n: float) -> str:

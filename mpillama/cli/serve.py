@@ -28,4 +28,4 @@ def run(args: Namespace, world: World, interrupts: Interrupts) -> int:
     def body(service: Service) -> int:
         return opened[0].serve(service, interrupts)
 
-    return run_engine(args, world, interrupts, log, body, before)
+    return run_engine(args, world, interrupts, log, body, before, replicas=not args.slot_save_path)

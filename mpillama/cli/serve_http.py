@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import resource
 import sys
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 from mpillama import __version__
 from mpillama.cli.api_context import api_context
 from mpillama.cli.engine_session import Service
+from mpillama.cli.files import read_text
 from mpillama.cli.progress import Log
+from mpillama.cli.prompt_cache import open_states
 from mpillama.errors import UsageError
 from mpillama.server.app import Api, Served
 from mpillama.server.bridge import Bridge
 from mpillama.server.encoder import Encoder
 from mpillama.server.settings import Settings
+from mpillama.server.slots import SlotFiles
 from mpillama.server.thread import HttpThread, listen
 from mpillama.spmd import Interrupts
 
@@ -38,6 +41,9 @@ class HttpServer:
             max_queue=args.max_queue,
             grace=args.grace,
         )
+        folder = args.slot_save_path
+        if folder and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise UsageError(f"--slot-save-path {folder}: is no folder that one can write to")
         _allow_many_files()
         sys.setswitchinterval(_SWITCH_SECONDS)
         sock, self._url = listen(args.host, args.port)
@@ -61,9 +67,11 @@ class HttpServer:
         }
         encoder = Encoder(service.tokenizer, service.metadata)
         context = api_context(replace(service, tokenizer=encoder.proxy()), self._args.alias)
-        self._api.served = Served(context, meta, model.paths[0])
+        folder = self._args.slot_save_path
+        files = SlotFiles(folder.absolute(), open_states(service), service.engine) if folder else None
+        self._api.served = Served(context, meta, model.paths[0], files, service.loaded.traffic)
         self._log.report(f"mpillama serve: {context.name} is ready at {self._url}")
-        self._bridge.run(service.engine, interrupts, self._settings.grace, self._on_drain)
+        self._bridge.run(service.engines, interrupts, self._settings.grace, self._on_drain)
         self._thread.stop()
         encoder.close()
         left = len(self._bridge.tickets)
@@ -78,11 +86,7 @@ def read_keys(args: Namespace) -> tuple[str, ...]:
     """Return the API keys of the flags; UsageError if their file cannot be read or has none."""
     keys: list[str] = list(args.api_key)
     if args.api_key_file:
-        try:
-            lines = Path(args.api_key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "the file is not UTF-8 text"
-            raise UsageError(f"--api-key-file {args.api_key_file}: {reason}") from None
+        lines = read_text(args.api_key_file, "--api-key-file").splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
             raise UsageError(f"--api-key-file {args.api_key_file}: there is no key in it")

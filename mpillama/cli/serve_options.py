@@ -8,6 +8,7 @@ from dataclasses import replace
 from mpillama.cli import values
 from mpillama.cli.options import Option
 from mpillama.cli.serving_options import ENGINE, check_engine
+from mpillama.errors import UsageError
 
 
 def api_keys(text: str) -> tuple[str, ...]:
@@ -53,6 +54,14 @@ _SERVER = (
         3600,
         env="LLAMA_ARG_TIMEOUT",
     ),
+    Option(
+        ("--slot-save-path",),
+        "folder, seen by all ranks, in which clients may save the KV of slots, and from which they may restore it",
+        values.path,
+        None,
+        "PATH",
+        shown="clients cannot",
+    ),
     Option(("--max-queue",), "requests that may wait; more are told to come back later", values.integer(0), 1000),
     Option(("--max-body",), "size of a request in MiB", values.integer(1, 4096), 32),
     Option(
@@ -71,3 +80,7 @@ SERVE = (*(replace(option, group="server") for option in _SERVER), *_ENGINE)
 def check_serve(namespace: Namespace) -> None:
     """Raise UsageError for flags of a server that do not go together."""
     check_engine(namespace)
+    if namespace.slot_save_path and namespace.deterministic:
+        raise UsageError("--slot-save-path and --deterministic exclude each other: give one of them")
+    if namespace.slot_save_path and (namespace.dp or 1) > 1:
+        raise UsageError(f"--slot-save-path needs one replica, but there is --dp {namespace.dp}: give one of them")

@@ -7,36 +7,40 @@ import resource
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from mpillama.backends import GPU_NAMES, make_backend
-from mpillama.backends.attention import check_cache_type
+from mpillama.backends import make_backend
 from mpillama.backends.base import Backend
 from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.cache import user_cache
+from mpillama.backends.kv_codec import check_cache_type
 from mpillama.backends.reference import ReferenceBackend
-from mpillama.cli.memory import fit_memory
-from mpillama.cli.progress import JointProgress, Log, format_bytes
+from mpillama.cli.devices import Kinds, choose_device, devices_of, kinds_of
+from mpillama.cli.loading import choose_loading, read_watch
+from mpillama.cli.memory import fit_memory, fits_easily
+from mpillama.cli.progress import JointProgress, Log, format_bytes, format_rate
 from mpillama.cli.shares import choose_shares
-from mpillama.comm.base import Group, World, attempt, from_root, settle
+from mpillama.comm.base import Group, Team, World, attempt, from_root, settle
+from mpillama.comm.metered import MeteredGroup, Traffic
 from mpillama.comm.nccl import device_group
 from mpillama.comm.pipeline import Pipe, open_pipe
 from mpillama.comm.staged import tensor_group
 from mpillama.comm.virtual import VIRTUAL_RANKS, Crew
 from mpillama.config import Config, RopeOverrides, read_config
 from mpillama.data import demo_model_path
-from mpillama.errors import UsageError, UserError
+from mpillama.errors import PeerFailure, UsageError, UserError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo, read_header
-from mpillama.grid import ONE_RANK, Grid, choose_grid
+from mpillama.grid import ONE_RANK, Grid, choose_grid, host_replicas
 from mpillama.layout import apportion
-from mpillama.loader import check_types, load_weights
+from mpillama.loader import SliceReader, Source, check_types, take_weights
 from mpillama.ops import Ops
 from mpillama.partition import Partition
+from mpillama.relay import Relay
 from mpillama.runner import Runner, VirtualRunner, kv_bytes
 from mpillama.state.sequence import KVPlace
 from mpillama.tensors import model_tensors
@@ -52,7 +56,7 @@ class Model:
         n_ctx: tokens of one sequence at most.
         n_kv: tokens that the KV cache should hold; with less than ``n_kv_min`` the model is not loaded.
         grid: of the ranks; it and ``weights``, a share for each rank, become known when the ranks have met.
-        weights: see ``grid``.
+        weights: see ``grid``; of the ranks of a replica.
     """
 
     paths: tuple[str, ...]
@@ -69,13 +73,19 @@ class Model:
 class Loaded:
     """A model that is ready to run on this rank, and how long that took in seconds.
 
-    ``places`` are the ranks' parts of the KV; empty where there are virtual ranks.
+    ``n_read`` are the bytes that all ranks have read, and ``reading`` the seconds until they had them.
+    ``team`` are the ranks of its replica, ``places`` their parts of the KV; empty where there are virtual ranks.
+    ``traffic`` counts this rank's collectives, but those of virtual ranks.
     """
 
     model: Model
     runner: Runner
     seconds: float
+    n_read: int
+    reading: float
+    team: Team
     places: tuple[KVPlace, ...] = ()
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 def model_path(args: Namespace) -> Path:
@@ -87,15 +97,25 @@ def model_path(args: Namespace) -> Path:
     return Path(args.model) if args.model else demo_model_path()
 
 
+def open_header(args: Namespace, path: Path) -> GGUFHeader:
+    """Read the header of a model file, with what the flags override.
+
+    Raises:
+        UserError: the file is wrong.
+    """
+    header = read_header(path)
+    for key, value in args.override_kv:
+        header.metadata[key] = value  # type: ignore[index]
+    return header
+
+
 def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     """Rank 0: read and check the header and everything that can be checked without the weights.
 
     Raises:
         UserError: the file, a flag, or their combination is wrong.
     """
-    header = read_header(model_path(args))
-    for key, value in args.override_kv:
-        header.metadata[key] = value  # type: ignore[index]
+    header = open_header(args, model_path(args))
     overrides = RopeOverrides(
         scaling=args.rope_scaling,
         freq_base=args.rope_freq_base or None,
@@ -115,8 +135,12 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     return header, Model(header.paths, cfg, tensors, n_ctx, n_ctx, n_ctx)
 
 
-def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]]) -> tuple[Loaded, T | None]:
+def load(
+    args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]], replicas: bool = False
+) -> tuple[Loaded, T | None]:
     """Let rank 0 ``make`` the model's description and its own working set; load the weights on every rank.
+
+    With ``replicas`` there may be several of the model.
 
     Returns:
         The loaded model, and on rank 0 what else ``make`` returned.
@@ -125,14 +149,21 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
     own: list[T] = []
 
     def describe() -> Model:
+        named = {name for name, _ in devices_of(args, world.hosts)}
+        if args.deterministic and len(named) > 1:
+            raise UsageError("--deterministic needs the same backend on all ranks: name one with --backend")
         model, other = make()
         own.append(other)
         if args.deterministic:
             return replace(model, grid=_deterministic_grid(args, world.size))
-        return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer))
+        return replace(model, grid=grid_of(args, world.hosts, model.cfg.n_layer, replicas))
 
     model = from_root(world, describe)
-    backend, threads = settle(world, attempt(lambda: open_backend(args, world, one_thread=args.deterministic)))
+    backend, threads, gpu = settle(world, attempt(lambda: _open_backend(args, world, one_thread=args.deterministic)))
+    kinds = kinds_of(world, backend)
+    room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
+    if replicas and _leaves_layout_open(args) and _fit_into_hosts(args, world, model, room):
+        model = replace(model, grid=host_replicas(world.hosts))
     model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
     virtual = virtual_ranks(model.weights) if args.deterministic else None
     if virtual:
@@ -147,65 +178,121 @@ def load(args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model
         """Return the bytes of each rank's KV cache."""
         return [sum(kv_bytes(model.cfg, *partition.of(i), n_kv, *kv_types) for i in here) for here in slices]
 
-    room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
     n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room)
-    model = replace(model, n_kv=n_kv)
+    if n_kv < model.n_kv:
+        tell = log.report if args.ctx_size else log.info
+        tell(f"the memory holds a context of {n_kv} tokens, where {model.n_kv} were asked for")
+    model = replace(model, n_kv=n_kv, n_ctx=min(model.n_ctx, n_kv))
     kv = kv_shares(n_kv)
+    settle(world, attempt(lambda: check_types(model.tensors.values(), backend)))
+    loading = choose_loading(args.load, world, model.paths, virtual is not None)
+    watch, start = read_watch(world), time.perf_counter()
+    team = _team(world, model.grid)
+    traffic = Traffic()
     with JointProgress(world, shares, enabled=log.interactive) as bar:
+
+        def source() -> Source:
+            if loading == "bcast":
+                return Relay(world, model.paths, model.tensors.values(), partition, bar.update, watch)
+            return SliceReader(model.paths, bar.update, watch)
+
         if virtual:
             crew = Crew(world.group(), [len(here) for here in virtual])
-            backends = [backend, *(open_backend(args, world, one_thread=True)[0] for _ in virtual[world.rank][1:])]
+            backends = [backend, *(_another(backend) for _ in virtual[world.rank][1:])]
             parts = [
                 (i, Ops(member, tensor_group(group, member)), Pipe())
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
         else:
-            parts = [(world.rank, Ops(backend, _stage_group(world, model.grid, backend)), open_pipe(world, model.grid))]
-        loading = attempt(lambda: [open_runner(model, partition, *part, kv_types, bar.update) for part in parts])
-        if isinstance(loading, UserError):
+            group = stage_group(team, model.grid.one_replica, backend, gpu, model.grid.dp > 1)
+            if group.size > 1:
+                group = metered = MeteredGroup(group)
+                traffic = metered.traffic
+            ops = Ops(backend, group, kinds.alike(model.grid.stage_ranks(world.rank)))
+            parts = [(world.rank, ops, open_pipe(team, model.grid.one_replica))]
+        outcome = attempt(lambda: [open_runner(model, partition, *part, kv_types, source()) for part in parts])
+        if isinstance(outcome, UserError):
             bar.give_up()
-    members = settle(world, loading)
+    watch.close()
+    members = settle(world, outcome)
     runner = VirtualRunner([runner for runner, _ in members], crew) if virtual else members[0][0]
     n_read = sum(n for _, n in members)
-    everyone = world.bcast(world.gather((n_read, peak_memory())))
-    log.info(_layout_line(world, backend.name, threads, model, partition, shares, kv))
-    for rank, (n_read_there, peak) in enumerate(everyone):
+    everyone = world.bcast(world.gather((n_read, peak_memory(), time.perf_counter() - start)))
+    n_read, reading = sum(n for n, _, _ in everyone), max(seconds for _, _, seconds in everyone)
+    log.info(_layout_line(world, kinds, threads, model, partition, shares, kv))
+    for rank, (n_read_there, peak, _) in enumerate(everyone):
         log.verbose(
             f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
             f"read {format_bytes(n_read_there)}, KV {format_bytes(kv[rank])}, peak memory {format_bytes(peak)}"
         )
     n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in model.tensors.values()}.values())
-    log.verbose(
-        f"read in all: {format_bytes(sum(n for n, _ in everyone))} of {format_bytes(n_file)} of tensors in the file"
-    )
+    words = f"of {format_bytes(n_file)} of tensors in the file (--load {loading})"
+    log.verbose(f"read in all: {format_rate(reading, n_read)}, {words}")
     n_k = model.cfg.n_embd_head_k
-    places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else world.size))
-    return Loaded(model, runner, time.perf_counter() - began, places), own[0] if own else None
+    places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else team.size))
+    seconds = time.perf_counter() - began
+    return Loaded(model, runner, seconds, n_read, reading, team, places, traffic), own[0] if own else None
 
 
-def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int) -> Grid:
-    """Return the grid of a command that runs a single replica.
+def grid_of(args: Namespace, hosts: Sequence[str], n_layer: int, replicas: bool = False) -> Grid:
+    """Return the grid of a command that runs a single replica, or with ``replicas`` as many as the flags say.
 
     Raises:
-        UsageError: there is no such grid of these ranks, or the flags ask for several replicas.
+        UsageError: there is no such grid of these ranks, or the flags ask for replicas that the command cannot use.
     """
-    grid = choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
-    if grid.dp > 1:
-        raise UsageError(f"--dp {grid.dp}: replicas serve batch and serve, but this command runs one; leave --dp out")
-    return grid
+    if (args.dp or 1) > 1 and not replicas:
+        raise UsageError(
+            f"--dp {args.dp}: replicas answer the many requests of mpillama batch and mpillama serve; this command has "
+            "use for one: leave --dp out"
+        )
+    return choose_grid(hosts, n_layer, split_mode=args.split_mode, tp=args.tp, pp=args.pp, dp=args.dp)
+
+
+def _leaves_layout_open(args: Namespace) -> bool:
+    given = (args.split_mode, args.tp, args.pp, args.dp, args.tensor_split)
+    return not args.deterministic and all(value is None for value in given)
+
+
+def _fit_into_hosts(args: Namespace, world: World, model: Model, room: int) -> bool:
+    """Return whether each of several hosts can easily hold a replica, with a whole KV cache."""
+    grid = host_replicas(world.hosts)
+    if grid.dp == 1:
+        return False
+    partition = Partition(model.cfg, model.tensors, grid, (1.0,) * grid.replica_size, args.ep)
+    kv_types = (args.cache_type_k, args.cache_type_v)
+    kv = [kv_bytes(model.cfg, *partition.of(rank), model.n_kv, *kv_types) for rank in range(grid.size)]
+    return fits_easily(world, [partition.bytes_of(rank) + kv[rank] for rank in range(grid.size)], room)
+
+
+def _team(world: World, grid: Grid) -> Team:
+    """Return the ranks of this rank's replica."""
+    return world if grid.dp == 1 else world.part(grid.replica(grid.place(world.rank).replica))
 
 
 def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
-    if args.split_mode == "layer" or (args.pp or 1) * args.dp > 1:
+    if args.split_mode == "layer" or (args.pp or 1) * (args.dp or 1) > 1:
         raise UsageError("--deterministic is for tensor parallelism alone; leave --pp, --dp and -sm layer out")
     return Grid(n_ranks)
 
 
-def _stage_group(world: World, grid: Grid, backend: Backend) -> Group:
+def wants_graphs() -> bool:
+    """Whether GPUs may record the steps of decoding (see `Runner`): unless ``MPILLAMA_GRAPHS=0``."""
+    return os.environ.get("MPILLAMA_GRAPHS", "") != "0"
+
+
+def stage_group(team: Team, grid: Grid, backend: Backend, gpu: str = "", several: bool = False) -> Group:
     """Return the group of this rank's stage, for arrays of its backend; ``MPILLAMA_COLLECTIVES=host``: without NCCL."""
-    if grid.tp == world.size:
-        return device_group(world, backend, by_host=os.environ.get("MPILLAMA_COLLECTIVES", "") == "host")
-    return tensor_group(world.group(grid.stage_ranks(world.rank)), backend)
+    if grid.tp == team.size:
+        # NCCL's own switch for ranks that share a GPU.
+        if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "") == "1":
+            gpu = ""
+        try:
+            return device_group(team, backend, os.environ.get("MPILLAMA_COLLECTIVES", "") == "host", gpu)
+        except UserError as error:
+            # The other replicas have not heard of it.
+            error.told = error.told and (not several or isinstance(error, PeerFailure))
+            raise
+    return tensor_group(team.group(grid.stage_ranks(team.rank)), backend)
 
 
 def open_runner(
@@ -215,7 +302,7 @@ def open_runner(
     ops: Ops,
     pipe: Pipe,
     kv_types: tuple[str, str],
-    progress: Callable[[int], None] = lambda n: None,
+    source: Source,
 ) -> tuple[Runner, int]:
     """Load the weights of a rank, or of a virtual one.
 
@@ -226,19 +313,21 @@ def open_runner(
         ops: over the rank's backend and the group of its stage.
         pipe: to the stages next to it.
         kv_types: of keys and values.
-        progress: called with each number of bytes read.
+        source: of the slices.
 
     Returns:
         The runner, and the bytes that were read.
     """
     sharding, index = partition.of(rank)
-    weights, n_read = load_weights(model.paths, model.tensors, sharding, index, ops.backend, progress)
+    weights = take_weights(source, model.tensors, sharding, index, ops.backend)
     n_head_kv = partition.n_head_kv(rank)
-    return Runner(model.cfg, weights, ops, n_head_kv, model.n_kv, *kv_types, sharding.blocks, pipe), n_read
+    sizes = (n_head_kv, model.n_kv, *kv_types)
+    runner = Runner(model.cfg, weights, ops, *sizes, sharding.blocks, pipe, graphs=wants_graphs())
+    return runner, source.bytes_read
 
 
 def _layout_line(
-    world: World, backend: str, threads: int, model: Model, partition: Partition, shares: list[int], kv: list[int]
+    world: World, kinds: Kinds, threads: int, model: Model, partition: Partition, shares: list[int], kv: list[int]
 ) -> str:
     n_hosts = len(set(world.hosts))
     total = sum(model.weights)
@@ -248,16 +337,16 @@ def _layout_line(
     each = " each" if world.size > 1 else ""
     return (
         f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {_grid_words(model.grid, partition)}"
-        f"{backend} backend with {_count(threads, 'thread')}{each}, tensor split {split} %, "
+        f"{kinds} with {_count(threads, 'thread')}{each}, tensor split {split} %, "
         f"weights {per_rank} per rank, KV {format_bytes(max(kv))} for {model.n_kv} tokens"
     )
 
 
 def _grid_words(grid: Grid, partition: Partition) -> str:
-    words = ""
+    words = f"{grid.dp} replicas of {_count(grid.replica_size, 'rank')}, " if grid.dp > 1 else ""
     if grid.pp > 1:
         blocks = "+".join(str(len(stage.blocks)) for stage in partition.stages)
-        words = f"{grid.pp} stages of {_count(grid.tp, 'rank')} with {blocks} blocks, "
+        words += f"{grid.pp} stages of {_count(grid.tp, 'rank')} with {blocks} blocks, "
     whole = len(partition.whole_experts)
     return words + (f"whole experts in {_count(whole, 'block')}, " if whole else "")
 
@@ -285,22 +374,28 @@ def virtual_ranks(weights: tuple[float, ...]) -> list[range]:
 def open_backend(args: Namespace, world: World, one_thread: bool = False) -> tuple[Backend, int]:
     """Return this rank's backend and its number of threads; with ``one_thread``, of one that has to share the rank.
 
-    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use; ``MPILLAMA_SHARE_GPUS=1`` lets ranks
-    share a GPU.
+    ``MPILLAMA_CPU_LEVEL`` names the instruction sets that the cpu backend may use.
 
     Raises:
         UsageError: the backend or the level is not there.
     """
+    return _open_backend(args, world, one_thread)[:2]
+
+
+def _open_backend(args: Namespace, world: World, one_thread: bool) -> tuple[Backend, int, str]:
+    """Return also what tells this rank's GPU from others, "" if it has none."""
     threads, cores = (1, ()) if one_thread else place_threads(world, args.threads)
     threadpool_limits(threads)
-    device = 0
-    if args.backend in GPU_NAMES:
-        from mpillama.cli.gpus import choose_gpu
+    # CuPy keeps compiled kernels in the home folder, which the nodes of a cluster share, and which is slow.
+    os.environ.setdefault("CUPY_CACHE_DIR", str(user_cache() / "cupy"))
+    name, device, gpu = choose_device(args, world)
+    return make_backend(name, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", ""), device), threads, gpu
 
-        # CuPy keeps compiled kernels in the home folder, which the nodes of a cluster share, and which is slow.
-        os.environ.setdefault("CUPY_CACHE_DIR", str(user_cache() / "cupy"))
-        device = choose_gpu(args.backend, world, share=os.environ.get("MPILLAMA_SHARE_GPUS", "") == "1")
-    return make_backend(args.backend, threads, cores, os.environ.get("MPILLAMA_CPU_LEVEL", ""), device), threads
+
+def _another(backend: Backend) -> Backend:
+    """Return one more of this kind for a virtual rank, with one thread, on the same device."""
+    index = getattr(getattr(backend, "device", None), "index", 0)
+    return make_backend(backend.name, 1, (), os.environ.get("MPILLAMA_CPU_LEVEL", ""), index)
 
 
 def limit_threads(world: World, wanted: int) -> int:

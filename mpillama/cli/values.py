@@ -100,6 +100,26 @@ def choice(*allowed: str, later: tuple[str, ...] = ()) -> Callable[[str], str]:
     return parse
 
 
+def list_of(parse: Callable[[str], str]) -> Callable[[str], str]:
+    """Return a parser of a list of what ``parse`` takes, separated by commas; its value is such a text again."""
+    return lambda text: ",".join(parse(part.strip()) for part in text.split(","))
+
+
+def device(text: str) -> str:
+    """Parse the name of a device: ``cpu`` or ``none``, ``cuda:0``, ``hip:0``, and llama.cpp's ``CUDA0`` and ``ROCm0``.
+
+    A GPU without a number is any that no other rank has.
+    """
+    name = text.lower()
+    if name in ("cpu", "none"):
+        return "cpu"
+    match = re.fullmatch(r"(cuda|hip|rocm)(?::?([0-9]{1,4}))?", name)
+    if match is None:
+        raise BadValueError(f"expected devices like cpu,cuda:0,cuda:1 or hip:0, got {text!r}; see --list-devices")
+    kind = "cuda" if match[1] == "cuda" else "hip"
+    return f"{kind}:{int(match[2])}" if match[2] else kind
+
+
 def path(text: str) -> Path:
     """Parse a file name; whether the file exists is found out by whoever opens it."""
     if not text or "\0" in text:

@@ -1,8 +1,9 @@
 """The protocols of this package.
 
 `Group` joins tensors; a backend's own library may implement it (MPI for host arrays, NCCL for device arrays). `Link`
-hands tensors from one rank to another. `World` carries small control messages between all ranks of a run, and knows how
-to end it. `tests/unit/test_comm_contract.py` holds every implementation to the same contract.
+hands tensors from one rank to another. `Team` carries small control messages between the ranks that hold one model;
+`World` is the team of all ranks of a run: it can be parted into several, and knows how to end the run.
+`tests/unit/test_comm_contract.py` holds every implementation to the same contract.
 """
 
 from __future__ import annotations
@@ -70,20 +71,47 @@ class Link(Protocol):
         ...
 
 
-class World(Protocol):
-    """All ranks of one run, and the host each lives on."""
+class Courier(Protocol):
+    """Bytes from any rank to any other; messages of a pair keep their order."""
+
+    def send(self, rank: int, data: np.ndarray) -> None:
+        """Begin to send ``data``, flat uint8, which must not change until the next `flush`; it may be empty."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until all that was sent has been taken."""
+        ...
+
+    def receive(self, rank: int, out: np.ndarray) -> int:
+        """Wait for the next message of a rank, of at most as many bytes as ``out`` has; returns how many there are."""
+        ...
+
+    def progress(self) -> None:
+        """Look after what is on its way, and after the other ranks; for who waits for something else."""
+        ...
+
+    def close(self) -> None:
+        """`flush`, and end; all ranks do."""
+        ...
+
+
+class Team(Protocol):
+    """Ranks that work through the same steps, and the host each lives on.
+
+    Attributes:
+        job_ranks: for each rank, its number among all ranks of the run: the one that people know it by.
+    """
 
     rank: int
     size: int
     hosts: tuple[str, ...]
-    local_rank: int
-    local_size: int
+    job_ranks: tuple[int, ...]
     watch: Watch
 
     def group(self, ranks: Sequence[int] | None = None) -> Group:
         """Return a group for tensors in host memory: of all ranks, or of these, which include this one.
 
-        All ranks of the world call this together, each with the ranks (in order) of its own group.
+        All ranks of the team call this together, each with the ranks (in order) of its own group.
         """
         ...
 
@@ -111,6 +139,35 @@ class World(Protocol):
         """Other ranks: wait for the next message of rank 0 without occupying a core."""
         ...
 
+
+class World(Team, Protocol):
+    """All ranks of one run."""
+
+    local_rank: int
+    local_size: int
+
+    def part(self, ranks: Sequence[int]) -> Team:
+        """Return the team of these ranks, which are consecutive and include this one; it lasts as long as the world.
+
+        All ranks call this together, each with the ranks of its own team.
+        """
+        ...
+
+    def post(self, rank: int, value: Any) -> None:
+        """Send a small picklable object to another rank, to be taken by `fetch`; returns at once."""
+        ...
+
+    def fetch(self, seconds: float = 0.0) -> list[tuple[int, Any]]:
+        """Return what others have posted to this rank, with who posted it; wait so long for it, without using a core.
+
+        What one rank has posted comes in its order.
+        """
+        ...
+
+    def courier(self) -> Courier:
+        """Return this rank's end of a new `Courier`; all ranks call this together."""
+        ...
+
     def report(self, amount: int) -> None:
         """Tell rank 0 of some progress (bytes); returns at once."""
         ...
@@ -128,7 +185,12 @@ class World(Protocol):
         ...
 
 
-def check_agreement(world: World, signature: int) -> None:
+def name_of(team: Team, rank: int) -> str:
+    """Return what people know a rank of a team by."""
+    return f"rank {team.job_ranks[rank]} on {team.hosts[rank]}"
+
+
+def check_agreement(world: Team, signature: int) -> None:
     """Make sure that all ranks have come to the same point with the same signature.
 
     Raises:
@@ -136,14 +198,15 @@ def check_agreement(world: World, signature: int) -> None:
     """
     step = world.watch.step
     everyone = world.agree(signature)
-    others = [f"rank {rank} on {world.hosts[rank]}" for rank, own in enumerate(everyone) if own != everyone[0]]
+    others = [name_of(world, rank) for rank, own in enumerate(everyone) if own != everyone[0]]
     if others:
-        error = JobError(f"the ranks have diverged by step {step}: {', '.join(others)} differs from rank 0")
+        first = world.job_ranks[0]
+        error = JobError(f"the ranks have diverged by step {step}: {', '.join(others)} differs from rank {first}")
         error.told = True
         raise error
 
 
-def from_root(world: World, make: Callable[[], T]) -> T:
+def from_root(world: Team, make: Callable[[], T]) -> T:
     """Call ``make`` on rank 0 and return its result on every rank.
 
     Raises:
@@ -172,21 +235,27 @@ def attempt(make: Callable[[], T]) -> T | UserError:
         return error
 
 
-def settle(world: World, outcome: T | UserError) -> T:
+def settle(world: Team, outcome: T | UserError) -> T:
     """Return this rank's outcome of an `attempt` if no rank's is an error.
 
     Raises:
-        UserError: on rank 0, if any rank has one; it names the rank.
+        UserError: on rank 0, if any rank has one; it names the rank, unless all ranks have come to it together.
         PeerFailure: on the other ranks then.
     """
-    said = world.gather((outcome.exit_code, outcome.line) if isinstance(outcome, UserError) else None)
+    failed = isinstance(outcome, UserError)
+    # A rank that only knows that another one has failed has nothing to say.
+    said = (outcome.exit_code, outcome.line, outcome.told) if isinstance(outcome, UserError) else None
+    everyone = world.gather((failed, None if isinstance(outcome, PeerFailure) else said))
 
     def judge() -> None:
-        for rank, told in enumerate(said):
+        for rank, (_, told) in enumerate(everyone):
             if told is not None:
-                error = UserError(f"rank {rank} on {world.hosts[rank]}: {told[1]}" if world.size > 1 else told[1])
-                error.exit_code = told[0]
+                code, line, known = told
+                error = UserError(line if known or world.size == 1 else f"{name_of(world, rank)}: {line}")
+                error.exit_code = code
                 raise error
+        if any(silent for silent, _ in everyone):
+            raise UserError("a rank failed, and no rank says why")
 
     from_root(world, judge)
     return cast("T", outcome)

@@ -20,23 +20,32 @@ _FIRST_PAUSE, BUSY, IDLE = 10e-6, 100e-6, 1e-3
 _TAG = 7
 
 
-def poll(done: Callable[[], bool], look: Callable[[], None], longest_pause: float) -> None:
+def poll(
+    done: Callable[[], bool], look: Callable[[], None], longest_pause: float, seconds: float = float("inf")
+) -> bool:
     """Wait until something is done, with a ``look`` after the others every now and then.
+
+    Returns:
+        Whether it is done; False after so many ``seconds``.
 
     MPI libraries spin in their own waits, at a whole core for each rank, and wait for ever.
     """
     for _ in range(100):
         if done():
-            return
+            return True
         os.sched_yield()
     pause, looked = _FIRST_PAUSE, time.monotonic()
+    end = looked + seconds
     while not done():
         time.sleep(pause)
         pause = min(pause * 1.5, longest_pause)
         now = time.monotonic()
+        if now > end:
+            return False
         if now - looked > _LOOK:
             looked = now
             look()
+    return True
 
 
 class MPIExchange:

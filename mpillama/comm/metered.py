@@ -27,7 +27,10 @@ class Traffic:
 
 
 class MeteredGroup:
-    """Hands every collective on to another group, and keeps account of it."""
+    """Hands every collective on to another group, and keeps account of it.
+
+    Collectives between GPUs are over for the caller once they are queued; those of a recorded step it does not see.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -38,6 +41,11 @@ class MeteredGroup:
     def leader(self) -> bool:
         """Whether this rank adds replicated terms to a partial sum."""
         return self._group.leader
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a device can record its collectives."""
+        return bool(getattr(self._group, "capturable", self.size == 1))
 
     def allreduce(self, x: np.ndarray) -> np.ndarray:
         """Return the sum over the ranks."""
@@ -55,6 +63,11 @@ class MeteredGroup:
         traffic.calls += 1
         traffic.nbytes += result.nbytes
         return result
+
+    @property
+    def traffic(self) -> Traffic:
+        """What there has been since the last `take`; it goes on counting."""
+        return self._traffic
 
     def take(self) -> Traffic:
         """Return the traffic since the last call."""

@@ -1,4 +1,4 @@
-"""Arrays from one MPI process to one other, so that the sender can compute while they travel.
+"""Arrays from one MPI process to one other, so that the sender can compute while they travel; bytes from any to any.
 
 Most MPI libraries move a large message only while both sides are inside of MPI, and a rank that computes is not. So a
 sender lingers for as long as the transfer would take: a partner that waits already gets the array at once. One that
@@ -7,38 +7,14 @@ does not gets it when the sender comes back, which is before the next array goes
 
 from __future__ import annotations
 
-import os
-import time
-
 import numpy as np
 from mpi4py import MPI
 
+from mpillama.comm.exchange import BUSY, poll
 from mpillama.comm.watch import Watch
 
 # Time for a message to be met by a waiting partner, seconds, and a slow network's bytes per second.
 _LINGER, _BYTES_PER_SECOND = 300e-6, 1e9
-# Waits inside of a step are short: the longest nap, seconds.
-_NAP = 100e-6
-
-
-def _poll(request: MPI.Request, watch: Watch, seconds: float = float("inf")) -> bool:
-    """Wait for a request, at first awake and then with naps; returns whether it is complete after that time.
-
-    How long a stage computes depends on the model, so this has no limit; but a partner that has died or stopped is
-    noticed.
-    """
-    for _ in range(50):
-        if request.Test():
-            return True
-        os.sched_yield()
-    end, pause = time.monotonic() + seconds, 10e-6
-    while not request.Test():
-        if time.monotonic() > end:
-            return False
-        time.sleep(pause)
-        pause = min(pause * 1.5, _NAP)
-        watch.idle()
-    return True
 
 
 class MPIArrival:
@@ -49,7 +25,7 @@ class MPIArrival:
 
     def wait(self) -> np.ndarray:
         """Return the array."""
-        _poll(self._request, self._watch)
+        poll(self._request.Test, self._watch.idle, BUSY)
         return self._x
 
 
@@ -62,10 +38,10 @@ class MPILink:
 
     def send(self, x: np.ndarray) -> None:
         """Begin to send, after the array before has been taken."""
-        _poll(self._sent, self._watch)
+        poll(self._sent.Test, self._watch.idle, BUSY)
         # The request keeps the array alive.
         self._sent = self._comm.Isend(np.ascontiguousarray(x), self._partner)
-        _poll(self._sent, self._watch, _LINGER + x.nbytes / _BYTES_PER_SECOND)
+        poll(self._sent.Test, self._watch.idle, BUSY, _LINGER + x.nbytes / _BYTES_PER_SECOND)
 
     def expect(self, shape: tuple[int, ...]) -> MPIArrival:
         """Begin to receive the next array."""
@@ -75,3 +51,40 @@ class MPILink:
     def receive(self, shape: tuple[int, ...]) -> np.ndarray:
         """Wait for the next array."""
         return self.expect(shape).wait()
+
+
+class MPICourier:
+    """Bytes between all ranks of a communicator, which is its own."""
+
+    def __init__(self, comm: MPI.Comm, watch: Watch) -> None:
+        self._comm, self._watch = comm, watch
+        self._sent: list[MPI.Request] = []
+
+    def send(self, rank: int, data: np.ndarray) -> None:
+        """Begin to send; the request keeps the data alive."""
+        self._sent.append(self._comm.Isend([data, MPI.BYTE], rank))
+
+    def flush(self) -> None:
+        """Wait until all is taken."""
+        poll(self._all_taken, self._watch.idle, BUSY)
+
+    def _all_taken(self) -> bool:
+        self._sent = [request for request in self._sent if not request.Test()]
+        return not self._sent
+
+    def receive(self, rank: int, out: np.ndarray) -> int:
+        """Wait for the next message of a rank."""
+        status = MPI.Status()
+        request = self._comm.Irecv([out, MPI.BYTE], rank)
+        poll(lambda: request.Test(status), self._watch.idle, BUSY)
+        return int(status.Get_count(MPI.BYTE))
+
+    def progress(self) -> None:
+        """Let MPI move what is on its way, and look after the other ranks."""
+        self._all_taken()
+        self._watch.idle()
+
+    def close(self) -> None:
+        """Wait for all that is sent, and free the communicator."""
+        self.flush()
+        self._comm.Free()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Protocol
 
-from mpillama.comm.base import Group, World
+from mpillama.comm.base import Group, Team
 from mpillama.comm.staged import Holder, tensor_group
 from mpillama.errors import PeerFailure, UserError
 from mpillama.layout import Cut
@@ -41,7 +41,7 @@ class NcclGroup:
         PeerFailure: rank 0 could not even begin.
     """
 
-    def __init__(self, world: World, nccl: Any, device: GpuMemory) -> None:
+    def __init__(self, world: Team, nccl: Any, device: GpuMemory) -> None:
         self.rank, self.size = world.rank, world.size
         self._nccl, self._device = nccl, device
         # A failure of rank 0 must not leave the others waiting for the id.
@@ -69,6 +69,11 @@ class NcclGroup:
     def leader(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a device can record its collectives, which NCCL's can; ranks must record and launch alike."""
+        return True
 
     def allreduce(self, x: Any) -> Any:
         """Return the sum over the ranks, in place."""
@@ -121,20 +126,26 @@ def load_nccl() -> Any:
     return nccl if nccl.available else None
 
 
-def device_group(world: World, backend: Any, by_host: bool) -> Group:
-    """Return a group of all ranks for the arrays of this backend: NCCL's where all have it, else by way of the host.
+def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Group:
+    """Return a group of all ranks for the arrays of this backend: NCCL's where all can, else by way of the host.
+
+    They can where all compute on GPUs of one maker, each on its own, and all have the library.
 
     Args:
         world: all ranks.
-        backend: of this rank; all ranks have the same kind.
+        backend: of this rank.
         by_host: go by way of the host in any case.
+        gpu: what tells this rank's GPU from others of its host; "" if nothing does.
 
     Raises:
         UserError: see `NcclGroup`.
     """
     holder: Holder = backend
-    if world.size > 1 and backend.name in ("cuda", "hip") and not by_host:
-        nccl = load_nccl()
-        if all(world.bcast(world.gather(nccl is not None))):
+    if world.size > 1 and not by_host:
+        nccl = load_nccl() if backend.name in ("cuda", "hip") else None
+        everyone = world.bcast(world.gather((backend.name if nccl else "", world.hosts[world.rank], gpu)))
+        makers = {maker for maker, _, _ in everyone}
+        known = [(host, name) for _, host, name in everyone if name]
+        if len(makers) == 1 and "" not in makers and len(set(known)) == len(known):
             return NcclGroup(world, nccl, backend.device)
     return tensor_group(world.group(), holder)

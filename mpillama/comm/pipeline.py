@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpillama.comm.base import Link, World
+from mpillama.comm.base import Link, Team
 from mpillama.grid import Grid
 
 
@@ -25,7 +25,7 @@ class Pipe:
     leader: Link | None = None
 
 
-def open_pipe(world: World, grid: Grid) -> Pipe:
+def open_pipe(world: Team, grid: Grid) -> Pipe:
     """Return this rank's links; residuals travel between ranks of the same index."""
     place = grid.place(world.rank)
     if grid.pp == 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpillama.comm.base import Link
+from mpillama.comm.base import Courier, Link, Team
 from mpillama.comm.board import Board
 from mpillama.comm.watch import Watch
 from mpillama.layout import Cut
@@ -38,6 +38,7 @@ class SoloWorld:
     size = 1
     local_rank = 0
     local_size = 1
+    job_ranks: tuple[int, ...] = (0,)
 
     def __init__(self) -> None:
         self.hosts: tuple[str, ...] = (socket.gethostname(),)
@@ -50,6 +51,10 @@ class SoloWorld:
     def link(self, partner: int) -> Link:
         """Raise: there is no other rank."""
         raise RuntimeError(f"a run of one rank has no rank {partner}")
+
+    def courier(self) -> Courier:
+        """Raise: there is nobody to send to."""
+        raise RuntimeError("a run of one rank sends nothing")
 
     def bcast(self, value: Any) -> Any:
         """Return ``value``."""
@@ -69,6 +74,18 @@ class SoloWorld:
     def receive(self) -> np.ndarray:
         """Raise: rank 0 never waits for itself."""
         raise RuntimeError("rank 0 has no one to receive from")
+
+    def part(self, ranks: Sequence[int]) -> Team:
+        """Return this world."""
+        return self
+
+    def post(self, rank: int, value: Any) -> None:
+        """Raise: there is no other rank."""
+        raise RuntimeError(f"a run of one rank has no rank {rank}")
+
+    def fetch(self, seconds: float = 0.0) -> list[tuple[int, Any]]:
+        """Return nothing."""
+        return []
 
     def report(self, amount: int) -> None:
         """Rank 0 counts its own progress."""

@@ -36,6 +36,11 @@ class StagedGroup:
         """Whether this rank adds replicated terms to a partial sum."""
         return self._group.leader
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a device can record its collectives: only where there are none."""
+        return self.size == 1
+
     def allreduce(self, x: Any) -> Any:
         """Return the sum over the ranks."""
         return self._holder.asarray(self._group.allreduce(self._holder.to_host(x))) if self.size > 1 else x

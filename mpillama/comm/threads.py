@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -31,9 +33,11 @@ class _Board:
         self.slots: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout)
         self.messages = [queue.Queue[np.ndarray]() for _ in range(size)]
+        self.mail = [queue.Queue[tuple[int, bytes]]() for _ in range(size)]
         self.progress: queue.Queue[int] = queue.Queue()
         # Room for one: a sender runs ahead by no more.
         self.channels: defaultdict[tuple[int, int], queue.Queue[np.ndarray]] = defaultdict(lambda: queue.Queue(1))
+        self.parcels: defaultdict[tuple[int, int], queue.Queue[np.ndarray]] = defaultdict(queue.Queue)
         self.lock = threading.Lock()
         self._parts: dict[tuple[int, ...], _Board] = {}
 
@@ -50,6 +54,11 @@ class _Board:
         """Return the queue of what one thread sends to another."""
         with self.lock:
             return self.channels[source, target]
+
+    def parcel(self, source: int, target: int) -> queue.Queue[np.ndarray]:
+        """Return the queue of the bytes that one thread sends to another."""
+        with self.lock:
+            return self.parcels[source, target]
 
     def abort(self) -> None:
         """Let no rank wait for one that has failed, here or on the board of a part."""
@@ -166,11 +175,44 @@ class ThreadLink:
         return self.expect(shape).wait()
 
 
+class ThreadCourier:
+    """Queues between all threads."""
+
+    def __init__(self, board: _Board, rank: int) -> None:
+        self._board, self._rank = board, rank
+
+    def send(self, rank: int, data: np.ndarray) -> None:
+        """Put a copy into the queue."""
+        self._board.parcel(self._rank, rank).put(data.copy())
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def receive(self, rank: int, out: np.ndarray) -> int:
+        """Take the next message."""
+        data = self._board.take(self._board.parcel(rank, self._rank))
+        out[: len(data)] = data
+        return len(data)
+
+    def progress(self) -> None:
+        """Nothing is on its way.
+
+        Raises:
+            threading.BrokenBarrierError: another thread has failed.
+        """
+        if self._board.barrier.broken:
+            raise threading.BrokenBarrierError
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class ThreadWorld:
     """A run whose ranks are threads."""
 
-    def __init__(self, board: _Board, rank: int) -> None:
+    def __init__(self, board: _Board, rank: int, job_ranks: Sequence[int] = ()) -> None:
         self._board, self.rank, self.size = board, rank, board.size
+        self.job_ranks = tuple(job_ranks) or tuple(range(board.size))
         self.hosts = ("threads",) * board.size
         self.local_rank, self.local_size = rank, board.size
         own = Board(board.memory, None, rank, board.size)
@@ -185,6 +227,10 @@ class ThreadWorld:
     def link(self, partner: int) -> ThreadLink:
         """Return the channel to another thread."""
         return ThreadLink(self._board, self.rank, partner)
+
+    def courier(self) -> ThreadCourier:
+        """Return queues between all threads."""
+        return ThreadCourier(self._board, self.rank)
 
     def bcast(self, value: Any) -> Any:
         """Return rank 0's value."""
@@ -207,6 +253,25 @@ class ThreadWorld:
     def receive(self) -> np.ndarray:
         """Take the next message."""
         return self._board.take(self._board.messages[self.rank])
+
+    def part(self, ranks: Sequence[int]) -> ThreadWorld:
+        """Return the world of some of the threads."""
+        if len(ranks) == self.size:
+            return self
+        return ThreadWorld(self._board.part(tuple(ranks)), ranks.index(self.rank), ranks)
+
+    def post(self, rank: int, value: Any) -> None:
+        """Put an object into another rank's queue, pickled as for another process."""
+        self._board.mail[rank].put((self.rank, pickle.dumps(value)))
+
+    def fetch(self, seconds: float = 0.0) -> list[tuple[int, Any]]:
+        """Take what is in this rank's queue."""
+        box, end = self._board.mail[self.rank], time.monotonic() + seconds
+        while box.empty() and time.monotonic() < end:
+            if self._board.barrier.broken:
+                raise threading.BrokenBarrierError
+            time.sleep(1e-3)
+        return [(source, pickle.loads(value)) for source, value in (box.get() for _ in range(box.qsize()))]
 
     def report(self, amount: int) -> None:
         """Note some progress."""

@@ -36,10 +36,17 @@ class Watch:
         board: of this host.
         limit: seconds that a rank may be late inside a step; 0: for ever.
         hears_root: whether the heart of rank 0 can be heard on the other hosts too.
+        hears: ranks on other hosts that `hear` is told of.
     """
 
     def __init__(
-        self, ranks: Sequence[int], hosts: Sequence[str], board: Board, limit: float, hears_root: bool = False
+        self,
+        ranks: Sequence[int],
+        hosts: Sequence[str],
+        board: Board,
+        limit: float,
+        hears_root: bool = False,
+        hears: Sequence[int] = (),
     ) -> None:
         self.limit = limit
         self.step, self._call, self._kind = 0, 0, 0
@@ -51,7 +58,8 @@ class Watch:
         self._dead: dict[int, float] = {}
         self._asked = 0.0
         self._beats: list[int] = []
-        self._silent = [0.0] * (len(ranks) + 1)
+        self._far = dict.fromkeys(hears, 0)
+        self._silent = [0.0] * (len(ranks) + 1 + len(hears))
         self._heard = 0.0
 
     # -- where this rank is ----------------------------------------------------------------------------------------
@@ -128,10 +136,16 @@ class Watch:
         if not self.limit:
             return
         silent = [self._stopped(self._ranks[i]) for i in self._others if self._silent[i] > self.limit]
-        if self._root_elsewhere and self._silent[-1] > self.limit + _GRACE_NETWORK:
-            silent.append(f"nothing has been heard of {self._name(0)} for {self.limit:g} s")
+        elsewhere = [0, *self._far] if self._root_elsewhere else [-1, *self._far]
+        for rank, seconds in zip(elsewhere, self._silent[len(self._ranks) :], strict=True):
+            if rank >= 0 and seconds > self.limit + _GRACE_NETWORK:
+                silent.append(f"nothing has been heard of {self._name(rank)} for {self.limit:g} s")
         if silent:
             raise self._error(silent)
+
+    def hear(self, rank: int) -> None:
+        """Note that the heart of a rank on another host beats; any thread may call this."""
+        self._far[rank] += 1
 
     def _listen(self, now: float) -> None:
         """Add up how long each heart has been silent, counting only time in which this rank ran itself."""
@@ -139,7 +153,7 @@ class Watch:
             return
         passed = min(now - self._heard, _LONGEST_NAP) if self._heard else 0.0
         self._heard = now
-        before, self._beats = self._beats, self._board.beats()
+        before, self._beats = self._beats, [*self._board.beats(), *self._far.values()]
         for i, beats in enumerate(self._beats):
             self._silent[i] = self._silent[i] + passed if before and before[i] == beats else 0.0
 

@@ -6,9 +6,6 @@ import os
 import platform
 import re
 import resource
-import shutil
-import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,30 +100,6 @@ def launcher(environ: Mapping[str, str]) -> str:
 def batch_system(environ: Mapping[str, str]) -> tuple[str, str]:
     """Return the batch system and the job's id, empty outside of a job."""
     return next(((name, environ[variable]) for variable, name in _BATCH if environ.get(variable)), ("", ""))
-
-
-def slurm_seconds_left(environ: Mapping[str, str]) -> float | None:
-    """Return the seconds until Slurm ends the job; None without a limit, or where nobody says."""
-    end = environ.get("SLURM_JOB_END_TIME", "")
-    if end.isdigit():
-        return int(end) - time.time()
-    job = environ.get("SLURM_JOB_ID")
-    if not job or not shutil.which("squeue"):
-        return None
-    try:
-        told = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=5)
-    except subprocess.TimeoutExpired:
-        return None
-    return parse_slurm_time(told.stdout.strip())
-
-
-def parse_slurm_time(text: str) -> float | None:
-    """Return the seconds of [days-][[hours:]minutes:]seconds; None if it is none of these (UNLIMITED, INVALID)."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)", text)
-    if not match:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _names(folder: Path) -> list[str]:

@@ -8,6 +8,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+SLOW_FILES = frozenset({"nfs", "nfs4", "cifs", "fuse.sshfs", "9p", "smb3", "afs"})
+PARALLEL_FILES = frozenset({"lustre", "gpfs", "beegfs", "panfs", "wekafs", "daos", "ceph", "pvfs2", "fuse.glusterfs"})
+"""Types of file systems that several hosts read at the same time: by way of one server, and of many."""
+
 _PIECE = 4 << 20
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from mpillama.cli.progress import format_bytes
 from mpillama.doctor.facts import RankFacts
+from mpillama.doctor.files import PARALLEL_FILES, SLOW_FILES
 
 LEVELS = ("ok", "note", "warn", "broken")
 _MB = 1 << 20
 # Above these, something is not as it should be: microseconds of a short message, GB/s of a long one.
 _SLOW_WITHIN_US, _SLOW_BETWEEN_US, _SLOW_BETWEEN_GBPS = 20.0, 40.0, 1.0
 _SLOW_READ = 200e6
-_SLOW_FILES = {"nfs", "nfs4", "cifs", "fuse.sshfs", "9p", "smb3"}
-_PARALLEL_FILES = {"lustre", "gpfs", "beegfs", "panfs", "wekafs", "daos", "ceph"}
 
 
 @dataclass(frozen=True)
@@ -282,10 +281,10 @@ def _files(job: Job) -> Iterator[Finding]:
     kind, speed = model["type"], model["read"]
     text = f"{model['path']}: {format_bytes(model['bytes'])} on {kind or 'an unknown file system'} ({model['point']})"
     text += f", all ranks read {speed / 1e6:,.0f} MB/s, so loading takes about {model['bytes'] / max(speed, 1):.0f} s"
-    if kind in _SLOW_FILES or speed < _SLOW_READ:
+    if kind in SLOW_FILES or speed < _SLOW_READ:
         yield Finding("warn", "model", text, "copy it to the parallel file system or to the nodes' own disks first")
     else:
-        yield Finding("ok", "model", text + (" (parallel file system)" if kind in _PARALLEL_FILES else ""))
+        yield Finding("ok", "model", text + (" (parallel file system)" if kind in PARALLEL_FILES else ""))
 
 
 def _batch(job: Job) -> Iterator[Finding]:

@@ -94,6 +94,15 @@ class BlockManager:
             self._names[block] = name
             self._by_name[name] = block
 
+    def discard(self, blocks: Iterable[int]) -> int:
+        """Let nobody find those of these blocks again that nobody uses; returns how many that were."""
+        idle = [block for block in blocks if self._counts[block] == 0]
+        for block in idle:
+            del self._cached[block]
+            self._forget(block)
+            self._free.append(block)
+        return len(idle)
+
     def n_idle(self, blocks: Iterable[int]) -> int:
         """Return how many of these blocks are cached and not in use: taking them makes fewer available."""
         return sum(self._counts[block] == 0 for block in blocks)

@@ -17,6 +17,7 @@ class Branch:
         n_cached: tokens of the prompt that were found there at first; -1 until it is admitted.
         all_rows: whether results are wanted for all tokens of the prompt: for its embedding or its logprobs.
         weight: sequences that it stands for: all of the request's, as long as the prompt is under way.
+        in_flight: steps it takes part in that have been submitted and not collected.
         key: order of service, smallest first; never changes, so nothing can be put off for ever.
     """
 
@@ -27,6 +28,7 @@ class Branch:
         self.n_past, self.n_cached = 0, -1
         self.all_rows = self.embedding or request.params.prompt_logprobs is not None
         self.weight = request.params.n_branches
+        self.in_flight = 0
         self._max_blocks = -(-n_ctx // block_size)
         self._table = np.zeros(0, np.int32)
         self._n_blocks = 0
@@ -36,7 +38,7 @@ class Branch:
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV has not been computed."""
+        """Tokens that no step has taken on; 0 while the next one is not known."""
         return len(self.tokens) - self.n_past
 
     @property
@@ -114,7 +116,7 @@ class Branch:
             self._table[at] = blocks.copy(int(self._table[at]))
 
     def advance(self, blocks: BlockManager, n: int) -> None:
-        """Note that the next ``n`` tokens have been computed; blocks that became full can be found from now on."""
+        """Note that a step computes the next ``n`` tokens; blocks that become full can be found by later steps."""
         self.n_past += n
         if not self.request.params.cache_prompt:
             return

@@ -3,68 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.engine.base import Counters, EngineLike, Stats
 from mpillama.engine.blocks import BlockManager, names_of
 from mpillama.engine.branch import Branch
 from mpillama.engine.embedding import Pooling
-from mpillama.engine.logprobs import logprob_of
+from mpillama.engine.executor import Executor, Flight, OneByOne
+from mpillama.engine.logprobs import read_prompt
 from mpillama.engine.request import Logprob, Output, Request, Timings, Usage
-from mpillama.engine.scheduler import Plan, Scheduler
+from mpillama.engine.scheduler import Scheduler
 from mpillama.engine.writer import Writer
 from mpillama.errors import UsageError, UserError
 from mpillama.tokenizer.base import Tokenizer
 
 _LOGITS_BYTES = 64 << 20
 """Logits of a prompt's tokens that one step may bring, when their logprobs are wanted."""
-
-
-@dataclass
-class Counters:
-    """What has happened since the engine was made.
-
-    Attributes:
-        requests: added; ``finished`` and ``cancelled`` of them have left.
-        prompt_tokens: evaluated, those again after a preemption included; ``cached_tokens`` were found in the KV cache.
-        generated_tokens: sampled.
-        preemptions: sequences sent back to wait because the KV cache was full.
-        copied_blocks: for n > 1.
-        steps: with ``step_seconds`` in all, of these ``run_seconds`` in the model and ``sample_seconds`` sampling.
-    """
-
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    copied_blocks: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    run_seconds: float = 0.0
-    sample_seconds: float = 0.0
-
-
-@dataclass
-class Stats(Counters):
-    """The counters, and how things stand.
-
-    Attributes:
-        waiting: sequences that wait for their turn, or for blocks.
-        running: sequences that take part in steps.
-        kv_blocks: in all; ``kv_used`` by sequences, ``kv_cached`` by nobody but kept for prompts that begin alike.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    kv_blocks: int = 0
-    kv_used: int = 0
-    kv_cached: int = 0
 
 
 @dataclass
@@ -82,11 +41,11 @@ class _Active:
     kept: dict[int, tuple[float, Output]] = field(default_factory=dict)
 
 
-class Engine:
+class Engine(EngineLike):
     """Runs many requests at once over one KV cache; not thread-safe, and all of it on one rank.
 
     Args:
-        executor: runs a batch on all ranks and returns its logits, or hidden states if it asks for these.
+        executor: of all ranks; a function that runs a batch and returns its result stands for one batch at a time.
         tokenizer: None: ids in, ids out, no text.
         n_vocab: of the logits.
         n_ctx: tokens of one sequence at most; never more than the KV cache holds.
@@ -104,7 +63,7 @@ class Engine:
 
     def __init__(
         self,
-        executor: Callable[[Batch], np.ndarray],
+        executor: Executor | Callable[[Batch], np.ndarray],
         tokenizer: Tokenizer | None,
         n_vocab: int,
         n_ctx: int,
@@ -121,14 +80,18 @@ class Engine:
             raise UsageError(
                 f"a step of {n_batch} tokens cannot serve {n_parallel} sequences; lower -np, or raise -b and -ub"
             )
-        self._executor, self._tokenizer, self._n_vocab = executor, tokenizer, n_vocab
+        self._executor = OneByOne(executor) if callable(executor) else executor
+        self._tokenizer, self._n_vocab = tokenizer, n_vocab
         self.n_ctx = min(n_ctx, n_blocks * block_size)
-        self.n_parallel, self._pooling, self._clock = n_parallel, pooling, clock
+        self.n_parallel = self.n_places = n_parallel
+        self._pooling, self._clock = pooling, clock
         self.priority_seconds = priority_seconds
         self._blocks = BlockManager(n_blocks, block_size)
         self._scheduler = Scheduler(self._blocks, n_batch, n_parallel, max(1, _LOGITS_BYTES // (4 * n_vocab)))
         self._active: dict[str, _Active] = {}
         self._counters = Counters()
+        self._flights: deque[Flight] = deque()
+        self._early: list[Output] = []
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -138,7 +101,7 @@ class Engine:
         Raises:
             UserError: it can never be run, or its parameters do not fit the model.
         """
-        self._check(request)
+        self.check(request)
         arrival = self._clock() if request.arrival is None else request.arrival
         key = (arrival - request.params.priority * self.priority_seconds, self._counters.requests, 0)
         branch = Branch(request, 0, key, self.n_ctx, self._blocks.block_size)
@@ -151,7 +114,8 @@ class Engine:
     def _writer(self, request: Request, index: int) -> Writer:
         return Writer(request, index, self._tokenizer, self._n_vocab, self.n_ctx)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that can never be run."""
         params, prompt = request.params, request.prompt
         if request.id in self._active:
             raise UserError(f"there is a request {request.id} already; give each an id of its own")
@@ -194,7 +158,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether there is anything to do in a step."""
-        return bool(self._active)
+        return bool(self._active or self._flights or self._early)
 
     def stats(self) -> Stats:
         """Return the counters and the state of queues and KV cache."""
@@ -212,7 +176,11 @@ class Engine:
     # -- the prefix cache from outside -----------------------------------------------------------------------------
 
     def cached_blocks(self, tokens: Sequence[int]) -> list[int]:
-        """Return the full KV blocks that hold the beginning of these tokens; the next step may give them up."""
+        """Return the full KV blocks that hold the beginning of these tokens; the next step may give them up.
+
+        No step is under way then.
+        """
+        self.settle()
         return self._blocks.find(names_of(tokens, self._blocks.block_size))
 
     def adopt(self, tokens: Sequence[int], fill: Callable[[int, list[int]], None]) -> int:
@@ -226,6 +194,7 @@ class Engine:
         Returns:
             How many of the tokens are in the cache now.
         """
+        self.settle()
         blocks, names = self._blocks, names_of(tokens, self._blocks.block_size)
         known = blocks.find(names)
         blocks.take(known)
@@ -239,76 +208,117 @@ class Engine:
             blocks.release([*known, *new])
         return (len(known) + len(new)) * blocks.block_size
 
+    def forget(self, tokens: Sequence[int]) -> int:
+        """Drop from the prefix cache what nobody uses of these tokens; returns how many of them."""
+        return self._blocks.discard(self.cached_blocks(tokens)) * self._blocks.block_size
+
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:
         """Run one step on all ranks and return what it has added to each continuation that took part.
 
+        As many steps as the executor takes are under way at a time; the one returned began first.
+
         Raises:
             UserError: a rank has failed; the engine cannot go on.
         """
+        if self._early:
+            outputs, self._early = self._early, []
+            return outputs
         began = self._clock()
-        plan = self._scheduler.plan()
+        while (free := self._executor.max_in_flight - len(self._flights)) and self._submit(began, free):
+            pass
+        outputs = self._collect() if self._flights else []
+        self._counters.step_seconds += self._clock() - began
+        return outputs
+
+    def settle(self) -> None:
+        """Wait for the steps that are under way, so that the ranks can do something else; `step` gives the outputs."""
+        while self._flights:
+            self._early += self._collect()
+
+    def _submit(self, now: float, share: int) -> bool:
+        """Begin the next step, with no more than its share of the branches that decode; False if there is none."""
+        plan = self._scheduler.plan(share)
         if plan is None:
-            return []
+            return False
         counters = self._counters
-        for branch, n in plan.parts:
+        starts = tuple(branch.n_past for branch, _ in plan.parts)
+        ends = tuple(branch.pending == n for branch, n in plan.parts)
+        for (branch, n), start in zip(plan.parts, starts, strict=True):
             active = self._active[branch.request.id]
             if active.began is None:
-                active.began = began
+                active.began = now
                 counters.cached_tokens += branch.n_cached
-            if n > 1 or branch.n_past < len(branch.request.prompt):
+            if n > 1 or start < len(branch.request.prompt):
                 counters.prompt_tokens += n
-        result = self._executor(plan.batch)
-        ran = self._clock()
-        outputs = self._embed(plan, result) if plan.embedding else self._write(plan, result, ran)
+            branch.advance(self._blocks, n)
+            branch.in_flight += 1
+        began = self._clock()
+        self._executor.submit(plan.batch)
+        counters.run_seconds += self._clock() - began
         counters.steps += 1
         counters.copied_blocks += len(plan.batch.copies)
-        counters.run_seconds += ran - began
-        counters.step_seconds += self._clock() - began
-        return outputs
+        self._flights.append(Flight(plan, starts, ends))
+        return True
 
-    def _embed(self, plan: Plan, hidden: np.ndarray) -> list[Output]:
-        outputs, start = [], 0
-        for branch, n in plan.parts:
-            active = self._active[branch.request.id]
-            if active.pooling is None or branch.n_past == 0:
-                active.pooling = Pooling(self._pooling)
-            active.pooling.add(hidden[start : start + n])
-            start += n
-            branch.advance(self._blocks, n)
-            if not branch.pending:
-                active.prompt_done = self._clock()
-                output = Output(branch.request.id, finish_reason="stop", embedding=active.pooling.result())
-                outputs += self._finish(active, branch, output)
-        return outputs
-
-    def _write(self, plan: Plan, logits: np.ndarray, now: float) -> list[Output]:
+    def _collect(self) -> list[Output]:
+        """Wait for the step that began first, and return what it has added."""
+        flight = self._flights.popleft()
+        began = self._clock()
+        result = self._executor.collect()
+        now = self._clock()
+        self._counters.run_seconds += now - began
         outputs: list[Output] = []
         stop = 0
-        for (branch, n), n_rows in zip(plan.parts, plan.n_rows, strict=True):
-            active = self._active[branch.request.id]
+        parts = zip(flight.plan.parts, flight.plan.n_rows, flight.starts, flight.ends, strict=True)
+        for (branch, _), n_rows, start, ends in parts:
             stop += n_rows
-            if branch.all_rows:
-                _read_prompt(active, branch.n_past, logits[stop - n_rows : stop])
-            branch.advance(self._blocks, n)
-            if branch.pending:
+            branch.in_flight -= 1
+            active = self._active.get(branch.request.id)
+            # A request may have been cancelled meanwhile, and its id given to another.
+            if active is None or active.branches.get(branch.index) is not branch:
                 continue
-            read, branch.all_rows = branch.all_rows, False
-            if active.prompt_done is None:
-                active.prompt_done = now
-            for each in [branch, *self._fork(active, branch)]:
-                writer = active.writers[each.index]
-                spent, n_sampled = writer.sample_seconds, writer.n_sampled
-                output = writer.write(logits[stop - 1], each.n_past)
-                output.prompt_logprobs = list(active.prompt_logprobs) if read else None
-                self._counters.sample_seconds += writer.sample_seconds - spent
-                self._counters.generated_tokens += writer.n_sampled - n_sampled
-                if output.finish_reason is None:
-                    each.tokens += output.tokens
-                    outputs += self._give(active, output)
-                else:
-                    outputs += self._finish(active, each, output)
+            rows = result[stop - n_rows : stop]
+            if flight.plan.embedding:
+                outputs += self._embed(active, branch, rows, start, ends)
+            else:
+                outputs += self._write(active, branch, rows, start, ends, now)
+        return outputs
+
+    def _embed(self, active: _Active, branch: Branch, hidden: np.ndarray, start: int, ends: bool) -> list[Output]:
+        if active.pooling is None or start == 0:
+            active.pooling = Pooling(self._pooling)
+        active.pooling.add(hidden)
+        if not ends:
+            return []
+        active.prompt_done = self._clock()
+        output = Output(branch.request.id, finish_reason="stop", embedding=active.pooling.result())
+        return self._finish(active, branch, output)
+
+    def _write(
+        self, active: _Active, branch: Branch, logits: np.ndarray, start: int, ends: bool, now: float
+    ) -> list[Output]:
+        if branch.all_rows:
+            read_prompt(active.prompt_logprobs, branch.request, start, logits)
+        if not ends:
+            return []
+        read, branch.all_rows = branch.all_rows, False
+        if active.prompt_done is None:
+            active.prompt_done = now
+        outputs: list[Output] = []
+        for each in [branch, *self._fork(active, branch)]:
+            writer = active.writers[each.index]
+            spent, n_sampled = writer.sample_seconds, writer.n_sampled
+            output = writer.write(logits[-1], each.n_past)
+            output.prompt_logprobs = list(active.prompt_logprobs) if read else None
+            self._counters.sample_seconds += writer.sample_seconds - spent
+            self._counters.generated_tokens += writer.n_sampled - n_sampled
+            if output.finish_reason is None:
+                each.tokens += output.tokens
+                outputs += self._give(active, output)
+            else:
+                outputs += self._finish(active, each, output)
         return outputs
 
     def _fork(self, active: _Active, branch: Branch) -> list[Branch]:
@@ -378,15 +388,3 @@ class Engine:
             sample=sample,
             ttft=prompt_done - active.arrival,
         )
-
-
-def _read_prompt(active: _Active, n_past: int, logits: np.ndarray) -> None:
-    """Note the logprobs of the tokens that follow the ``n_past`` first ones and their successors, (T, n_vocab)."""
-    prompt, n_top = active.request.prompt, active.request.params.prompt_logprobs or 0
-    found = active.prompt_logprobs
-    # A prompt that was sent back to wait begins again.
-    del found[n_past + 1 :]
-    if not n_past:
-        found[:] = [None]
-    for row, token in zip(logits, prompt[n_past + 1 :], strict=False):
-        found.append(logprob_of(row, token, n_top))

@@ -41,6 +41,10 @@ class Scheduler:
     as far as they are not in the prefix cache then. The first in order is never sent back while another runs, and the
     pool holds any one branch, so the first always ends.
 
+    Steps are computed in the order of their plans, on every rank. So a plan may count on the KV of those before it as
+    soon as they are made: parts of a prompt follow each other, and blocks go from one branch to the next, while
+    earlier steps are in flight. A branch that waits for its next token takes no part, and nobody is sent back then.
+
     Args:
         blocks: of the KV cache.
         n_batch: tokens of a step at most, no less than n_parallel.
@@ -69,24 +73,29 @@ class Scheduler:
         (self.running if branch in self.running else self.waiting).remove(branch)
         branch.end(self.blocks)
 
-    def plan(self) -> Plan | None:
-        """Return the next step, None if there is nothing to do."""
+    def plan(self, share: int = 1) -> Plan | None:
+        """Return the next step, None if there is nothing to do.
+
+        Args:
+            share: steps among which to divide the branches that decode, so that all can be in flight at once.
+        """
         if not self.running:
             self._admit()
         kinds = sorted({branch.embedding for branch in self.running})
         if len(kinds) == 2 and not self._embedded_last:
             kinds.reverse()
         for embedding in kinds:
-            parts = self._fill(embedding)
+            parts = self._fill(embedding, share)
             if parts:
                 self._embedded_last = embedding
                 return self._as_plan(parts, embedding)
         return None
 
-    def _fill(self, embedding: bool) -> list[tuple[Branch, int]]:
+    def _fill(self, embedding: bool, share: int) -> list[tuple[Branch, int]]:
         parts: list[tuple[Branch, int]] = []
         if not embedding:
-            for branch in [branch for branch in self.running if branch.pending == 1 and not branch.embedding]:
+            decoding = [branch for branch in self.running if branch.pending == 1 and not branch.embedding]
+            for branch in decoding[: -(-len(decoding) // share)]:
                 if branch in self.running and self._make_room(branch):
                     parts.append((branch, 1))
         self._admit()
@@ -104,10 +113,12 @@ class Scheduler:
         return parts
 
     def _make_room(self, branch: Branch) -> bool:
-        """See to it that a branch has room for one more token; False if it was sent back to wait itself."""
+        """See to it that a branch has room for one more token; False if it cannot take part."""
         if not branch.needs_block(self.blocks):
             return True
         while not self.blocks.n_available:
+            if any(other.in_flight for other in self.running):
+                return False
             victim = self.running[-1]
             self._preempt(victim)
             if victim is branch:

@@ -104,9 +104,7 @@ def _rope_tables(ops: Ops, w: Weights, cfg: Config, blocks: range, batch: Batch)
 
 
 def _attn_temperature(ops: Ops, cfg: Config, batch: Batch) -> Value | None:
-    """Return log(floor(position / n_ctx_orig) + 1) * scale + 1 for each token (Llama 4's long-context scaling)."""
     if not cfg.attn_temperature_scale:
         return None
-    steps = np.log(np.floor(batch.positions / cfg.attn_temperature_floor) + 1.0)
-    factors = (steps * cfg.attn_temperature_scale + 1.0).astype(np.float32)
-    return Value(ops.backend.asarray(factors[:, None]))
+    span, scale = cfg.attn_temperature_floor, cfg.attn_temperature_scale
+    return Value(ops.backend.attn_temperature(batch.positions, span, scale))

@@ -26,6 +26,8 @@ class Call(ABC):
         id: of the answer.
         requests: for the engine.
         stream: whether the client wants chunks.
+        wanted_slot: of the server's slots, the one that the client would like; -1: any.
+        slot: the one that it has got; -1: none, or not yet.
         error: what has gone wrong in the engine; `response` raises it.
         tail: what ends a stream.
     """
@@ -39,6 +41,7 @@ class Call(ABC):
         self.created = int(context.clock())
         self.model = context.name
         self.stream = fields.boolean("stream")
+        self.wanted_slot, self.slot = fields.integer("id_slot", -1, -1, context.n_parallel - 1), -1
         self.requests: tuple[Request, ...] = ()
         self.usages: list[Usage] = []
         self.timings: Timings | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpillama.engine.request import Logprob, Output
+from mpillama.engine.request import Constraint, Logprob, Output
 from mpillama.openai.call import Call, Chunk, json_logprob
 from mpillama.openai.constraints import AfterThought
 from mpillama.openai.context import Context
@@ -66,15 +66,18 @@ class ChatCall(Call):
         self.prompt = render_prompt(context, fields, self.tools)
         tags = context.reasoning_tags
         thinking = opens_thought(self.prompt, tags)
-        constraint = force_call(context, self.tools) if self.tools.forced else read_constraint(context, fields)
-        if constraint is not None and thinking:
-            constraint = AfterThought(constraint, context.tokenizer, tags[1])
+        grammar = force_call(context, self.tools) if self.tools.forced else read_constraint(context, fields)
+        constraint: Constraint | None = grammar
+        if grammar is not None and thinking:
+            constraint = AfterThought(grammar, context.tokenizer, tags[1])
         params = read_params(
             context,
             fields,
             logprobs=self._n_logprobs,
             constraint=constraint,
-            special=bool(self.tools) and context.is_control(MISTRAL),
+            # Or what tells a thought, or a call, from the answer would not show.
+            special=context.is_control(tags[1]) or (bool(self.tools) and context.is_control(MISTRAL)),
+            budget=context.reasoning_budget,
         )
         self.add_requests([encode_prompt(context, self.prompt)], params)
         names = set(self.tools.parameters or ())

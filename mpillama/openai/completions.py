@@ -151,7 +151,7 @@ class NativeCall(CompletionCall):
             "content": choice.text,
             "tokens": whole.tokens if self.fields.boolean("return_tokens") else [],
             "stop": choice.finish_reason is not None,
-            "id_slot": -1,
+            "id_slot": self.slot,
             "tokens_predicted": len(whole.tokens),
             "tokens_evaluated": len(self.requests[index // self.requests[0].params.n].prompt),
         }

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Lock
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import llguidance
 import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
 
-from mpillama.engine.request import Constraint
 from mpillama.errors import UserError
 from mpillama.tokenizer.base import Tokenizer
 
@@ -22,11 +22,30 @@ _MAX_SIZE = 200_000
 _WHITE_SPACE = r" |\n[ \t]{0,20}"
 
 
-class GrammarConstraint:
-    """A text that follows a compiled grammar; the engine's `Constraint`."""
+class Source(NamedTuple):
+    """What a constraint in its first state is made of, for another process to make the same one.
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
+    Attributes:
+        kind: of grammar, one of those that `Grammars` compiles.
+        text: of the grammar.
+        after: what closes the thought after which it begins to hold; "": it holds from the beginning.
+    """
+
+    kind: str
+    text: str
+    after: str = ""
+
+
+class GrammarConstraint:
+    """A text that follows a compiled grammar; the engine's `Constraint`.
+
+    Args:
+        matcher: the grammar, in some state.
+        source: of the grammar.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, source: Source) -> None:
+        self._matcher, self.source = matcher, source
 
     @property
     def finished(self) -> bool:
@@ -49,7 +68,7 @@ class GrammarConstraint:
 
     def fork(self) -> GrammarConstraint:
         """Return another object in the same state."""
-        return GrammarConstraint(self._matcher.deep_copy())
+        return GrammarConstraint(self._matcher.deep_copy(), self.source)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -65,7 +84,8 @@ class AfterThought:
         tag: what closes the thought.
     """
 
-    def __init__(self, inner: Constraint, tokenizer: Tokenizer, tag: str) -> None:
+    def __init__(self, inner: GrammarConstraint, tokenizer: Tokenizer, tag: str) -> None:
+        self.source = inner.source._replace(after=tag)
         self._inner, self._tokenizer, self._tag = inner, tokenizer, tag.encode()
         self._tail, self._thinking = b"", True
 
@@ -117,21 +137,26 @@ class Grammars:
             schema = {"type": "object"}
         if not isinstance(schema, dict):
             raise UserError("a JSON schema must be an object")
-        return self._constraint("JSON schema", json.dumps(schema), _json_grammar)
+        return self._constraint("JSON schema", json.dumps(schema))
 
     def gbnf(self, text: str) -> GrammarConstraint:
         """Texts of a grammar in GBNF, llama.cpp's notation, whose first rule is ``root``; or in Lark's."""
-        return self._constraint("grammar", text, lambda text: llguidance.LLMatcher.grammar_from_lark(any_to_lark(text)))
+        return self._constraint("grammar", text)
 
     def lark(self, text: str) -> GrammarConstraint:
         """Texts of a grammar in Lark's notation as llguidance understands it, whose first rule is ``start``."""
-        return self._constraint("Lark grammar", text, llguidance.LLMatcher.grammar_from_lark)
+        return self._constraint("Lark grammar", text)
 
     def regex(self, text: str) -> GrammarConstraint:
         """Texts that match a regular expression as a whole."""
-        return self._constraint("regular expression", text, llguidance.LLMatcher.grammar_from_regex)
+        return self._constraint("regular expression", text)
 
-    def _constraint(self, kind: str, text: str, convert: Callable[[str], str]) -> GrammarConstraint:
+    def again(self, source: Source) -> GrammarConstraint | AfterThought:
+        """Make the constraint that another process has made of its source."""
+        constraint = self._constraint(source.kind, source.text)
+        return AfterThought(constraint, self._tokenizer, source.after) if source.after else constraint
+
+    def _constraint(self, kind: str, text: str) -> GrammarConstraint:
         if len(text) > _MAX_SIZE:
             raise UserError(f"the {kind} has {len(text)} characters; at most {_MAX_SIZE} are accepted")
         with self._lock:
@@ -139,16 +164,16 @@ class Grammars:
             if matcher is not None:
                 self._kept.move_to_end((kind, text))
         if matcher is None:
-            matcher = self._compile(kind, text, convert)
+            matcher = self._compile(kind, text)
             with self._lock:
                 self._kept[kind, text] = matcher
                 while len(self._kept) > self._n_kept:
                     self._kept.popitem(last=False)
-        return GrammarConstraint(matcher)
+        return GrammarConstraint(matcher, Source(kind, text))
 
-    def _compile(self, kind: str, text: str, convert: Callable[[str], str]) -> llguidance.LLMatcher:
+    def _compile(self, kind: str, text: str) -> llguidance.LLMatcher:
         try:
-            grammar = convert(text)
+            grammar = _CONVERTERS[kind](text)
         except RecursionError:
             raise UserError(f"the {kind} is nested too deeply") from None
         except Exception as error:  # the converter of GBNF raises plain Exception
@@ -206,6 +231,16 @@ class _Vocabulary:
 
 def _json_grammar(schema: str) -> str:
     return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE_SPACE})
+
+
+_CONVERTERS: Mapping[str, Callable[[str], str]] = MappingProxyType(
+    {
+        "JSON schema": _json_grammar,
+        "grammar": lambda text: llguidance.LLMatcher.grammar_from_lark(any_to_lark(text)),
+        "Lark grammar": llguidance.LLMatcher.grammar_from_lark,
+        "regular expression": llguidance.LLMatcher.grammar_from_regex,
+    }
+)
 
 
 def _first_line(text: str) -> str:

@@ -29,6 +29,7 @@ class Context:
         sampling: what holds where a request says nothing.
         ignore_eos: the same.
         reasoning_tags: strings between which the model thinks.
+        reasoning_budget: tokens of thinking in a chat where a request says nothing; -1: no limit.
         grammars: compiler of constraints.
         new_id: makes the random part of an answer's id.
         clock: seconds since 1970.
@@ -43,6 +44,7 @@ class Context:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     ignore_eos: bool = False
     reasoning_tags: tuple[str, str] = ("<think>", "</think>")
+    reasoning_budget: int = -1
     grammars: Grammars = field(init=False)
     new_id: Callable[[], str] = lambda: secrets.token_hex(12)
     clock: Callable[[], float] = time.time

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpillama.engine.request import Constraint, RequestParams
 from mpillama.engine.sampling.params import SamplingParams, parse_samplers
+from mpillama.openai.constraints import GrammarConstraint
 from mpillama.openai.context import Context
 from mpillama.openai.errors import as_bad_request, bad
 from mpillama.openai.fields import Fields
@@ -34,6 +35,8 @@ _NUMBERS = {
     "mirostat_tau": "mirostat_ent",
 }
 _INTEGERS = ("top_k", "repeat_last_n", "dry_allowed_length", "dry_penalty_last_n", "mirostat", "min_keep")
+# Ours and llama.cpp's; the last is also that of its form of Anthropic's API.
+_BUDGETS = ("reasoning_budget", "reasoning_budget_tokens", "thinking_budget_tokens")
 MAX_LOGPROBS = 100
 _MAX_STOPS = 64
 
@@ -100,8 +103,12 @@ def read_params(
     logprobs: int | None = None,
     constraint: Constraint | None = None,
     special: bool = False,
+    budget: int = -1,
 ) -> RequestParams:
-    """Return the parameters of a request to generate; ``logprobs`` and what constrains the text come from elsewhere."""
+    """Return the parameters of a request to generate.
+
+    ``logprobs`` and what constrains the text come from elsewhere; ``budget`` of thinking is what holds by default.
+    """
     limit = fields.first("max_completion_tokens", "max_tokens", "n_predict")
     max_tokens = fields.integer(limit, -1, low=-1)
     stop = tuple(stop for stop in fields.strings("stop") if stop)
@@ -124,17 +131,17 @@ def read_params(
             best_of=best_of if best_of > n else None,
             logprobs=logprobs,
             constraint=constraint,
-            reasoning_budget=fields.integer(fields.first("reasoning_budget", "thinking_budget_tokens"), -1, low=-1),
+            reasoning_budget=fields.integer(fields.first(*_BUDGETS), budget, low=-1),
             reasoning_tags=context.reasoning_tags,
             special=special,
             cache_prompt=fields.boolean("cache_prompt", True),
         )
 
 
-def read_constraint(context: Context, fields: Fields) -> Constraint | None:
+def read_constraint(context: Context, fields: Fields) -> GrammarConstraint | None:
     """Return the constraint that ``response_format``, ``json_schema``, ``grammar``, ``lark`` or ``regex`` ask for."""
     grammars = context.grammars
-    found: list[tuple[str, Constraint]] = []
+    found: list[tuple[str, GrammarConstraint]] = []
     if fields.has("response_format"):
         form = fields.object("response_format")
         kind = form.choice("type", "text", "json_object", "json_schema")

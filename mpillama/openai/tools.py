@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from mpillama.engine.request import Constraint
+from mpillama.openai.constraints import GrammarConstraint
 from mpillama.openai.context import Context
 from mpillama.openai.errors import as_bad_request, bad
 from mpillama.openai.fields import Fields
@@ -86,7 +86,7 @@ def style_of(context: Context) -> str:
     return "llama" if '"parameters"' in source and '"name"' in source else "json"
 
 
-def force_call(context: Context, tools: Tools) -> Constraint:
+def force_call(context: Context, tools: Tools) -> GrammarConstraint:
     """Return the constraint that a text is one call of one of the forced functions, in the model's own style."""
     style = style_of(context)
     key = "parameters" if style == "llama" else "arguments"

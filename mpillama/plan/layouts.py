@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from mpillama.backends.base import KV_BLOCK
+from mpillama.backends.kv_codec import row_bytes
 from mpillama.layout import apportion
 from mpillama.plan.cluster import GIB, Cluster
 from mpillama.plan.cost import Cost, Span, events_cost, group_span, send_seconds
 from mpillama.plan.walk import EMBEDDING, HEAD, PlanModel, Walk, rank_classes, step_batch, walk
-from mpillama.runner import KV_BYTES
 from mpillama.sharding import Sharding
 
 
@@ -259,10 +259,10 @@ class Planner:
         by_stage = self.stage_bytes(tp, pp)
         for blocks, weights in zip(stages(cfg.n_layer, pp), by_stage, strict=True):
             for (rank, _), mine in zip(classes, weights, strict=True):
-                per_32 = sharding.cuts["k"].width(rank) * KV_BYTES[work.type_k]
-                per_32 += sharding.cuts["v"].width(rank) * KV_BYTES[work.type_v]
-                per_token = len(blocks) * per_32 / 32
-                kv = int(per_token * tokens)
+                cuts = sharding.cuts
+                of_block = row_bytes(work.type_k, cuts["k"].width(rank)) + row_bytes(work.type_v, cuts["v"].width(rank))
+                per_token = len(blocks) * of_block
+                kv = per_token * tokens
                 fullest = max(fullest, (mine + kv, mine, kv))
                 free = available - reserve - buffers - mine
                 if per_token or free < 0:

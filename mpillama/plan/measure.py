@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -31,20 +33,19 @@ _SMALL = "tiny:Q8_0"
 def measure_device(world: World, backend: Backend, n_threads: int, types: Sequence[GGMLType]) -> dict[str, Any]:
     """Return the ``device`` table of a cluster file, without its memory; called by all ranks together, told on rank 0.
 
-    Rates are those of the slowest rank: it is what all wait for.
+    Rates are those of the slowest rank, which all wait for; where ranks have to share cores, the mean of all, since a
+    rank that is done early leaves its core to the rest.
     """
-    _together(world)
-    stream = _least(world, stream_gbps(backend, n_threads, world.local_size, 0.3))
+    crowded = _crowded(world, n_threads)
+    stream = _joint(world, stream_gbps(backend, n_threads, world.local_size, 0.3), crowded)
     rates = {}
     for type in types:
         raw, mats = _matrices(backend, type, world.local_size)
         _together(world)
-        # Largest times: those of the rank that all wait for.
-        one = -_least(world, -_time_products(backend, mats, 1))
-        many = -_least(world, -_time_products(backend, mats[:2], _PROMPT))
-        flops = 2.0 * _ROWS * _IN * _PROMPT
-        rates[type.name] = {"gbps": raw.nbytes / one / 1e9, "tflops": flops / many / 1e12}
-    op_us, _ = _small_model(world, backend, alone=True)
+        one = _joint(world, 1 / _time_products(backend, mats, 1), crowded)
+        many = _joint(world, 1 / _time_products(backend, mats[:2], _PROMPT), crowded)
+        rates[type.name] = {"gbps": raw.nbytes * one / 1e9, "tflops": 2.0 * _ROWS * _IN * _PROMPT * many / 1e12}
+    op_us = 1 / _joint(world, 1 / _small_model(world, backend, alone=True)[0], crowded)
     device: dict[str, Any] = {
         "name": "cpu",
         "memory_gbps": stream,
@@ -58,6 +59,30 @@ def measure_device(world: World, backend: Backend, n_threads: int, types: Sequen
         _, collective_us = _small_model(world, backend, alone=False, op_us=op_us)
         device["collective_us"] = collective_us
     return device
+
+
+def measure_within(world: World, n_bytes: int) -> tuple[float, float]:
+    """Return the seconds of an allreduce of two numbers and of ``n_bytes`` over the ranks of a host, as runs have it.
+
+    Called by all ranks together, and told on all; the slowest rank's.
+    """
+    here = [rank for rank, host in enumerate(world.hosts) if host == world.hosts[world.rank]]
+    group: Group = world.group(here)
+
+    def seconds(n: int) -> float:
+        values = np.zeros(n, np.float32)
+
+        def once(times: int) -> float:
+            _together(world)
+            began = time.perf_counter()
+            for _ in range(times):
+                group.allreduce(values)
+            return -_least(world, -(time.perf_counter() - began)) / times
+
+        once(3)
+        return once(int(min(2000.0, max(5.0, _SECONDS / once(5)))))
+
+    return seconds(2), seconds(n_bytes // 4)
 
 
 def fit_link(n_ranks: int, small: float, large: float, large_bytes: int) -> dict[str, float]:
@@ -85,6 +110,23 @@ def measurable(model: PlanModel) -> list[GGMLType]:
 
 def _together(world: World) -> None:
     world.bcast(world.gather(None))
+
+
+def _crowded(world: World, n_threads: int) -> bool:
+    """Return whether the threads of a host's ranks are more than the cores that they may run on; all start together."""
+    everyone = world.gather((world.hosts[world.rank], n_threads, os.sched_getaffinity(0)))
+
+    def more_than_cores(host: str) -> bool:
+        here = [(n, cores) for other, n, cores in everyone if other == host]
+        return sum(n for n, _ in here) > len(set().union(*(cores for _, cores in here)))
+
+    return bool(world.bcast(any(more_than_cores(host) for host, _, _ in everyone)))
+
+
+def _joint(world: World, rate: float, crowded: bool) -> float:
+    """Return the rate at which ranks get on that all have to do the same, from that of each."""
+    rates = world.gather(rate) or [rate]
+    return float(world.bcast(fmean(rates) if crowded else min(rates)))
 
 
 def _least(world: World, value: float) -> float:
@@ -126,7 +168,7 @@ def _small_model(world: World, backend: Backend, alone: bool, op_us: float = 0.0
     """Run a small model, each rank alone or all together.
 
     Returns:
-        Microseconds of an op, and those of a collective beside them.
+        Microseconds of an op (of this rank, if alone), and those of a collective beside them.
     """
     size, rank = (1, 0) if alone else (world.size, world.rank)
     group: Group = SoloGroup() if alone else world.group()
@@ -141,16 +183,17 @@ def _small_model(world: World, backend: Backend, alone: bool, op_us: float = 0.0
     n_collectives = sum(times for event, times in events if event.is_collective)
     _together(world)
 
-    def steps(n: int) -> float:
-        """Return the seconds of a step on the slowest rank."""
+    def steps(n: int) -> tuple[float, float]:
+        """Return the seconds of a step on this rank, and on the slowest one."""
         began = time.perf_counter()
         for _ in range(n):
             runner.run(batch)
-        return -_least(world, -(time.perf_counter() - began)) / n
+        own = (time.perf_counter() - began) / n
+        return own, -_least(world, -own)
 
     steps(3)
     # As many on each rank, and not for long where ranks have to wait for a core.
-    passed_us = 1e6 * steps(int(min(200.0, max(3.0, _SECONDS / steps(3)))))
+    own, slowest = steps(int(min(200.0, max(3.0, _SECONDS / steps(3)[1]))))
     if alone:
-        return passed_us / n_ops, 0.0
-    return op_us, max(0.0, passed_us - n_ops * op_us) / max(1, n_collectives)
+        return 1e6 * own / n_ops, 0.0
+    return op_us, max(0.0, 1e6 * slowest - n_ops * op_us) / max(1, n_collectives)

@@ -231,8 +231,20 @@ def job_script(planner: Planner, layout: Layout, model: str, program: str = "mpi
     cluster = planner.cluster
     is_gpu = cluster.device.name != "cpu"
     given = {"--tp": layout.tp, "--pp": layout.pp, "--dp": layout.dp}
-    # Tensor parallelism over all ranks is what runs without flags.
-    layout_flags = "" if layout.tp == cluster.n_ranks else " ".join(f"{flag} {n}" for flag, n in given.items()) + " "
+    # Tensor parallelism over all ranks of a host is what runs without flags.
+    plain = cluster.hosts == 1 and layout.tp == cluster.n_ranks
+    layout_flags = "" if plain else " ".join(f"{flag} {n}" for flag, n in given.items()) + " "
+    command = [
+        f"    {program} generate {model} {layout_flags}-c {planner.work.n_ctx} \\",
+        f'    -p "${{PROMPT:-Once upon a time}}" -n {planner.work.n_gen}',
+    ]
+    if planner.work.n_seqs > 1 or layout.dp > 1:
+        # Of each replica.
+        n_seqs = -(-planner.work.n_seqs // layout.dp)
+        command = [
+            f"    {program} batch {model} {layout_flags}-np {n_seqs} -c {n_seqs * planner.work.n_ctx} \\",
+            '    -i "${REQUESTS:-requests.jsonl}" -o "${RESULTS:-results.jsonl}"',
+        ]
     return "\n".join(
         [
             "#!/bin/bash",
@@ -247,8 +259,7 @@ def job_script(planner: Planner, layout: Layout, model: str, program: str = "mpi
             "# pmix is for Open MPI, pmi2 for MPICH, MVAPICH and Intel MPI.",
             "# Without -K ranks wait for one that was killed; srun does not inherit --cpus-per-task.",
             'srun -K1 --mpi="${MPILLAMA_PMI:-pmix}" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \\',
-            f"    {program} generate {model} {layout_flags}-c {planner.work.n_ctx} \\",
-            f'    -p "${{PROMPT:-Once upon a time}}" -n {planner.work.n_gen}',
+            *command,
             "",
         ]
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpillama.backends.base import AttentionParams, Batch, RawWeight
+from mpillama.backends.kv_codec import check_cache_type, row_bytes
 from mpillama.config import Rope
 from mpillama.gguf.types import GGMLType
 from mpillama.layout import Cut
@@ -122,7 +123,7 @@ class ShapeCache:
     """The KV cache of one block: heads that this rank holds, and the bytes of a token's keys and values in one."""
 
     n_head_kv: int
-    token_bytes: float
+    token_bytes: int
 
 
 class ShapeBackend:
@@ -257,6 +258,10 @@ class ShapeBackend:
         shape = (logits.shape[0], n_used)
         return self._light("route", shape, logits, flops=logits.shape[1]), self._out(shape)
 
+    def attn_temperature(self, positions: np.ndarray, span: float, scale: float) -> Shaped:
+        """Make factors of positions."""
+        return self._light("attn_temperature", (len(positions), 1))
+
     def rope_table(self, positions: np.ndarray, rope: Rope, factors: Shaped | None) -> Buffer:
         """Prepare rotations."""
         self.tape.add("rope_table", flops=16.0 * len(positions) * rope.n_rot, n_tokens=len(positions))
@@ -270,16 +275,18 @@ class ShapeBackend:
         """Do nothing: a cache of shapes has no content."""
 
     def read_blocks(self, cache: ShapeCache, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Refuse: a cache of shapes has no content."""
-        raise NotImplementedError
+        """Never called: a cache of shapes has no content."""
+        raise AssertionError("a cache of shapes has no content")
 
     def write_blocks(self, cache: ShapeCache, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-        """Refuse: a cache of shapes has no content."""
-        raise NotImplementedError
+        """Never called: a cache of shapes has no content."""
+        raise AssertionError("a cache of shapes has no content")
 
-    def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> Any:
-        """Refuse: the walk makes its own caches, which hold no tokens."""
-        raise NotImplementedError
+    def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> ShapeCache:
+        """Return what a token takes in the KV cache of one block of the model; room for tokens is not reserved."""
+        check_cache_type("keys", type_k, n_k)
+        check_cache_type("values", type_v, n_v)
+        return ShapeCache(n_head_kv, row_bytes(type_k, n_k) + row_bytes(type_v, n_v))
 
     def attention(
         self,

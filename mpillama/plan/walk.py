@@ -22,8 +22,7 @@ from mpillama.layout import REPLICATE, Shard
 from mpillama.models import forward
 from mpillama.models.weights import Weights
 from mpillama.ops import Ops, Value, Weight
-from mpillama.plan.shapes import Event, ShapeBackend, ShapeCache, ShapeGroup, Tape, shaped
-from mpillama.runner import KV_BYTES
+from mpillama.plan.shapes import Event, ShapeBackend, ShapeGroup, Tape, shaped
 from mpillama.sharding import Sharding
 from mpillama.tensors import model_tensors
 
@@ -139,8 +138,7 @@ def walk(model: PlanModel, sharding: Sharding, rank: int, batch: Batch, type_k: 
     weights = _ghost_weights(model, sharding, rank, backend)
     weights.tape = tape
     n_k, n_v = cfg.n_embd_head_k, cfg.n_embd_head_v
-    token_bytes = (n_k * KV_BYTES[type_k] + n_v * KV_BYTES[type_v]) / 32
-    cache = ShapeCache(sharding.cuts["k"].width(rank) // n_k, token_bytes)
+    cache = backend.new_cache(0, sharding.cuts["k"].width(rank) // n_k, n_k, n_v, type_k, type_v)
     ops = Ops(backend, ShapeGroup(tape, rank, sharding.n_ranks))
     logits = forward(ops, weights, cfg, [cache] * cfg.n_layer, batch)
     del logits

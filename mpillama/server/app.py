@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mpillama.comm.metered import Traffic
 from mpillama.openai.calls import Call, open_call
 from mpillama.openai.context import Context
 from mpillama.openai.errors import ApiError, as_bad_request, bad
@@ -29,6 +30,7 @@ from mpillama.server.front import Front
 from mpillama.server.metrics import render
 from mpillama.server.openapi import document
 from mpillama.server.settings import Settings
+from mpillama.server.slots import SlotFiles, file_name
 from mpillama.server.streams import GONE, Answer, json_response, read_body
 
 # Parsing and tokenizing, of which long prompts need a lot; it must not hold up the streams. More would only take time
@@ -55,6 +57,8 @@ class Served:
     context: Context
     meta: dict[str, Any]
     path: str
+    slot_files: SlotFiles | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class Api:
@@ -81,6 +85,7 @@ class Api:
             (("/v1/models", "/models"), self._models, "GET"),
             (("/props",), self._props, "GET"),
             (("/slots",), self._slots, "GET"),
+            (("/slots/{id_slot}",), self._slot, "POST"),
             (("/metrics",), self._metrics, "GET"),
             (("/openapi.json",), self._openapi, "GET"),
             (("/tokenize",), self._tokenize, "POST"),
@@ -114,7 +119,12 @@ class Api:
     # -- generation ------------------------------------------------------------------------------------------------
 
     async def _call(self, request: Request) -> Any:
-        self._bridge.check_room()
+        try:
+            self._bridge.check_room()
+        except ApiError:
+            # A client that still sends would lose the answer when the connection is closed.
+            await read_body(request, self._settings, keep=False)
+            raise
         url = _CALLS[request.url.path]
         call: Call = await self._in_worker(request, lambda context, body: open_call(context, url, body))
         return Answer(self._bridge.submit(call), self._settings)
@@ -167,7 +177,7 @@ class Api:
         return json_response(
             {
                 "default_generation_settings": {"n_ctx": context.n_ctx, "params": sampling},
-                "total_slots": context.n_parallel,
+                "total_slots": self._bridge.n_places,
                 "model_alias": context.name,
                 "model_path": served.path,
                 "chat_template": context.template.source if context.template else "",
@@ -179,16 +189,40 @@ class Api:
         )
 
     async def _slots(self, request: Request) -> Response:
-        n, n_ctx = self._loaded().context.n_parallel, self._loaded().context.n_ctx
-        slots: list[dict[str, Any]] = []
-        for ticket in dict.fromkeys(self._bridge.tickets.values()):
-            task = {"id_task": ticket.call.id, "n_prompt_tokens": ticket.call.n_prompt, "n_decoded": ticket.n_generated}
-            slots.append({"id": len(slots), "n_ctx": n_ctx, "is_processing": True, **task})
-        slots += [{"id": i, "n_ctx": n_ctx, "is_processing": False} for i in range(len(slots), n)]
-        return json_response(slots)
+        n_ctx, slots = self._loaded().context.n_ctx, list(self._bridge.slots)
+        if request.query_params.get("fail_on_no_slot") and all(slot.busy for slot in slots):
+            raise ApiError(503, "no slot is free", code="no_slot")
+        return json_response([slot.as_json(n_ctx) for slot in slots])
+
+    async def _slot(self, request: Request) -> Response:
+        files = self._loaded().slot_files
+        if files is None:
+            raise ApiError(501, "start the server with --slot-save-path FOLDER to save and restore slots")
+        bridge, number = self._bridge, request.path_params["id_slot"]
+        action = request.query_params.get("action", "")
+        if action == "erase":
+            slot = bridge.slots.idle(number)
+            tokens = slot.text.tokens
+            bridge.slots.put(slot, [])
+            return json_response({"id_slot": slot.id, **await bridge.on_main(lambda: files.erase(tokens))})
+        if action not in ("save", "restore"):
+            raise bad("action must be save, restore or erase", "action")
+        name = file_name(await self._in_worker(request, lambda _, body: Fields(body).required_string("filename")))
+        if action == "save":
+            slot = bridge.slots.get(number)
+            tokens = list(slot.text.tokens)
+            told = await bridge.on_main(lambda: files.save(name, tokens))
+        else:
+            slot = bridge.slots.idle(number)
+            tokens, told = await bridge.on_main(lambda: files.restore(name))
+            # It may have been taken meanwhile; the KV is found by what the tokens are, whoever has the slot.
+            if not slot.busy:
+                bridge.slots.put(slot, tokens)
+        return json_response({"id_slot": slot.id, "filename": name, **told})
 
     async def _metrics(self, request: Request) -> Response:
-        text = render(self._bridge.stats, self._bridge.totals, self._front.answers)
+        traffic = self.served.traffic if self.served else Traffic()
+        text = render(self._bridge.stats, self._bridge.totals, traffic, self._front.answers)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, request: Request) -> Response:

@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from mpillama.engine.engine import Engine, Stats
+from mpillama.engine.base import EngineLike, Stats
 from mpillama.engine.request import Output, Request
 from mpillama.errors import UserError
 from mpillama.openai.call import Call
 from mpillama.openai.errors import ApiError, bad
+from mpillama.server.slots import Slots
 
 # How long a signal may go unnoticed while there is no work.
 _WAKE_SECONDS = 0.2
+
+T = TypeVar("T")
 
 
 class StopSignals(Protocol):
@@ -28,6 +31,14 @@ class StopSignals(Protocol):
 
     exit_code: int
     time_is_short: bool
+
+
+@dataclass(frozen=True)
+class Errand:
+    """Something else for the main thread to do between two steps, and where its outcome is waited for."""
+
+    work: Callable[[], Any]
+    outcome: asyncio.Future[Any]
 
 
 @dataclass
@@ -100,7 +111,9 @@ class Bridge:
         draining: whether no more are taken.
         stats: of the engine after the last step.
         totals: of what it has done.
+        n_places: sequences that can run at a time.
         tickets: calls under way, by request; only for the event loop.
+        slots: likewise, once it is ready.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -108,9 +121,11 @@ class Bridge:
         self.stats = Stats()
         self.totals = Totals()
         self.tickets: dict[str, Ticket] = {}
+        self.slots = Slots(0)
+        self._errands: set[asyncio.Future[Any]] = set()
         self._max_queue = max_queue
-        self._n_parallel = 1
-        self._inbox: SimpleQueue[tuple[Request, ...] | str] = SimpleQueue()
+        self.n_places = 1
+        self._inbox: SimpleQueue[tuple[Request, ...] | str | Errand] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # -- on the event loop -----------------------------------------------------------------------------------------
@@ -122,10 +137,10 @@ class Bridge:
     def check_room(self, n: int = 1) -> None:
         """Raise ApiError if ``n`` more requests cannot be taken."""
         if self.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise _shutting_down()
         if not self.ready:
             raise ApiError(503, "the model is being loaded", code="loading")
-        most = self._max_queue + self._n_parallel
+        most = self._max_queue + self.n_places
         if n > most:
             raise bad(f"{n} prompts in one call are more than the server takes at all ({most}); send fewer at a time")
         if len(self.tickets) + n > most:
@@ -136,32 +151,57 @@ class Bridge:
         self.check_room(len(call.requests))
         ticket = Ticket(self, call)
         self.tickets |= dict.fromkeys((request.id for request in call.requests), ticket)
+        for request in call.requests:
+            self.slots.enter(request, call)
         self._inbox.put(call.requests)
         return ticket
+
+    async def on_main(self, work: Callable[[], T]) -> T:
+        """Let the main thread do something between two steps, and return what it returns.
+
+        Raises:
+            ApiError: what it raises, or the server ends before.
+        """
+        self.check_room(0)
+        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._errands.add(outcome)
+        outcome.add_done_callback(self._errands.discard)
+        self._inbox.put(Errand(work, outcome))
+        return await outcome
 
     def forget(self, ticket: Ticket, running: set[str]) -> None:
         """Drop a ticket, and tell the engine to drop what of it still runs."""
         for request in ticket.call.requests:
+            self.slots.leave(request.id)
             if self.tickets.pop(request.id, None) and request.id in running:
                 self._inbox.put(request.id)
 
     def _deliver(self, events: list[tuple[str, Output | ApiError]]) -> None:
         for request_id, event in events:
             ticket = self.tickets.get(request_id)
-            if ticket is not None:
-                ticket.put(event)
+            if ticket is None:
+                continue
+            if isinstance(event, Output):
+                if event.index == 0:
+                    self.slots.add(request_id, event.tokens)
+                if event.last:
+                    self.slots.leave(request_id)
+            ticket.put(event)
 
     def _refuse_all(self) -> None:
         # One that has ended may not have been taken note of yet.
         for ticket in {ticket for ticket in self.tickets.values() if ticket.running}:
-            ticket.put(ApiError(503, "the server is shutting down", code="shutting_down"))
+            ticket.put(_shutting_down())
+        for outcome in list(self._errands):
+            _settle(outcome, _shutting_down())
 
     # -- on the main thread ----------------------------------------------------------------------------------------
 
-    def run(self, engine: Engine, signals: StopSignals, grace: float, on_drain: Callable[[int], None]) -> None:
+    def run(self, engine: EngineLike, signals: StopSignals, grace: float, on_drain: Callable[[int], None]) -> None:
         """Serve until a signal comes, then for at most ``grace`` seconds until all that runs has ended."""
         deadline = float("inf")
-        self._n_parallel = engine.n_parallel
+        self.n_places = engine.n_places
+        self.slots = Slots(engine.n_places)
         self.stats = engine.stats()
         self.ready = True
         while True:
@@ -184,7 +224,7 @@ class Bridge:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._deliver, events)
 
-    def _take_in(self, engine: Engine, wait: bool) -> list[tuple[str, Output | ApiError]]:
+    def _take_in(self, engine: EngineLike, wait: bool) -> list[tuple[str, Output | ApiError]]:
         """Do what the event loop has asked for; with ``wait``, sleep until it asks for something."""
         events: list[tuple[str, Output | ApiError]] = []
         try:
@@ -192,23 +232,31 @@ class Bridge:
             while True:
                 if isinstance(item, str):
                     engine.cancel(item)
+                elif isinstance(item, Errand):
+                    self._run_errand(item)
                 else:
                     events += self._add(engine, item)
                 item = self._inbox.get_nowait()
         except Empty:
             return events
 
-    def _add(self, engine: Engine, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
-        for i, request in enumerate(requests):
-            try:
-                engine.add(request)
-            except UserError as error:
-                for added in requests[:i]:
-                    engine.cancel(added.id)
-                return [(request.id, bad(error.line))]
+    def _run_errand(self, errand: Errand) -> None:
+        outcome: Any
+        try:
+            outcome = errand.work()
+        except ApiError as error:
+            outcome = error
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_settle, errand.outcome, outcome)
+
+    def _add(self, engine: EngineLike, requests: tuple[Request, ...]) -> list[tuple[str, Output | ApiError]]:
+        try:
+            engine.add_all(requests)
+        except UserError as error:
+            return [(requests[0].id, bad(error.line))]
         return []
 
-    def _step(self, engine: Engine) -> list[tuple[str, Output | ApiError]]:
+    def _step(self, engine: EngineLike) -> list[tuple[str, Output | ApiError]]:
         outputs = engine.step()
         totals = self.totals
         totals.busy += len(outputs)
@@ -219,3 +267,17 @@ class Bridge:
             if output.usage is not None:
                 totals.longest = max(totals.longest, output.usage.n_prompt + output.usage.n_generated)
         return [(output.request_id, output) for output in outputs]
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
+def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
+    """Give a future what it waits for, unless its client has gone."""
+    if future.done():
+        return
+    if isinstance(outcome, ApiError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mpillama.engine.engine import Stats
+from mpillama.comm.metered import Traffic
+from mpillama.engine.base import Stats
 from mpillama.server.bridge import Totals
 
 
-def render(stats: Stats, totals: Totals, answers: Mapping[int, int]) -> str:
+def render(stats: Stats, totals: Totals, traffic: Traffic, answers: Mapping[int, int]) -> str:
     """Return all metrics; times are in seconds.
 
     Args:
         stats: of the engine.
         totals: of the requests that have ended.
+        traffic: of this rank in collectives.
         answers: how often each HTTP status was given.
     """
     theirs: list[tuple[str, str, str, float]] = [
@@ -57,6 +59,14 @@ def render(stats: Stats, totals: Totals, answers: Mapping[int, int]) -> str:
         ("step_seconds_total", "counter", "Time of steps", stats.step_seconds),
         ("run_seconds_total", "counter", "Time of steps in the model, on all ranks", stats.run_seconds),
         ("sample_seconds_total", "counter", "Time of steps choosing tokens", stats.sample_seconds),
+        (
+            "collective_seconds_total",
+            "counter",
+            "Time of steps in collectives on rank 0, waiting for slower ranks included",
+            traffic.ns / 1e9,
+        ),
+        ("collectives_total", "counter", "Collectives", traffic.calls),
+        ("collective_bytes_total", "counter", "Bytes of the results of collectives on rank 0", traffic.nbytes),
     ]
     lines: list[str] = []
     for prefix, metrics in (("llamacpp:", theirs), ("mpillama_", ours)):

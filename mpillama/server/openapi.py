@@ -50,6 +50,7 @@ _SAMPLING: dict[str, Schema] = {
     "reasoning_budget": {"type": "integer", "minimum": -1},
     "cache_prompt": _BOOLEAN,
     "ignore_eos": _BOOLEAN,
+    "id_slot": {"type": "integer", "minimum": -1, "maximum": 3},
     "user": _STRING,
 }
 _PART: Schema = _object(["type", "text"], type={"enum": ["text"]}, text=_STRING)
@@ -135,6 +136,19 @@ def document() -> Schema:
                 "responses": {"200": ok, "400": error, "413": error, "429": error, "503": error},
             }
         }
+    number = {"name": "id_slot", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}}
+    action = {"name": "action", "in": "query", "required": True, "schema": {"enum": ["save", "restore", "erase"]}}
+    paths["/slots/{id_slot}"] = {
+        "post": {
+            "summary": "Save the KV of a slot in a file, restore it, or erase it (with --slot-save-path)",
+            "parameters": [number, action],
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": _object(["filename"], filename=_STRING)}},
+            },
+            "responses": {"200": ok, "400": error, "501": error, "503": error},
+        }
+    }
     key = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",

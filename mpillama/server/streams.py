@@ -24,8 +24,8 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(to_json(value), status, headers, "application/json; charset=utf-8")
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """Return the body of a request.
+async def read_body(request: Request, settings: Settings, keep: bool = True) -> bytes:
+    """Return the body of a request; nothing of it unless it is to be kept.
 
     Raises:
         ApiError: it is too large, or too slow in coming.
@@ -43,7 +43,8 @@ async def read_body(request: Request, settings: Settings) -> bytes:
             n += len(part)
             if n > settings.max_body:
                 raise too_large
-            parts.append(part)
+            if keep:
+                parts.append(part)
 
     try:
         await asyncio.wait_for(read(), settings.timeout)

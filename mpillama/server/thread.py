@@ -77,7 +77,12 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
+        self._idle = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # The timer would keep the connection, and what has come over it, in memory until it goes off.
+        self._idle.cancel()
+        super().connection_lost(exc)
 
     def _close_if_idle(self) -> None:
         # uvicorn declares it as never None, and sets it to None first.

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpillama.backends.base import KV_BLOCK
 from mpillama.backends.kv_codec import decode, encode
-from mpillama.comm.base import World
+from mpillama.comm.base import Team
 from mpillama.engine.engine import Engine
 from mpillama.errors import UserError
 from mpillama.runner import Runner
@@ -93,6 +93,10 @@ class States:
             new.unlink(missing_ok=True)
         return len(own)
 
+    def tokens(self, path: str | os.PathLike[str]) -> list[int]:
+        """Return the tokens of a saved sequence; UserError as for `load`."""
+        return read_state(path, self._shape)[1]
+
     def load(self, path: str | os.PathLike[str], prompt: Sequence[int] | None = None) -> int:
         """Put a saved sequence into the prefix cache, or as much of it as begins like ``prompt``.
 
@@ -135,7 +139,7 @@ class _Save:
     places: tuple[KVPlace, ...]
     blocks: np.ndarray
 
-    def __call__(self, world: World, runner: Runner) -> dict[int, str]:
+    def __call__(self, world: Team, runner: Runner) -> dict[int, str]:
         place = self.places[world.rank]
         if not place.owned:
             return {}
@@ -181,7 +185,7 @@ class _Load:
     first: int
     blocks: np.ndarray
 
-    def __call__(self, world: World, runner: Runner) -> None:
+    def __call__(self, world: Team, runner: Runner) -> None:
         place = self.places[world.rank]
         try:
             fd = os.open(self.path, os.O_RDONLY)

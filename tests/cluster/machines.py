@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -95,7 +96,7 @@ CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 InactiveLimit=0
-KillWait=5
+KillWait=20
 MessageTimeout=20
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=4 RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=4 RealMemory=1000
@@ -152,8 +153,12 @@ def slurm() -> Iterator[Slurm]:
         except pytest.fail.Exception:
             logs = "\n".join(log.read_text()[-800:] for log in folder.glob("*.log"))
             pytest.fail(f"Slurm does not come up: {logs}")
-        yield made
-        made.run("scancel", "--user=root")
+        try:
+            yield made
+        finally:
+            # A daemon that goes first leaves its jobs behind.
+            made.run("scancel", "--user=root")
+            until("the end of all jobs", lambda: not made.run("squeue", "--noheader").stdout.strip(), 40.0)
     finally:
         for file in reversed(pids):
             with suppress(OSError, ValueError):
@@ -215,6 +220,15 @@ exec nsenter -t "$(cat "$HOSTS_DIR/$host.pid")" -n -u -m -i -- /bin/bash -c "cd 
 HOSTS = ("hA", "hB")
 
 
+@dataclass(frozen=True)
+class Job:
+    """A job that runs, and what it has written so far."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+
 @dataclass
 class Hosts:
     """Two hosts that run; ``file`` names them for launchers."""
@@ -233,6 +247,41 @@ class Hosts:
             timeout=limit,
             stdin=subprocess.DEVNULL,
         )
+
+    @contextmanager
+    def started(self, host: str, command: Sequence[object]) -> Iterator[Job]:
+        """Start a command on a host; what is left of it at the end, on both hosts, is killed."""
+        before = {pid for name in HOSTS for pid in self.processes(name)}
+        out, err = self.folder / "job.out", self.folder / "job.err"
+        with out.open("wb") as file, err.open("wb") as errors:
+            words = [*self._enter(host), f"--wd={ROOT}", "--", *map(str, command)]
+            running = subprocess.Popen(words, env=self.env, stdin=subprocess.DEVNULL, stdout=file, stderr=errors)
+        try:
+            yield Job(running, out, err)
+        finally:
+            for pid in {pid for name in HOSTS for pid in self.processes(name)} - before:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            running.wait()
+
+    def processes(self, host: str, command: str = "") -> list[int]:
+        """Return the processes on a host whose command line begins so, the oldest first."""
+        holder = (self.folder / f"{host}.pid").read_text().strip()
+        network = os.stat(f"/proc/{holder}/ns/net").st_ino
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            # Whatever ends meanwhile is on no host.
+            with suppress(OSError):
+                here = os.stat(folder / "ns" / "net").st_ino == network
+                words = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                if here and words.startswith(command):
+                    found.append(int(folder.name))
+        return sorted(found)
+
+    def link(self, state: str) -> None:
+        """Take the network between the hosts ``down``, or bring it ``up``."""
+        told = self.on("hA", ["ip", "link", "set", "eth0", state])
+        assert told.returncode == 0, told.stderr
 
     def _enter(self, host: str) -> list[str]:
         return ["nsenter", "-t", (self.folder / f"{host}.pid").read_text().strip(), "-n", "-u", "-m", "-i"]

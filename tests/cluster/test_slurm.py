@@ -5,25 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 
-import pytest
-from machines import MPILLAMA, ROOT, Slurm, clean_environment, is_open_mpi, slurm
+from machines import MPILLAMA, ROOT, Slurm, clean_environment
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Slurm]:
-    with slurm() as made:
-        made.env |= {"MPILLAMA": MPILLAMA, "MPILLAMA_PMI": "pmi2", "OMP_NUM_THREADS": "1"}
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def mpich_only() -> None:
-    if is_open_mpi():
-        pytest.skip("Slurm of Debian has PMI 2, which Open MPI 5 does not speak")
 
 
 def test_a_job_on_two_nodes_writes_what_one_process_writes(cluster: Slurm) -> None:

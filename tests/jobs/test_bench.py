@@ -6,7 +6,10 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -33,8 +36,9 @@ def test_shape_on_ranks(n_ranks, backend):
         assert row["avg_ns"] == pytest.approx(sum(row["samples_ns"]) / 2, abs=1)
         assert row["avg_ts"] == pytest.approx(sum(row["samples_ts"]) / 2)
         assert (row["n_ranks"], row["n_threads"], row["backends"]) == (size, 1, backend)
-        assert row["weight_gbps"] == pytest.approx(row["weight_bytes"] * n_tokens * 2 / sum(row["samples_ns"]))
-        assert row["stream_share"] == pytest.approx(row["weight_gbps"] / row["stream_gbps"])
+        n_bytes = row["weight_bytes"] + row["kv_bytes"]
+        assert row["read_gbps"] == pytest.approx(n_bytes * n_tokens * 2 / sum(row["samples_ns"]))
+        assert row["stream_share"] == pytest.approx(row["read_gbps"] / row["stream_gbps"])
         assert (row["comm_us"] > 0) == (size > 1)
         assert (row["skew_us"] > 0) == (size > 1)
         assert (row["host_us"] is not None) == (backend == "cpu")
@@ -92,6 +96,33 @@ def test_files_splits_and_cache_types(tmp_path, rng):
     assert ended.err.count("loading") == 4
     assert rows[0]["model_type"].startswith("llama ")
     assert rows[0]["model_type"].endswith(" F32")
+
+
+def test_splits_that_the_ranks_find_out():
+    ended = run(["bench", "--shape", "tiny", "-ts", "auto,memory,1/1", "-p", 0, "-n", 2, "-r", 1, "-o", "jsonl"], 2)
+    assert ended.code == 0, ended.err
+    measured, memory, even = (json.loads(line)["tensor_split"] for line in ended.out.splitlines())
+    assert even == "1/1"
+    assert [float(share) for share in memory.split("/")] == pytest.approx([1, 1], rel=0.1)
+    shares = [float(share) for share in measured.split("/")]
+    assert len(shares) == 2
+    assert min(shares) == 1
+
+
+def test_the_table_of_scaling():
+    """Measured and predicted by the example, each in a row, and what is only predicted in a table of its own."""
+    script = Path(__file__).parents[2] / "examples" / "scaling.py"
+    words = ["--shape", "tiny:Q8_0", "--ranks", "2", "-p", "8", "-n", "2", "-r", "1", "--rounds", "1"]
+    words += ["--cluster", "llama-1b:Q4_0,a100-40g,hdr,2,1"]
+    told = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=100)
+    assert told.returncode == 0, told.stderr
+    mine, others = told.stdout.split("Not measured; ")
+    cells = [cell.strip() for cell in mine.strip().splitlines()[-1].strip("|").split("|")]
+    assert cells[0] == "2"
+    assert len(cells) == 7
+    assert all(float(cell) > 0 for cell in cells)
+    assert float(cells[3]) == pytest.approx(float(cells[1]) / float(cells[2]), rel=0.02)
+    assert others.strip().splitlines()[-1].startswith("| llama-1b:Q4_0 | 1 x 2 a100-40g, hdr | ")
 
 
 @pytest.mark.parametrize("n_ranks", [0, 2])

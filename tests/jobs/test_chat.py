@@ -23,16 +23,13 @@ FLAGS = ["chat", "-t", "1", "--chat-template", "chatml", "--temp", "0"]
 
 
 # Open MPI's launcher does not pass on the end of its input (nor does `mpirun -n 2 cat` end there).
-LEAVE = {True: "/exit\n", False: ""}
-
-
-def leaves_by_word(n_ranks):
-    """Whether a job has to be told to leave."""
-    return bool(n_ranks) and "Open MPI" in launcher()
+def farewell(n_ranks):
+    """Return what a job has to be told so that it leaves."""
+    return "/exit\n" if n_ranks and "Open MPI" in launcher() else ""
 
 
 def piped(text, *flags, n_ranks=0, template=True):
-    text += LEAVE[leaves_by_word(n_ranks)]
+    text += farewell(n_ranks)
     command = [*mpirun(n_ranks), sys.executable, "-m", "mpillama", *FLAGS[: None if template else 3], *map(str, flags)]
     return subprocess.run(command, input=text.encode(), capture_output=True, timeout=60, check=False)
 
@@ -205,7 +202,7 @@ def test_a_thought_is_shown_apart(n_ranks):
     flags = ["chat", "-t", "1", "--chat-template", template, "--temp", "0", "-n", "8"]
     ended = subprocess.run(
         [*mpirun(n_ranks), sys.executable, "-m", "mpillama", *flags],
-        input=b"Go.\n" + LEAVE[leaves_by_word(n_ranks)].encode(),
+        input=b"Go.\n" + farewell(n_ranks).encode(),
         capture_output=True,
         timeout=60,
         check=False,

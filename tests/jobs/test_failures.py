@@ -186,17 +186,18 @@ def test_an_uncaught_exception_is_told_once_and_ends_all(victim):
     assert f"rank {victim} on " in ended.err
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_an_error_of_one_rank_while_loading_is_told_once_and_ends_all(model, tmp_path, victim):
+@pytest.mark.parametrize(("load", "victim"), [("direct", 0), ("direct", 1), ("bcast", 0)])
+def test_an_error_of_one_rank_while_loading_is_told_once_and_ends_all(model, tmp_path, load, victim):
     code = (
         "import sys\n"
         "from mpi4py import MPI\n"
-        "from mpillama import loader\n"
+        "from mpillama import reading\n"
         "from mpillama.cli.main import main\n"
         "from mpillama.errors import GGUFError\n"
-        "def read(self, *_, **__): raise GGUFError('m.gguf: cannot read it')\n"
-        f"if MPI.COMM_WORLD.rank == {victim}: loader.SliceReader.read = read\n"
-        f"sys.exit(main(['logits', '-m', {str(model)!r}, '--tokens', '1', '--out', {str(tmp_path / 'o.npy')!r}]))\n"
+        "def fill(self, *_, **__): raise GGUFError('m.gguf: cannot read it')\n"
+        f"if MPI.COMM_WORLD.rank == {victim}: reading.Files.fill = fill\n"
+        f"flags = ['-m', {str(model)!r}, '--tokens', '1', '--out', {str(tmp_path / 'o.npy')!r}, '--load', {load!r}]\n"
+        "sys.exit(main(['logits', *flags]))\n"
     )
     assert_told_once(run([], 3, program=("-c", code)), f"rank {victim} on ", "m.gguf: cannot read it")
 

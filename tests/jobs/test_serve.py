@@ -8,12 +8,15 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jsonschema
 import numpy as np
 import openai
 import pytest
 
+from mpillama.data import demo_model_path
+from mpillama.gguf.reader import read_header
 from server import Server
 
 CHAT = [{"role": "user", "content": "Tell me a story"}]
@@ -42,8 +45,9 @@ WEATHER = {
 
 
 @pytest.fixture(scope="module")
-def server():
-    with Server("--chat-template", "chatml", "-np", 8, "--max-body", 1) as running:
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slots")
+    with Server("--chat-template", "chatml", "-np", 8, "--max-body", 1, "--slot-save-path", folder) as running:
         yield running
 
 
@@ -187,6 +191,28 @@ def test_about_the_server(server):
     assert server.ask("/detokenize", {"tokens": ids})[1] == {"content": "Once upon a time"}
     assert "<|im_start|>user\nTell me a story" in server.ask("/apply-template", {"messages": CHAT})[1]["prompt"]
     assert "<!doctype html>" in server.ask("/")[1]
+
+
+def test_where_the_time_of_steps_goes(server, client):
+    names = (
+        "step_seconds",
+        "run_seconds",
+        "collective_seconds",
+        "sample_seconds",
+        "steps",
+        "collectives",
+        "collective_bytes",
+    )
+    before = [server.metric(f"mpillama_{name}_total") for name in names]
+    client.completions.create(model="", prompt="One day", max_tokens=20, extra_body={"ignore_eos": True})
+    after = [server.metric(f"mpillama_{name}_total") for name in names]
+    spent = {name: b - a for name, a, b in zip(names, before, after, strict=True)}
+    assert spent["step_seconds"] > spent["run_seconds"] > spent["collective_seconds"] > 0
+    assert spent["step_seconds"] - spent["run_seconds"] > spent["sample_seconds"] > 0
+    # In each step at least two sums for each block of the model, and the logits.
+    n_blocks = read_header(demo_model_path()).metadata["llama.block_count"]
+    assert spent["collectives"] >= spent["steps"] * (2 * n_blocks + 1)
+    assert spent["collective_bytes"] > spent["collectives"]
 
 
 def endless(stream=True):
@@ -340,3 +366,28 @@ def test_a_killed_rank_ends_the_job_and_its_streams(victim):
         assert time.monotonic() - began < 5
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((server.host, server.port), timeout=1)
+
+
+def test_ranks_do_not_outlive_their_launcher():
+    with Server("-np", 2) as server:
+        sock = server.post_raw("/v1/completions", endless())
+        sock.recv(10)
+        ranks = server.ranks
+        # Its helpers too: some would end the ranks, and others have left them behind.
+        helpers = {server.job.pid, *(int(Path(f"/proc/{pid}/stat").read_text().split()[3]) for pid in ranks)}
+        for pid in helpers:
+            os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        while any(is_running(pid) for pid in ranks):
+            assert time.monotonic() - began < 10
+            time.sleep(0.05)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((server.host, server.port), timeout=1)
+
+
+def is_running(pid):
+    """Whether a process is there, and not merely waits for somebody to take note of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False

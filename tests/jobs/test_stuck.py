@@ -91,6 +91,11 @@ def test_rank_0_that_stops_between_two_steps_is_named(hosts):
     assert_told(steps(3, hosts=hosts, after=after), "rank 0 on ")
 
 
+def test_a_rank_elsewhere_that_stops_while_rank_0_waits_for_mail_is_named():
+    after = "stop() if world.rank == 2 else [world.fetch(1.0) for _ in range(30)]"
+    assert_told(steps(3, hosts=("a", "a", "b"), after=after), "rank 2 on b")
+
+
 def test_slow_ranks_and_idle_ones_are_no_failure():
     idle = f"time.sleep({2 * LIMIT}); world.send(np.ones(3, np.int32))"
     after = f"world.receive() if world.rank else exec('{idle}', globals(), locals())"

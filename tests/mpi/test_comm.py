@@ -7,7 +7,9 @@ from mpi4py import MPI
 from comm_contract import CONTRACT
 from mpillama.comm.mpi import MPIGroup, MPIWorld
 from mpillama.comm.shared import SharedGroup, native_module_is_built
+from mpillama.gguf.types import GGMLType
 from mpillama.grid import Grid
+from relay_case import Case, assert_same
 from shared import shared
 from tiny import logits_of, nmse, open_runner, write_llama
 
@@ -51,6 +53,22 @@ def test_golden_logits(name, world):
         logits = logits_of(runner, reference["tokens"].tolist(), chunk)
         assert nmse(logits, reference["logits"]) <= 1e-6
         assert world.bcast(logits.tobytes()) == logits.tobytes()
+
+
+def test_reading_together_gives_the_same_weights(any_world, tmp_path, rng):
+    world, shares = any_world, rng.uniform(0.0, 3.0, any_world.size) + 0.1
+    path = world.bcast(
+        str(write_llama(tmp_path / "m.gguf", rng, GGMLType.Q4_K, n_head=12, n_head_kv=4, n_expert=5, n_expert_used=2))
+    )
+    chunk_bytes = int(2 ** rng.uniform(13, 20))
+    for grid in (Grid(world.size), Grid(1, 1, world.size)):
+        case = Case(path, grid, shares.tolist()[: grid.replica_size])
+        if world.size > 1:
+            together, n_read = case.relay(world, chunk_bytes)
+            assert_same(together, case.direct(world)[0])
+            n_file = sum(info.nbytes for info in case.tensors.values())
+            total = world.bcast(sum(world.gather(n_read)))
+            assert n_file <= total <= n_file + 32 * len(case.tensors)
 
 
 def test_each_rank_reads_its_share(world, tmp_path, rng):

@@ -7,7 +7,8 @@ import gguf
 import numpy as np
 import pytest
 
-from gpu_host import VARIANTS, emulated, needs_compiler
+from attention_pair import kept
+from gpu_host import REAL, VARIANTS, emulated, needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
 from mpillama.backends.kv_codec import decode, encode
@@ -25,7 +26,7 @@ def backends():
     found = [pytest.param(ReferenceBackend, id="reference")]
     for warp, order in VARIANTS[:2]:
         make = functools.partial(emulated, warp, order)
-        found.append(pytest.param(make, id=f"emulated-{warp}-{order}", marks=needs_compiler))
+        found.append(pytest.param(make, id=f"{REAL or 'emulated'}-{warp}-{order}", marks=needs_compiler))
     try:
         from mpillama import _cpu
     except ImportError:
@@ -57,13 +58,6 @@ def batch_of(lengths, pasts, n_blocks, rng):
 
 
 _QUANTS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
-
-
-def kept(x, kv_type):
-    """Return x as a cache keeps it."""
-    if kv_type in _QUANTS and x.size:
-        return gguf.quants.dequantize(gguf.quants.quantize(x, _QUANTS[kv_type]), _QUANTS[kv_type])
-    return x.astype(np.float16).astype(np.float32) if kv_type == "f16" else x
 
 
 def test_quantized_cache_rounds_like_the_file_format(backend, rng):
@@ -270,6 +264,10 @@ def test_norms_and_activations(backend, rng):
         found = backend.gated(name, gate.astype("f4"), up.astype("f4"))
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6, err_msg=name)
     np.testing.assert_allclose(backend.softcap(x, 3.0), 3 * np.tanh(x / 3.0), rtol=1e-5)
+
+    positions = np.concatenate([[0, 8191, 8192], rng.integers(0, 1 << 20, 5)]).astype("i4")
+    expected = [[math.log(position // 8192 + 1) * 0.1 + 1] for position in positions.tolist()]
+    np.testing.assert_allclose(backend.attn_temperature(positions, 8192.0, 0.1), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("gating", ["softmax", "softmax_weight"])

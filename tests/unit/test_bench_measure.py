@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import replace
 
@@ -68,7 +69,11 @@ def test_collectives_of_a_known_model(n_ranks, tmp_path, rng):
             left -= n_tokens[-1]
             n_logits.append(int(left == 0))
     n_tokens, n_logits = n_tokens + [1] * n_gen, n_logits + [1] * n_gen
-    for steps in run_threads(n_ranks, main):
+    found = run_threads(n_ranks, main)
+    # Each step reads what the context holds after it: 4 heads of 16 float32, keys and values, in each block.
+    n_read = sum(itertools.accumulate(n_tokens))
+    assert sum(steps.kv_bytes for steps in found) == n_read * n_layer * 4 * 2 * 16 * 4
+    for steps in found:
         assert (steps.n_tokens, steps.n_logits) == (n_tokens, n_logits)
         assert len(steps.total_ns) == len(steps.comm_ns) == len(n_tokens)
         assert all(0 <= comm <= total for comm, total in zip(steps.comm_ns, steps.total_ns, strict=True))
@@ -117,6 +122,28 @@ def test_workload_goes_on_after_the_depth(rng):
     assert [batch.block_tables.shape[1] for batch in seen] == [4] * 4
 
 
+def test_sequences_of_a_workload_have_blocks_of_their_own():
+    seen = []
+    work = Workload(seen.append, 8, 50, lambda: False)
+    work.test(Test(3, 2, n_depth=40, n_parallel=3), 8, 5)
+    assert [batch.positions.tolist() for batch in seen] == [
+        [40, 41, 42, 40, 41],
+        [42, 40, 41],
+        [42],
+        [43, 43, 43],
+        [44, 44, 44],
+    ]
+    assert [batch.seq_lens.tolist() for batch in seen] == [[3, 2], [1, 2], [1], [1, 1, 1], [1, 1, 1]]
+    assert [batch.logit_rows.tolist() for batch in seen] == [[2], [0, 2], [0], [0, 1, 2], [0, 1, 2]]
+    assert [batch.block_tables.tolist() for batch in seen] == [
+        [[0, 1], [2, 3]],
+        [[2, 3], [4, 5]],
+        [[4, 5]],
+        [[0, 1], [2, 3], [4, 5]],
+        [[0, 1], [2, 3], [4, 5]],
+    ]
+
+
 def test_figures_are_consistent(rng):
     n_ranks, n_reps, n_steps, n_tokens = 3, 4, 6, 12
     total = rng.integers(10**6, 10**7, (n_reps, n_ranks, n_steps))
@@ -125,7 +152,7 @@ def test_figures_are_consistent(rng):
     repetitions = [
         [
             RankSteps(
-                total[i, r].tolist(), comm[i, r].tolist(), [2] * n_steps, [1] * n_steps, 30, 600, kernels[i, r].tolist()
+                total[i, r].tolist(), comm[i, r].tolist(), [2] * n_steps, [1] * n_steps, 30, 600, 40, kernels[i, r].tolist()
             )
             for r in range(n_ranks)
         ]
@@ -152,7 +179,9 @@ def test_figures_are_consistent(rng):
     assert figures(n_tokens, samples, uncounted, StepBytes(1, 1, 0, 0, 0)).host_us is None
     assert found.overhead_us == pytest.approx(5.0)
     assert found.weight_bytes == pytest.approx(1000 * n_steps / n_tokens)
-    assert found.weight_gbps == pytest.approx(found.weight_bytes * n_tokens * n_reps / sum(samples))
+    assert found.kv_bytes == pytest.approx(n_ranks * 40 / n_tokens)
+    n_bytes = (found.weight_bytes + found.kv_bytes) * n_tokens * n_reps
+    assert found.read_gbps == pytest.approx(n_bytes / sum(samples))
     one = figures(n_tokens, samples[:1], repetitions[:1], StepBytes(1, 1, 0, 0, 0))
     assert (one.stddev_ns, one.stddev_ts) == (0, 0.0)
     assert one.avg_ts == pytest.approx(n_tokens / (one.avg_ns / 1e9))

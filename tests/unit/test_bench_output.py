@@ -127,7 +127,7 @@ def test_markdown_has_more_columns_on_demand(rng):
     assert row["of stream"] == "50 %"
     assert row["other t/s"] == "10.00 ± 0.50"
     assert row["ratio"] == "1.250"
-    assert row["GB/s"] == f"{result.weight_gbps:.1f}"
+    assert row["GB/s"] == f"{result.read_gbps:.1f}"
     bare = printed("md", [replace(result, stream_share=None)], DETAILS).splitlines()
     assert dict(zip(cells(bare[0]), cells(bare[2]), strict=True))["of stream"] == ""
 

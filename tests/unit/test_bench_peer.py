@@ -27,6 +27,7 @@ class FakeLlama(ModuleType):
         self.loads, self.status = loads, status
         self.n_past = 0
         self.decoded: list[tuple[int, int]] = []
+        self.rows: list[tuple[int, int, bool]] = []
         self.contexts: list[Any] = []
         self.freed: list[str] = []
         self.affinity: set[int] = set()
@@ -63,7 +64,8 @@ class FakeLlama(ModuleType):
         return context
 
     def llama_memory_seq_rm(self, memory: Any, sequence: int, start: int, stop: int) -> bool:
-        assert (sequence, stop) == (0, -1)
+        assert stop == -1
+        assert sequence < self.contexts[-1].n_seq_max
         assert start <= self.n_past
         self.n_past = start
         return True
@@ -72,7 +74,21 @@ class FakeLlama(ModuleType):
         assert all(0 <= token < 32 for token in tokens)
         return tokens, n
 
-    def llama_decode(self, context: Any, batch: tuple[Any, int]) -> int:
+    def llama_batch_init(self, n: int, n_embd: int, n_seq_max: int) -> Any:
+        return SimpleNamespace(
+            token=[0] * n, pos=[0] * n, n_seq_id=[0] * n, seq_id=[[0] for _ in range(n)], logits=[0] * n
+        )
+
+    def llama_batch_free(self, batch: Any) -> None:
+        self.freed.append("batch")
+
+    def llama_decode(self, context: Any, batch: Any) -> int:
+        if isinstance(batch, SimpleNamespace):
+            assert batch.n_tokens == len(batch.token) == sum(batch.n_seq_id)
+            sequences = [ids[0] for ids in batch.seq_id]
+            self.rows += list(zip(sequences, batch.pos, batch.logits, strict=True))
+            self.n_past = max(batch.pos) + 1
+            return self.status
         self.decoded.append((self.n_past, batch[1]))
         self.n_past += batch[1]
         return self.status
@@ -111,6 +127,21 @@ def test_it_runs_the_same_tests(fake):
     assert (params.type_k, params.type_v, params.n_threads, params.n_threads_batch) == (1, 30, 3, 3)
     assert peer.test(Test(20, 2), 8) > 0
     assert fake.decoded == [(0, 8), (8, 8), (16, 4), (20, 1), (21, 1)]
+
+
+def test_sequences_together(fake):
+    """They have the same positions, and logits are wanted where our own runs want them."""
+    peer = Peer("m.gguf", 1, set())
+    peer.prepare(200, 8, 8, "f16", "f16", 3)
+    assert fake.contexts[0].n_seq_max == 3
+    peer.test(Test(4, 2, n_depth=1, n_parallel=3), 8)
+    depth = [(s, 0, True) for s in range(3)]
+    prompt = [(s, 1 + i, i == 3) for s in range(3) for i in range(4)]
+    assert fake.rows == [*depth, *prompt, *((s, 5 + i, True) for i in range(2) for s in range(3))]
+    assert fake.freed.count("batch") == 5
+    fake.rows.clear()
+    peer.test(Test(0, 1, n_depth=1, n_parallel=3), 8)
+    assert fake.rows == [(s, 1, True) for s in range(3)]
 
 
 def test_the_depth_is_filled_once(fake):

@@ -81,9 +81,9 @@ def test_mistakes(words, message):
 
 
 def test_pairs_and_splits():
-    args = bench("-pg", "512,128", "-pg", "1,2", "-ts", "1/1,3/1", "-ctk", "f32,bf16")
+    args = bench("-pg", "512,128", "-pg", "1,2", "-ts", "1/1,3/1,auto,memory", "-ctk", "f32,bf16")
     assert args.pg == ((512, 128), (1, 2))
-    assert args.tensor_split == ((1.0, 1.0), (3.0, 1.0))
+    assert args.tensor_split == ((1.0, 1.0), (3.0, 1.0), "auto", "memory")
     assert args.cache_type_k == ("f32", "bf16")
 
 
@@ -106,6 +106,8 @@ def test_names_of_tests():
     ]
     assert Test(64, 16, 100).n_tokens == 80
     assert Test(64, 16, 100).n_ctx == 180
+    several = Test(64, 16, 100, n_parallel=3)
+    assert (several.name, several.n_tokens, several.n_ctx) == ("pp64+tg16 @ d100 x 3", 240, 3 * 192)
 
 
 def test_cross_product_loads_as_seldom_as_possible(rng):

@@ -35,10 +35,14 @@ DEFAULTS: dict[str, Any] = {
     "split_mode": None,  # llama.cpp: layer; here by where the ranks are
     "tp": None,
     "pp": None,
-    "dp": 1,
+    "dp": None,  # what the machine suggests; mpillama's own
     "ep": "auto",
     "threads": -1,
     "backend": "auto",
+    "device": None,
+    "load": "auto",  # mpillama's own
+    "fit": None,  # llama.cpp: on
+    "fit_ctx": 4096,
     "tensor_split": None,
     "rank_timeout": 60.0,  # mpillama's own
     "deterministic": False,  # mpillama's own
@@ -118,6 +122,9 @@ VARIABLES: list[tuple[str, str, str, Any]] = [
     ("LLAMA_ARG_CACHE_TYPE_K", "f32", "cache_type_k", "f32"),
     ("LLAMA_ARG_CACHE_TYPE_V", "bf16", "cache_type_v", "bf16"),
     ("LLAMA_ARG_SPLIT_MODE", "none", "split_mode", "none"),
+    ("LLAMA_ARG_DEVICE", "CUDA1,ROCm0,none,cuda:2,hip", "device", "cuda:1,hip:0,cpu,cuda:2,hip"),
+    ("LLAMA_ARG_FIT", "off", "fit", "off"),
+    ("LLAMA_ARG_FIT_CTX", "7", "fit_ctx", 7),
     ("LLAMA_ARG_THREADS", "3", "threads", 3),
     ("LLAMA_ARG_TENSOR_SPLIT", "3/1", "tensor_split", (3.0, 1.0)),
     ("LLAMA_ARG_ROPE_SCALING_TYPE", "yarn", "rope_scaling", "yarn"),
@@ -151,6 +158,7 @@ OTHER_VARIABLES: list[tuple[str, str, str, str, Any]] = [
     ("serve", "LLAMA_ARG_N_PARALLEL", "5", "parallel", 5),
     ("batch", "LLAMA_ARG_N_PARALLEL", "5", "parallel", 5),
     ("serve", "LLAMA_ARG_HOST", "0.0.0.0", "host", "0.0.0.0"),
+    ("serve", "LLAMA_ARG_THINK_BUDGET", "9", "reasoning_budget", 9),
     ("serve", "LLAMA_ARG_PORT", "81", "port", 81),
     ("serve", "LLAMA_ARG_TIMEOUT", "7", "timeout", 7),
     ("serve", "LLAMA_ARG_ALIAS", "me", "alias", "me"),
@@ -262,7 +270,7 @@ def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> Non
     results: list[Namespace] = []
     samples = (
         *("0.5", "3", "1", "none", "reference", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"),
-        *("llama.cpp", "on", "90s", "Q4_K", "h100", "64"),
+        *("llama.cpp", "on", "90s", "Q4_K", "h100", "64", "direct"),
     )
     for sample in samples:
         try:
@@ -438,7 +446,7 @@ def test_what_people_type_from_memory() -> None:
     assert [note.split()[0] for note in namespace.notes] == ["-ngl", "-fa", "--no-mmap", "-no-cnv", "-nkvo", "--numa"]
 
 
-@pytest.mark.parametrize("flag", ["--lora", "-dev", "-ot", "--mmproj", "-cmoe", "-md"])
+@pytest.mark.parametrize("flag", ["--lora", "-ot", "--mmproj", "-cmoe", "-md"])
 def test_flags_that_must_not_be_ignored(flag: str) -> None:
     assert not foreign_flags()[flag].ignored
 

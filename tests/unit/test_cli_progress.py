@@ -133,6 +133,8 @@ def test_timings() -> None:
 
 
 def test_timings_of_nothing_divide_by_nothing() -> None:
+    text = format_timings(load=2.0, sample=(0.0, 0), prompt=(0.1, 1), eval=(0.0, 0), read=(2.0, 3 << 30))
+    assert "       load time =    2000.00 ms (weights: 3.00 GiB in 2.00 s, 1.50 GiB/s)\n" in text
     text = format_timings(load=0.0, sample=(0.0, 0), prompt=(0.1, 1), eval=(0.0, 0))
     assert "       eval time =       0.00 ms /     0 runs\n" in text
     assert "nan" not in text

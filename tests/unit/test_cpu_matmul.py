@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from mpillama.backends.base import RawWeight
-from mpillama.backends.quants import SUPPORTED, dequantize
+from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType, row_bytes
+from products import error, make_weight
 from tiny import random_blocks
 from tiny import rounded_to_int8 as rounded
 
@@ -19,19 +20,8 @@ FLOATS = {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
 TILE_TOKENS = 20
 
 
-def error(y, reference, size=None):
-    size = np.linalg.norm(reference) if size is None else size
-    return np.linalg.norm(y - reference) / size if size else np.abs(y).max(initial=0.0)
-
-
 def some_width(rng, type):
     return int(rng.integers(1, 200)) if type in FLOATS else int(rng.integers(1, 7)) * type.block_size
-
-
-def make_weight(rng, backend, type, n_mats, n_rows, n_in, pad=(0, 0)):
-    """Return a random weight and its float64 matrices (n_mats, n_rows, n_in)."""
-    raw = random_blocks(rng, type, (n_mats, n_rows, n_in))
-    return backend.weight(RawWeight("w", type, raw, n_in, pad)), dequantize(raw, type).astype(np.float64)
 
 
 def expect(y, x, w, type, level, n_tokens):

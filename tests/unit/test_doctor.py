@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from mpillama.doctor.facts import RankFacts, batch_system, launcher, parse_slurm_time, slurm_seconds_left
+from mpillama.batch.clock import slurm_seconds_left
+from mpillama.doctor.facts import RankFacts, batch_system, launcher
 from mpillama.doctor.files import file_system, read_speed
 from mpillama.doctor.findings import Finding, Job, findings
 
@@ -123,13 +124,6 @@ def test_batch_system_and_launcher():
     assert 95 < left <= 100
     assert "ends in" in text(told(job([rank()], batch=("Slurm", "7"), seconds_left=left), "warn"))
     assert "in a job of 4 tasks" in text(told(job([rank()], launcher="", batch_tasks=4), "warn"))
-
-
-@pytest.mark.parametrize(
-    ("written", "seconds"), [("2-03:04:05", 183845), ("3:04:05", 11045), ("4:05", 245), ("7", 7), ("UNLIMITED", None)]
-)
-def test_slurm_times(written, seconds):
-    assert parse_slurm_time(written) == seconds
 
 
 MOUNTS = r"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -95,6 +96,21 @@ class FakeModel:
         return np.array(result, np.float32).reshape(-1, N_VOCAB)
 
 
+class Pipeline:
+    """Gives results late: several batches may be under way."""
+
+    def __init__(self, model: FakeModel, max_in_flight: int) -> None:
+        self.model, self.max_in_flight = model, max_in_flight
+        self.results: deque[np.ndarray] = deque()
+
+    def submit(self, batch: Batch) -> None:
+        assert len(self.results) < self.max_in_flight
+        self.results.append(self.model(batch))
+
+    def collect(self) -> np.ndarray:
+        return self.results.popleft()
+
+
 def alone(request: Request, index: int, n_ctx: int) -> tuple[list[int], str, float]:
     """Return what a continuation must be: tokens, finish_reason, mean logprob."""
     params = request.params
@@ -153,8 +169,9 @@ class Schedule:
         self.model = FakeModel(n_blocks, size, n_batch, n_parallel)
         n_ctx = int(rng.integers(2, 40))
         self.now = 0.0
+        self.depth = int(rng.integers(1, 4))
         self.engine = Engine(
-            self.model,
+            Pipeline(self.model, self.depth),
             None,
             N_VOCAB,
             n_ctx,
@@ -217,7 +234,7 @@ class Schedule:
         engine, rng = self.engine, self.rng
         # The first in order advances in each step of its kind, and no branch is more steps long than it has tokens.
         tokens_of = [(len(r.prompt) + min(r.params.max_tokens or 99, self.n_ctx), r) for r in self.waiting]
-        patience = sum(2 * (n + 1) * r.params.n_branches for n, r in tokens_of)
+        patience = self.depth * sum(2 * (n + 1) * r.params.n_branches for n, r in tokens_of)
         added: list[str] = []
         while self.waiting or engine.has_work():
             while self.waiting and (not engine.has_work() or rng.random() < 0.3):
@@ -226,10 +243,14 @@ class Schedule:
                 added.append(request.id)
             if rng.random() < 0.04:
                 self.cancel(str(rng.choice(added)))
-            before = self.model.n_runs
+            if rng.random() < 0.04:
+                engine.settle()
+            collected = self.model.n_runs - len(engine._flights)
+            steps = not engine._early and engine.has_work()
             outputs = engine.step()
             check_blocks(engine, self.model)
-            assert self.model.n_runs == before + bool(outputs or engine.has_work() or self.model.n_runs > before)
+            # While there is work a step is one batch.
+            assert self.model.n_runs - len(engine._flights) == collected + steps
             for output in outputs:
                 assert not (self.outputs[output.request_id] and self.outputs[output.request_id][-1].last)
                 self.outputs[output.request_id].append(output)

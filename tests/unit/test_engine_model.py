@@ -16,12 +16,14 @@ from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.base import World
 from mpillama.comm.solo import SoloWorld
 from mpillama.comm.threads import run_threads
+from mpillama.engine.base import Stats
 from mpillama.engine.embedding import pooling_type
-from mpillama.engine.engine import Engine, Stats
+from mpillama.engine.engine import Engine
 from mpillama.engine.request import Request, RequestParams
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import ModelError
 from mpillama.gguf.reader import read_header
+from mpillama.grid import Grid
 from mpillama.runner import Runner, pack, unpack
 from mpillama.steps import Leader, follow
 from shared import shared
@@ -59,7 +61,7 @@ def generate(
     leader: Leader, runner: Runner, prompts: Sequence[Sequence[int]], repeat: int = 1, **options: Any
 ) -> tuple[list[list[int]], Stats]:
     """Return the greedy tokens of each prompt, all asked for at once; of the last time if that is repeated."""
-    engine = Engine(leader.run, None, N_VOCAB, N_CTX, runner.n_blocks, **options)
+    engine = Engine(leader, None, N_VOCAB, N_CTX, runner.n_blocks, **options)
     for time in range(repeat):
         tokens: dict[str, list[int]] = {f"{time}-{i}": [] for i in range(len(prompts))}
         for id, prompt in zip(tokens, prompts, strict=True):
@@ -99,6 +101,38 @@ def test_greedy_tokens_do_not_depend_on_company(n_ranks, make, tmp_path, rng):
     assert stats.kv_used == 0
     alone, _ = on_ranks(n_ranks, path, make, 160, lambda *a: generate(*a, prompts[::4], n_parallel=1))
     assert sum(a != b for a, b in zip(alone, crowd[::4], strict=True)) <= 1
+
+
+class CountingLeader(Leader):
+    """Notes how many batches were in flight with each that was submitted."""
+
+    def submit(self, batch: Batch) -> None:
+        super().submit(batch)
+        self.seen = [*getattr(self, "seen", []), self.in_flight]
+
+
+@pytest.mark.parametrize("n_stages", [2, 3])
+def test_sequences_keep_a_pipeline_busy(n_stages, tmp_path, rng):
+    """As many steps in flight as there are stages, of other sequences each, and the tokens of a single rank."""
+    path = write_llama(tmp_path / "m.gguf", rng, n_layer=3)
+    prompts = [rng.integers(0, N_VOCAB, int(n)).tolist() for n in (*rng.integers(1, 20, 7), 90)]
+
+    def main(world: World) -> Any:
+        runner, _ = open_runner(world, path, [1.0] * n_stages, 512, grid=Grid(1, n_stages))
+        if world.rank:
+            return follow(world, runner)
+        leader = CountingLeader(world, runner, n_stages)
+        result = generate(leader, runner, prompts, n_parallel=6, n_batch=30)[0]
+        leader.stop()
+        return result, leader.seen
+
+    found, in_flight = run_threads(n_stages, main)[0]
+    assert max(in_flight) == n_stages
+    assert np.mean(np.array(in_flight) == n_stages) > 0.5
+    runner, _ = open_runner(SoloWorld(), path, [1.0])
+    for prompt, tokens in zip(prompts, found, strict=True):
+        logits = logits_of(runner, [*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        assert (logits.max(axis=1) - logits[range(N_TOKENS), tokens] < 1e-4 * logits.std()).all(), prompt
 
 
 @pytest.mark.parametrize("make", backends())

@@ -2,79 +2,17 @@
 
 import re
 
-import gguf
 import numpy as np
 import pytest
 
+from attention_pair import Pair, kept
 from gpu_host import VARIANTS, emulated, needs_compiler
-from mpillama.backends.attention import KVCache, attend
-from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
-from mpillama.backends.gpu.attention import CACHE_TYPES
+from mpillama.backends.attention import attend
+from mpillama.backends.base import KV_BLOCK, AttentionParams
+from mpillama.backends.kv_codec import CACHE_TYPES, row_bytes
 from mpillama.errors import UsageError
-from mpillama.runner import KV_BYTES
 
 pytestmark = needs_compiler
-_QUANTS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
-
-
-def kept(x, type):
-    """Return float32 ``x`` as it comes out of a cache."""
-    if type == "f16":
-        return x.astype(np.float16).astype(np.float32)
-    if type == "bf16":
-        bits = x.view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).view(np.float32)
-    if type in _QUANTS:
-        return gguf.quants.dequantize(gguf.quants.quantize(x, _QUANTS[type]), _QUANTS[type])
-    return x
-
-
-class Pair:
-    """A GPU backend and the reference, fed with the same steps of several sequences."""
-
-    def __init__(self, rng, backend, sizes, types=("f32", "f32"), n_blocks=24, n_seqs=1, kv_heads=None, **params):
-        self.rng, self.backend, self.types = rng, backend, types
-        self.n_head, self.n_head_kv, self.n_k, self.n_v = sizes
-        if kv_heads is None:
-            kv_heads = tuple(h * self.n_head_kv // self.n_head for h in range(self.n_head))
-        self.sinks = rng.standard_normal(self.n_head).astype(np.float32) if params.pop("sinks", False) else None
-        settings = {"scale": self.n_k**-0.5, "softcap": 0.0, "window": 0} | params
-        self.params = AttentionParams(kv_heads=kv_heads, **settings)
-        self.tables = rng.permutation(n_blocks).astype(np.int32).reshape(n_seqs, -1)
-        self.cache = backend.new_cache(n_blocks, self.n_head_kv, self.n_k, self.n_v, *types)
-        self.reference = KVCache(n_blocks, self.n_head_kv, self.n_k, self.n_v, "f32", "f32")
-        self.n_past = [0] * n_seqs
-
-    def random(self, *shape):
-        return self.rng.standard_normal(shape, dtype=np.float32)
-
-    def batch(self, seq_lens):
-        seqs = [s for s, n in enumerate(seq_lens) if n]
-        lens = [seq_lens[s] for s in seqs]
-        starts = [self.n_past[s] for s in seqs]
-        ends = [start + n for start, n in zip(starts, lens, strict=True)]
-        positions = np.concatenate([np.arange(a, b, dtype=np.int32) for a, b in zip(starts, ends, strict=True)])
-        tables = self.tables[seqs].copy()
-        for table, end in zip(tables, ends, strict=True):
-            table[-(-end // KV_BLOCK) :] = -1
-        for s, end in zip(seqs, ends, strict=True):
-            self.n_past[s] = end
-        none = np.zeros(0, np.int32)
-        return Batch(np.zeros(len(positions), np.int32), positions, np.array(lens, np.int32), tables, none)
-
-    def inputs(self, n):
-        q = self.random(n, self.n_head, self.n_k) * np.float32(2)
-        k, v = self.random(n, self.n_head_kv, self.n_k), self.random(n, self.n_head_kv, self.n_v)
-        return q, kept(k, self.types[0]), kept(v, self.types[1])
-
-    def step(self, *seq_lens):
-        batch = self.batch(seq_lens)
-        q, k, v = self.inputs(len(batch.positions))
-        result = self.backend.attention(q, k, v, self.cache, batch, self.params, self.sinks)
-        expected = attend(q, k, v, self.reference, batch, self.params, self.sinks)
-        assert result.dtype == np.float32
-        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
-        return result
 
 
 def any_variant(rng, **options):
@@ -139,7 +77,7 @@ def test_rounding(rng, type):
     v[0] = 0
     result = pair.backend.attention(q, k, v, pair.cache, batch, pair.params, None)
     wrong = result != kept(v, type)
-    if type in _QUANTS:
+    if type in ("q8_0", "q4_0"):
         # A value in the middle of two may go to either.
         assert wrong.mean() < 1e-3
         steps = np.abs(v).reshape(300, 1, 3, 32).max(axis=-1).repeat(32, axis=-1) / (127 if type == "q8_0" else 8)
@@ -164,7 +102,7 @@ def test_a_rank_without_query_heads_keeps_its_keys(rng):
 def test_bytes_of_a_cache_and_types_that_do_not_fit():
     backend = emulated()
     for type in CACHE_TYPES:
-        bytes_of_32 = 2 * 3 * KV_BYTES[type] + 3 * 3 * KV_BYTES["f16"]
+        bytes_of_32 = 2 * 3 * row_bytes(type, 32) + 3 * 3 * row_bytes("f16", 32)
         assert backend.new_cache(7, 3, 64, 96, type, "f16").nbytes == 7 * KV_BLOCK * bytes_of_32
     said = "values of 80 elements cannot be cached as q8_0; choose one of f32, f16, bf16"
     with pytest.raises(UsageError, match=re.escape(said) + "$"):

@@ -1,5 +1,8 @@
 """Every kernel through the compilers of real GPUs, where they are installed (``make compilers``)."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import gpu_compilers as compilers
@@ -9,8 +12,10 @@ BIG = {"attend_1", "attend_2", "attend_4", "attend_8"}
 
 
 def check(compile_for, arch, rng):
-    for unit in compilers.some_units(arch, rng):
-        ok, log = compile_for(unit, arch)
+    units = list(compilers.some_units(arch, rng))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        results = list(pool.map(lambda unit: compile_for(unit, arch), units))
+    for unit, (ok, log) in zip(units, results, strict=True):
         assert ok, (unit, log[:4000])
         for name, (registers, spilled) in compilers.resources(log).items():
             # The query rows of attention are meant to fill the registers; a few words beside them do no harm.

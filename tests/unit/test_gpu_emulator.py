@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_host import needs_compiler
+from gpu_host import emulated, needs_compiler
 from mpillama.backends.gpu import source
 from mpillama.backends.gpu.device import Unit
 from mpillama.backends.gpu.emulated import EmulatedDevice
+from mpillama.config import Rope
 
 pytestmark = needs_compiler
 UNIT = Unit("mistakes.cu")
@@ -92,6 +93,55 @@ def test_wrong_arguments_are_refused(mistakes):
             launch(x, x, **options)
 
 
+@pytest.mark.parametrize(("warp", "order"), [(32, 0), (32, 1), (32, 2), (64, 0), (64, 1), (64, 2)])
+def test_ops_of_rows_and_heads_in_every_order(warp, order, rng):
+    """Those of `elementwise.cu` and `experts.cu`, with random sizes, against NumPy in float64."""
+    backend = emulated(warp, order, int(rng.integers(1 << 30)))
+    n_tokens, short, long = int(rng.integers(1, 9)), int(rng.integers(1, 1025)), int(rng.integers(1025, 2200))
+    for n in (short, long):
+        x, w = rng.standard_normal((n_tokens, n)).astype("f4"), rng.standard_normal(n).astype("f4")
+        exact = x.astype("f8")
+        squares = (exact**2).sum(-1, keepdims=True)
+        np.testing.assert_allclose(backend.rms_norm(x, w, 1e-5), exact / np.sqrt(squares / n + 1e-5) * w, rtol=1e-5)
+        start = int(rng.integers(0, n))
+        some = (exact[:, start:] ** 2).sum(-1, keepdims=True)
+        np.testing.assert_allclose(backend.sum_squares(x, start, n), some, rtol=1e-5)
+        mean = squares.astype("f4") / np.float32(n)
+        scaled = backend.scale_by_mean_square(x, mean, w, 1e-5)
+        np.testing.assert_allclose(scaled, exact / np.sqrt(squares / n + 1e-5) * w, rtol=1e-5)
+
+    n_expert = int(rng.integers(1, 300))
+    n_used = int(rng.integers(1, min(n_expert, 2 * warp) + 1))
+    logits = rng.standard_normal((n_tokens, n_expert)).astype("f4")
+    index, weights = backend.route(logits, n_used, "softmax", False)
+    np.testing.assert_array_equal(index, np.argsort(-logits, -1, kind="stable")[:, :n_used])
+    powers = np.exp(logits.astype("f8"))
+    np.testing.assert_allclose(weights, np.take_along_axis(powers / powers.sum(-1, keepdims=True), index, 1), rtol=1e-5)
+    answers = rng.standard_normal((n_tokens, n_used, short)).astype("f4")
+    exact = np.einsum("tkn,tk->tn", answers.astype("f8"), weights)
+    np.testing.assert_allclose(backend.sum_experts(answers, weights), exact, atol=1e-5, rtol=1e-5)
+    np.testing.assert_array_equal(backend.take(answers[:, 0], index % n_tokens), answers[:, 0][index % n_tokens])
+
+    heads, half = rng.standard_normal((n_tokens, 3, 2 * short)).astype("f4"), int(rng.integers(1, short + 1))
+    neox = bool(rng.integers(2))
+    table = backend.rope_table(np.arange(7, 7 + n_tokens, dtype="i4"), Rope(2 * half, neox, 1e4), None)
+    angles = np.arange(7, 7 + n_tokens)[:, None, None] * 1e4 ** (-np.arange(half) / half)
+    a, b = (
+        (heads[..., :half], heads[..., half : 2 * half])
+        if neox
+        else (heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2])
+    )
+    turned = (a + 1j * b) * np.exp(1j * angles)
+    found = backend.rope(heads, table)
+    c, d = (
+        (found[..., :half], found[..., half : 2 * half])
+        if neox
+        else (found[..., 0 : 2 * half : 2], found[..., 1 : 2 * half : 2])
+    )
+    np.testing.assert_allclose(c + 1j * d, turned, atol=1e-5)
+    np.testing.assert_array_equal(found[..., 2 * half :], heads[..., 2 * half :])
+
+
 SANITIZED = """
 import sys
 import numpy as np
@@ -111,7 +161,7 @@ for type in {types}:
     for n in (1, 5, 40):
         x = rng.standard_normal((n, 256)).astype("f4")
         backend.linear(x, w)
-        backend.expert_linear(x, w, rng.integers(0, 3, (n, 2)).astype("i4"))
+        backend.expert_linear(x, w, rng.integers(-1, 3, (n, 2)).astype("i4"))
     backend.embedding(np.array([0, 36, 37, -1], "i4"), w, 0)
 pair = Pair(rng, backend, (6, 2, 64, 32), ("f16", "q8_0"), n_blocks=6, sinks=True)
 for n in (33, 1, 100):

@@ -3,28 +3,19 @@
 import numpy as np
 import pytest
 
-from gpu_host import VARIANTS, RawWeight, emulated, needs_compiler
+from gpu_host import VARIANTS, emulated, needs_compiler
 from mpillama.backends.gpu.matmul import FLOATS
-from mpillama.backends.quants import SUPPORTED, dequantize
+from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
-from tiny import random_blocks, rounded_to_int8
+from products import error, make_weight
+from tiny import rounded_to_int8
 
 pytestmark = needs_compiler
 TYPES = sorted(SUPPORTED)
 
 
-def error(y, exact):
-    size = np.linalg.norm(exact)
-    return np.linalg.norm(y - exact) / size if size else np.abs(y).max(initial=0.0)
-
-
 def some_width(rng, type):
     return int(rng.integers(1, 300)) if type in FLOATS else int(rng.integers(1, 6)) * type.block_size
-
-
-def make_weight(rng, backend, type, n_mats, n_rows, n_in, pad=(0, 0)):
-    raw = random_blocks(rng, type, (n_mats, n_rows, n_in))
-    return backend.weight(RawWeight("w", type, raw, n_in, pad)), dequantize(raw, type).astype(np.float64)
 
 
 def as_kernels_see(x, type, pad=(0, 0)):
@@ -94,7 +85,14 @@ def test_float_products_of_many_tokens(type, rng, monkeypatch):
     w, floats = make_weight(rng, backend, type, 1, 77, 512, pad)
     x = rng.standard_normal((20, 504)).astype(np.float32) * (10.0 ** rng.uniform(-20, 20, (20, 1))).astype(np.float32)
     x[3] = 0
+    device, sizes = backend.device, []
+    empty = device.empty
+    monkeypatch.setattr(device, "empty", lambda *args: sizes.append(args) or empty(*args))
     y = backend.linear(x, w)
+    # Of the weights only some are floats at a time.
+    halves = [np.prod(args[0]) for args in sizes if args[1:] == (np.uint16,)]
+    assert max(halves, default=0) <= max(7000, 20 * 512)
+    assert len(halves) == {GGMLType.F32: 0, GGMLType.F16: 1}.get(type, 1 + -(-77 // (7000 // 512)))
     exact = np.pad(x.astype(np.float64), ((0, 0), pad)) @ floats[0].T
     for row, expected in zip(y, exact, strict=True):
         assert error(row, expected) < (1e-6 if type == GGMLType.F32 else 6e-4)
@@ -119,3 +117,19 @@ def test_all_tokens_to_one_expert_and_to_none(rng):
     chosen = np.full((100, 1), int(rng.integers(40)), np.int32)
     y = backend.expert_linear(x, w, chosen)[:, 0]
     assert error(y, rounded_to_int8(x) @ floats[chosen[0, 0]].T) < 2e-6
+
+
+@pytest.mark.parametrize("n_expert", [0, 1, 5])
+def test_experts_that_are_on_other_ranks(n_expert, rng):
+    backend = emulated(*VARIANTS[rng.integers(len(VARIANTS))], int(rng.integers(1 << 30)))
+    for type in (GGMLType.F16, GGMLType.Q5_K):
+        w, floats = make_weight(rng, backend, type, n_expert, 70, 256)
+        for n_tokens in (int(rng.integers(1, 9)), int(rng.integers(9, 60))):
+            x = rng.standard_normal((n_tokens, 256)).astype(np.float32)
+            chosen = rng.integers(-1, n_expert, (n_tokens, 3)).astype(np.int32)
+            y = backend.expert_linear(x, w, chosen)
+            assert (y[chosen < 0] == 0).all()
+            exact = np.einsum(
+                "prn,pn->pr", floats[chosen[chosen >= 0]], as_kernels_see(x, type)[(chosen >= 0).nonzero()[0]]
+            )
+            assert error(y[chosen >= 0], exact) < 2e-6

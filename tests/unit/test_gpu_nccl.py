@@ -168,3 +168,22 @@ def test_all_ranks_choose_alike(having, by_host, kind, monkeypatch):
 
     assert run_threads(2, main) == [kind] * 2
     assert type(device_group(SoloWorld(), Backend(), False)) is StagedGroup
+
+
+@pytest.mark.parametrize(
+    ("names", "gpus", "kind"),
+    [
+        (("cuda", "cuda"), ("a", "b"), NcclGroup),
+        (("cuda", "cuda"), ("a", "a"), StagedGroup),
+        (("cuda", "hip"), ("a", "b"), StagedGroup),
+        (("emulated", "cuda"), ("", "a"), StagedGroup),
+    ],
+)
+def test_nccl_joins_only_different_gpus_of_one_maker(names, gpus, kind, monkeypatch):
+    nccl = FakeNccl(2)
+    monkeypatch.setattr("mpillama.comm.nccl.load_nccl", lambda: nccl)
+
+    def main(world):
+        return type(device_group(world, Backend(names[world.rank]), False, gpus[world.rank]))
+
+    assert run_threads(2, main) == [kind] * 2

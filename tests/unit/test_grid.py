@@ -4,8 +4,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from mpillama.cli import memory
+from mpillama.cli.parser import parse
+from mpillama.cli.progress import Log
+from mpillama.cli.session import load, open_model
+from mpillama.comm.threads import run_threads
 from mpillama.errors import UsageError
-from mpillama.grid import Grid, choose_grid, cut_blocks
+from mpillama.grid import Grid, choose_grid, cut_blocks, host_replicas
 
 sizes = st.integers(1, 6)
 
@@ -97,3 +102,42 @@ def test_stages_without_a_share_are_refused():
     assert Grid(2, 2).stage_weights([1, 0, 0, 2]) == ((1, 0), (0, 2))
     with pytest.raises(UsageError, match="stage 1 of the pipeline no share"):
         Grid(2, 2).stage_weights([1, 1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (hosts(2, 2), Grid(2, 1, 2)),
+        (hosts(1, 1, 1), Grid(1, 1, 3)),
+        (hosts(4), Grid(4)),
+        (hosts(3, 1), Grid(4)),
+        (["a", "b", "a", "b"], Grid(4)),
+    ],
+)
+def test_a_replica_on_each_host(where, expected):
+    assert host_replicas(where) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "free", "expected"),
+    [
+        ([], 4 << 30, Grid(2, 1, 2)),
+        # Enough to run over both hosts, but not for a whole cache on each.
+        ([], 300 << 20, Grid(2, 2)),
+        (["--dp", "1"], 4 << 30, Grid(2, 2)),
+        (["-sm", "tensor"], 4 << 30, Grid(4)),
+        (["--tp", "1", "--dp", "2"], 4 << 30, Grid(1, 2, 2)),
+    ],
+)
+def test_what_fits_into_each_host_runs_there(flags, free, expected, monkeypatch):
+    """Where many requests are answered; the layout says so."""
+    _, args = parse(["batch", "-i", "i", "-o", "o", "-np", "8", "-v", *flags], {})
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
+
+    def main(world):
+        world.hosts = ("a", "a", "b", "b")
+        loaded, _ = load(args, world, Log(args, world.rank), lambda: (open_model(args, 4)[1], None), replicas=True)
+        assert loaded.team.size == expected.replica_size
+        return loaded.model.grid
+
+    assert run_threads(4, main) == [expected] * 4

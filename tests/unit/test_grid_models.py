@@ -44,7 +44,14 @@ def test_two_stages(name, tp, rng):
     check_golden(name, rng, Grid(tp, pp=2), [1.0] * 2 * tp if rng.integers(2) else 2 * SHARES[tp])
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (3, 1), (4, 1), (6, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("name", [*MODELS, *MOE_MODELS])
+def test_uneven_shares(name, rng):
+    """As -ts 5,2,1 and others; test_golden.py has even shares, and those of two stages are above."""
+    check_golden(name, rng, Grid(3), SHARES[3])
+    check_golden(name, rng, Grid(5), [1.0] * 5 if rng.integers(2) else [5.0, 2.0, 1.0, 1.0, 3.0])
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (1, 2), (2, 2), (3, 2)])
 @pytest.mark.parametrize("name", MOE_MODELS)
 def test_whole_experts(name, tp, pp, rng):
     shares = SHARES.get(tp, [5.0, 2.0, 1.0, 1.0, 3.0, 0.0][:tp])

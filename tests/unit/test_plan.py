@@ -1,6 +1,7 @@
 """Plans: the tape of a model's text against real runs, bytes against shards, and what fits against what is asked."""
 
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -179,7 +180,7 @@ def test_what_is_said_to_fit_fits():
 
 
 def test_clusters_that_nobody_has_here_are_walked_at_once():
-    began = time.monotonic()
+    began = time.process_time()
     dense = planner("llama-405b:BF16", H100, n_seqs=64)
     moe = planner("moe-1t:Q8_0", H100, n_seqs=64)
     for made, least in ((dense, 756), (moe, 1028)):
@@ -189,7 +190,7 @@ def test_clusters_that_nobody_has_here_are_walked_at_once():
         assert "64 hosts x 8 h100" in text
         total = sum(layouts[0].weights_per_rank) * layouts[0].dp / (1 << 30)
         assert total >= least * layouts[0].dp
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     # A replica of the dense model needs a whole host; one rank cannot hold it.
     assert not any(layout.fits for layout in dense.layouts() if layout.tp * layout.pp < 10)
 
@@ -270,7 +271,9 @@ def test_command(tmp_path, capsys):
     assert best["fits"]
     assert best["tp"] * best["pp"] * best["dp"] == 16
     assert best["seconds"] == min(layout["seconds"] for layout in found["layouts"] if layout["fits"])
-    assert f"--tp {best['tp']} --pp {best['pp']} --dp {best['dp']}" in script.read_text()
+    n_seqs = -(-16 // best["dp"])
+    layout = f"--tp {best['tp']} --pp {best['pp']} --dp {best['dp']} -np {n_seqs} -c {n_seqs * 4096}"
+    assert re.search(rf"mpillama batch .* {layout} ", script.read_text())
     assert main([*flags, "--between-gbps", "0.1", "--memory-gbps", "1000", "--op-us", "0"]) == 0
     text = capsys.readouterr().out
     assert "1000 GB/s x 1," in text

@@ -202,3 +202,67 @@ def test_any_setting_works_on_a_real_vocabulary(n_vocab, rng):
     for params in ({}, {"top_k": 0}, {"typical": 0.9}, {"mirostat": 1}, {"mirostat": 2}, {"top_n_sigma": 1.0}):
         token = sampler(n_vocab, seed=1, **params).sample(logits)
         assert logits[token] >= np.sort(logits)[-n_vocab // 2]
+
+
+def plainly(logits, params, seen, u) -> int:
+    """Penalties, top-k, top-p, min-p and temperature over the whole vocabulary, sorted."""
+    x = logits.copy()
+    for token, bias in params.logit_bias:
+        x[token] += np.float32(bias)
+    for token in set(seen):
+        factor = np.float32(params.repeat_penalty)
+        x[token] = x[token] * factor if x[token] <= 0 else x[token] / factor
+        x[token] -= np.float32(seen.count(token)) * np.float32(params.frequency_penalty)
+    ids = np.argsort(-x, kind="stable")[: params.top_k or len(x)]
+    x = x[ids]
+
+    def weights(x):
+        return np.exp(x.astype(np.float64) - float(x[0]))
+
+    n = int(np.searchsorted(np.cumsum(weights(x) / weights(x).sum()), params.top_p)) + 1
+    x, ids = x[:n], ids[:n]
+    x, ids = (each[: np.count_nonzero(x >= x[0] + math.log(params.min_p))] for each in (x, ids))
+    cumulative = np.cumsum(weights(x / np.float32(params.temp)))
+    return int(ids[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
+
+
+@pytest.mark.parametrize("n_vocab", [50, 4096 * 4, 4096 * 5 + 1, 60_000])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"top_k": 1},
+        {"top_k": 3000},
+        {"top_k": 0},
+        {"repeat_penalty": 1.3, "frequency_penalty": 0.2},
+        {"repeat_penalty": 1.1, "logit_bias": ((7, -math.inf), (11, 2.5))},
+    ],
+)
+def test_a_whole_vocabulary_gives_what_the_plain_formulas_do(n_vocab, given, rng):
+    params = SamplingParams(seed=int(rng.integers(2**31)), **given)
+    s = Sampler(params, n_vocab, 512, None)
+    draws = np.random.Generator(np.random.PCG64(params.seed)).random(2 * 12)[1::2]
+    seen = []
+    for i, u in enumerate(draws):
+        logits = rng.normal(0, 3, n_vocab).astype(np.float32)
+        if i % 3 == 1:
+            logits = np.round(logits)  # ties
+        elif i % 3 == 2:
+            logits[rng.permutation(n_vocab)[: n_vocab - 5]] = -np.inf
+        before = logits.copy()
+        token = s.sample(logits)
+        assert token == plainly(logits, params, seen, u)
+        np.testing.assert_array_equal(logits, before)
+        s.accept(token)
+        seen.append(token)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_what_is_no_number_is_found_wherever_it_is(wrong, rng):
+    for n_vocab in (10, 4096 * 4 + 7):
+        for at in (0, int(rng.integers(n_vocab)), n_vocab - 1):
+            logits = rng.normal(0, 3, n_vocab).astype(np.float32)
+            logits[at] = wrong
+            for temp in (0.0, 0.8):
+                with pytest.raises(UserError, match=f"first at token {at};"):
+                    sampler(n_vocab, temp=temp).sample(logits)

@@ -1,10 +1,13 @@
 """The server's application without sockets: what it does when clients or the model are slow, or something breaks."""
 
 import asyncio
+import gc
 import json
 import signal
+import socket
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +16,16 @@ import pytest
 from mpillama.chat import template_from
 from mpillama.data import demo_model_path
 from mpillama.engine.engine import Engine
+from mpillama.engine.request import Request
 from mpillama.gguf.reader import read_header
 from mpillama.openai.context import Context
 from mpillama.server import app as app_module
+from mpillama.server import thread as thread_module
 from mpillama.server.app import Api, Served
 from mpillama.server.bridge import Bridge
 from mpillama.server.encoder import Encoder
 from mpillama.server.settings import Settings
+from mpillama.server.slots import Slots
 from mpillama.tokenizer import load_tokenizer
 
 
@@ -53,7 +59,7 @@ def test_long_texts_are_encoded_elsewhere(metadata, rng):
 class Stand:
     """An application with an engine that writes at random on a thread behind it."""
 
-    def __init__(self, step_seconds=0.0, loaded=True, **settings):
+    def __init__(self, step_seconds=0.0, loaded=True, template="chatml", budget=-1, **settings):
         metadata = read_header(demo_model_path()).metadata
         tokenizer = load_tokenizer(metadata)
         rng = np.random.default_rng(0)
@@ -69,7 +75,9 @@ class Stand:
         self._engine = Engine(run, tokenizer, tokenizer.n_vocab, 512, 64, 64, 4)
         self._loaded = loaded
         if loaded:
-            context = Context("demo", tokenizer, template_from(metadata, "chatml"), tokenizer.n_vocab, 512, 4)
+            context = Context(
+                "demo", tokenizer, template_from(metadata, template), tokenizer.n_vocab, 512, 4, reasoning_budget=budget
+            )
             self.api.served = Served(context, {}, "")
 
     def play(self, scenario, grace=0):
@@ -231,3 +239,133 @@ def test_keys(given):
         assert status_of(sent) == (200 if given == b"Bearer right" else 401)
 
     Stand(api_keys=("right", "other")).play(scenario)
+
+
+def test_slots_know_who_has_written_what(rng):
+    """Requests come and go at random; no two have a slot at a time, and each slot has the text of its last one."""
+    slots, running, expected = Slots(3), {}, {}
+    texts = [rng.integers(0, 9, 40).tolist() for _ in range(3)]
+    for i in range(400):
+        if rng.random() < 0.5:
+            prompt = texts[rng.integers(3)] + rng.integers(0, 9, rng.integers(0, 60)).tolist()
+            call = SimpleNamespace(id=f"{i}", slot=-1, wanted_slot=int(rng.integers(-1, 3)))
+            before = [list(slot.text.tokens) for slot in slots]
+            free = [slot.id for slot in slots if not slot.busy]
+            slots.enter(Request(call.id, tuple(prompt)), call)
+            running[call.id] = (call, prompt)
+            assert (call.slot >= 0) == bool(free)
+            alike = [
+                n
+                for n in free
+                if before[n] and before[n][: (len(before[n]) + 1) // 2] == prompt[: (len(before[n]) + 1) // 2]
+            ]
+            if call.wanted_slot in free:
+                assert call.slot == call.wanted_slot
+            elif alike:
+                assert call.slot in alike
+        elif running:
+            id_ = str(rng.choice(list(running)))
+            call, tokens = running[id_]
+            more = rng.integers(0, 9, 2).tolist()
+            slots.add(id_, more)
+            tokens += more
+            if rng.random() < 0.7:
+                del running[id_]
+                if call.slot >= 0:
+                    expected[call.slot] = tokens
+                slots.leave(id_)
+                slots.leave(id_)
+        busy = [call.slot for call, _ in running.values() if call.slot >= 0]
+        assert len(set(busy)) == len(busy) == min(3, len(running))
+        for slot in slots:
+            assert slot.busy == (slot.id in busy)
+            if not slot.busy:
+                assert slot.text.tokens == expected.get(slot.id, [])
+
+
+@pytest.mark.parametrize(
+    ("field", "flag", "budget"), [({"reasoning_budget": 7}, -1, 7), ({}, 4, 4), ({"reasoning_budget_tokens": 0}, 4, 0)]
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_thoughts_end_within_their_budget(field, flag, budget, stream):
+    asked = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 30, "ignore_eos": True, "logprobs": True}
+
+    async def scenario(stand):
+        # All but the control tokens, whose text does not show.
+        bias = {"0": -100, "1": -100, "2": -100}
+        body = body_of(
+            await stand.ask("/v1/chat/completions", {**asked, **field, "stream": stream, "logit_bias": bias})
+        )
+        if not stream:
+            choice = json.loads(body)["choices"][0]
+            message = choice["message"]
+            return message.get("reasoning_content", ""), message["content"], choice["logprobs"]["content"]
+        chunks = [json.loads(line[6:])["choices"][0] for line in body.splitlines() if line.startswith(b"data: {")]
+        deltas = [chunk["delta"] for chunk in chunks]
+        kinds = [kind for delta in deltas for kind in ("reasoning_content", "content") if delta.get(kind)]
+        assert kinds == sorted(kinds, reverse=True)
+        tokens = [token for chunk in chunks for token in (chunk["logprobs"] or {"content": []})["content"]]
+        return *(
+            "".join(delta.get(kind) or "" for delta in deltas) for kind in ("reasoning_content", "content")
+        ), tokens
+
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>"
+    thought, content, tokens = Stand(template=template, budget=flag).play(scenario)
+    pieces = [bytes(token["bytes"]) for token in tokens]
+    assert len(pieces) == 30
+    text = b"".join(pieces).decode(errors="replace")
+    n = len(b"".join(pieces[:budget]).decode(errors="replace"))
+    assert text[n:].startswith("</think>")
+    assert thought == text[:n].strip()
+    assert content == text[n + len("</think>") :].lstrip()
+
+
+def test_who_is_refused_is_heard_out_first():
+    """Or the answer is lost, when the connection is closed with the rest of the body on its way."""
+
+    async def scenario(stand):
+        running = [asyncio.create_task(stand.ask("/v1/completions", {**ENDLESS, "stream": False})) for _ in range(6)]
+        while len(stand.bridge.tickets) < 6:
+            await asyncio.sleep(0.01)
+        parts = [{"type": "http.request", "body": b"{", "more_body": True}] * 3
+        parts.append({"type": "http.request", "body": b"}", "more_body": False})
+
+        async def receive():
+            await asyncio.sleep(0.01)
+            return parts.pop(0)
+
+        assert status_of(await stand.ask("/v1/completions", receive=receive)) == 429
+        assert not parts
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await stand.until_free()
+
+    Stand(step_seconds=0.02, max_queue=2).play(scenario)
+
+
+def test_closed_connections_are_forgotten(monkeypatch):
+    """Long before the timer would go off that closes one without a request."""
+    known = weakref.WeakSet()
+    made = thread_module._Connection.connection_made
+
+    def connection_made(self, transport):
+        known.add(self)
+        made(self, transport)
+
+    monkeypatch.setattr(thread_module._Connection, "connection_made", connection_made)
+    stand = Stand(loaded=False)
+    sock, _ = thread_module.listen("127.0.0.1", 0)
+    http = thread_module.HttpThread(stand.api.app, sock, stand.bridge, stand.settings)
+    http.start()
+    for data in (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"nonsense\r\n\r\n", b"GET"):
+        with socket.create_connection(("127.0.0.1", sock.getsockname()[1]), timeout=10) as client:
+            client.sendall(data)
+            if data.endswith(b"\n"):
+                while client.recv(65536):
+                    pass
+    began = time.monotonic()
+    while gc.collect() >= 0 and len(known):
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    http.stop()

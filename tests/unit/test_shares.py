@@ -61,6 +61,19 @@ def test_free_memory(monkeypatch):
     assert found == [found[0]] * 3
 
 
+def test_replicas_are_alike(monkeypatch):
+    """Their shares are the means of what was found at the same place of each."""
+    room = {0: 30, 1: 10, 2: 10, 3: 20}
+    monkeypatch.setattr(module, "available_memory", lambda: 1)
+
+    def main(world):
+        world.gather = lambda value, gather=world.gather: gather(room[world.rank])
+        return choose_shares("memory", world, Grid(2, dp=2), ReferenceBackend())
+
+    assert run_threads(4, main) == [(20.0, 15.0)] * 4
+    assert shares_on((3.0, 1.0), Grid(2, dp=2)) == [(3.0, 1.0)] * 4
+
+
 @pytest.mark.parametrize(("given", "message"), [((1.0, 2.0), "names 2 shares"), ((0.0, 0.0, 1.0, 1.0), "stage 0")])
 def test_wrong_shares_are_told_by_rank_0(given, message):
     def main(world):

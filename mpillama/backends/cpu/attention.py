@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from mpillama import _cpu
-from mpillama.backends.attention import check_cache_type
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
 from mpillama.backends.cpu.elementwise import CpuRopeTable
 from mpillama.backends.cpu.tiles import read_keys, read_values
+from mpillama.backends.kv_codec import check_cache_type
 
 
 class AttentionOps:
@@ -30,7 +30,7 @@ class AttentionOps:
             n_head_kv: KV heads of this rank.
             n_k: elements of a key.
             n_v: elements of a value.
-            type_k: one of `attention.CACHE_TYPES`.
+            type_k: one of `kv_codec.CACHE_TYPES`.
             type_v: likewise.
 
         Raises:

@@ -7,21 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
-from mpillama.backends.gpu.device import Array, Unit
+from mpillama.backends.gpu.device import Array, Device, Unit
+from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.gpu.launcher import int32
 from mpillama.backends.gpu.matmul import MatmulOps
-from mpillama.backends.kv_codec import decode, encode
-from mpillama.errors import UsageError
+from mpillama.backends.kv_codec import CACHE_TYPES, check_cache_type, decode, encode
 from mpillama.gguf.types import GGMLType, row_bytes
 
-CACHE_TYPES = {
-    "f32": GGMLType.F32,
-    "f16": GGMLType.F16,
-    "bf16": GGMLType.BF16,
-    "q8_0": GGMLType.Q8_0,
-    "q4_0": GGMLType.Q4_0,
-}
-"""Of keys and values, independently of each other."""
 _WARPS = 4  # of a thread block of attention.cu
 _MAX_ROWS = 8
 # A split has at least so many keys.
@@ -48,26 +40,21 @@ class GpuCache:
 
 
 @dataclass(frozen=True)
-class _Tables:
-    """A step's tokens on the device, and what of the batch they were made of.
+class _Heads:
+    """Runs of query heads that share a KV head, on the device: see `_groups`."""
 
-    Attributes:
-        source: copies of positions, seq_lens and block_tables.
-        positions: int32 (T,).
-        sequences: int32 (T,), the row of each token's sequence in ``tables``.
-        tables: int32 (S, B).
-    """
-
-    source: tuple[np.ndarray, ...]
-    positions: Array
-    sequences: Array
-    tables: Array
+    n_groups: int
+    largest: int
+    groups: Array
+    heads: Array
 
 
 class AttentionOps(MatmulOps):
     """The ops of `Backend` that need a KV cache; scores, weights and sums are float32."""
 
-    _tables: _Tables | None = None
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self._heads: dict[tuple[tuple[int, ...], int], _Heads] = {}
 
     def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> GpuCache:
         """Reserve the KV cache of one block of the model, for n_blocks * KV_BLOCK tokens.
@@ -75,12 +62,8 @@ class AttentionOps(MatmulOps):
         Raises:
             UsageError: there is no such type, or it keeps blocks of 32 and the heads are not made of such.
         """
-        for kind, name, size in (("keys", type_k, n_k), ("values", type_v, n_v)):
-            if name not in CACHE_TYPES:
-                raise UsageError(f"{kind} cannot be cached as {name}; choose one of {', '.join(CACHE_TYPES)}")
-            if size % CACHE_TYPES[name].block_size:
-                others = ", ".join(other for other, type in CACHE_TYPES.items() if size % type.block_size == 0)
-                raise UsageError(f"{kind} of {size} elements cannot be cached as {name}; choose one of {others}")
+        check_cache_type("keys", type_k, n_k)
+        check_cache_type("values", type_v, n_v)
         k, v = CACHE_TYPES[type_k], CACHE_TYPES[type_v]
         rows = n_blocks, n_head_kv, KV_BLOCK
         keys = self.device.empty((*rows, row_bytes(k, n_k)), np.uint8)
@@ -122,23 +105,16 @@ class AttentionOps(MatmulOps):
             ValueError: sizes or indices do not fit together; a mistake of the caller.
         """
         _check(q, k, v, cache, batch, params)
-        tables = self._upload_tables(batch)
-        self._store(k, v, cache, tables)
+        if self.inputs is None or self.inputs.batch is not batch:
+            self.inputs = StepInputs(self.device, batch)
+        self.inputs.check(int(cache.keys.shape[0]), params.window)
+        self._store(k, v, cache, self.inputs)
         out = self.device.empty((*q.shape[:2], cache.n_v))
         if out.size:
-            self._attend(q, cache, tables, params, sinks, out)
+            self._attend(q, cache, self.inputs, params, sinks, out)
         return out
 
-    def _upload_tables(self, batch: Batch) -> _Tables:
-        source = batch.positions, batch.seq_lens, batch.block_tables
-        known = self._tables
-        if known is None or not all(np.array_equal(a, b) for a, b in zip(known.source, source, strict=True)):
-            sequences = np.repeat(np.arange(len(batch.seq_lens)), batch.seq_lens)
-            arrays = (self.device.upload(int32(x)) for x in (batch.positions, sequences, batch.block_tables))
-            known = self._tables = _Tables(tuple(x.copy() for x in source), *arrays)
-        return known
-
-    def _store(self, k: Array, v: Array, cache: GpuCache, tables: _Tables) -> None:
+    def _store(self, k: Array, v: Array, cache: GpuCache, tables: StepInputs) -> None:
         n_tokens, n_kv = int(k.shape[0]), cache.n_head_kv
         n_threads = n_tokens * n_kv * max(cache.n_k, cache.n_v)
         if not n_threads:
@@ -149,23 +125,19 @@ class AttentionOps(MatmulOps):
         self.device.launch(cache.unit, "store", grid, 256, (*args, cache.keys, cache.values))
 
     def _attend(
-        self, q: Array, cache: GpuCache, tables: _Tables, params: AttentionParams, sinks: Array | None, out: Array
+        self, q: Array, cache: GpuCache, tables: StepInputs, params: AttentionParams, sinks: Array | None, out: Array
     ) -> None:
         # More would not fit into registers.
         max_rows = _MAX_ROWS if cache.n_v <= 4 * self.device.warp else _MAX_ROWS // 2
-        groups, heads = _groups(params.kv_heads, max_rows)
-        largest = int(groups[:, 2].max())
-        positions, seq_lens, _ = tables.source
-        tiles = _tiles(seq_lens, max_rows // largest)
-        n_rows = next(n for n in (1, 2, 4, 8) if n >= largest * int(tiles[:, 1].max()))
-        n_groups, n_tiles = len(groups), len(tiles)
-        n_seen = int(positions.max()) + 1
-        if params.window:
-            n_seen = min(n_seen, params.window + int(tiles[:, 1].max()))
+        groups = self._groups_of(params.kv_heads, max_rows)
+        tiles, n_tiles, longest = tables.tiles(max_rows // groups.largest)
+        n_rows = next(n for n in (1, 2, 4, 8) if n >= groups.largest * longest)
+        n_groups = groups.n_groups
+        # Nothing that a launch depends on changes as long as the bound stays: a recorded step serves for all of them.
+        n_seen = min(tables.n_seen, params.window + longest) if params.window else tables.n_seen
         # Enough blocks to fill the device twice, as far as there are keys for them.
         n_split = min(-(-2 * self.device.n_cores // (n_groups * n_tiles)), -(-n_seen // _SPLIT_KEYS))
-        # What does not change from step to step could stay on the device; it is a few hundred bytes.
-        plan = [self.device.upload(int32(x)) for x in (tiles, groups, heads)]
+        plan = tiles, groups.groups, groups.heads
         part = self.device.empty((n_tiles * n_groups * n_split * n_rows * (cache.n_v + 2),)) if n_split > 1 else None
         n_head, warp = np.int32(q.shape[1]), self.device.warp
         sizes = n_head, np.int32(cache.n_head_kv), np.int32(cache.n_k), np.int32(cache.n_v)
@@ -176,8 +148,16 @@ class AttentionOps(MatmulOps):
         grid = n_groups, n_tiles, n_split
         self.device.launch(cache.unit, f"attend_{n_rows}", grid, _WARPS * warp, args, shared)
         if part is not None:
-            args = part, np.int32(n_split), np.int32(n_rows), *plan, n_head, np.int32(cache.n_v), sinks, out
-            self.device.launch(cache.unit, "combine", (n_groups, n_tiles, n_rows), 2 * warp, args)
+            rest = part, np.int32(n_split), np.int32(n_rows), *plan, n_head, np.int32(cache.n_v), sinks, out
+            self.device.launch(cache.unit, "combine", (n_groups, n_tiles, n_rows), 2 * warp, rest)
+
+    def _groups_of(self, kv_heads: tuple[int, ...], max_rows: int) -> _Heads:
+        known = self._heads.get((kv_heads, max_rows))
+        if known is None:
+            groups, heads = _groups(kv_heads, max_rows)
+            arrays = self.device.upload(groups), self.device.upload(int32(heads))
+            known = self._heads[kv_heads, max_rows] = _Heads(len(groups), int(groups[:, 2].max()), *arrays)
+        return known
 
 
 def attention_unit(type_k: GGMLType, type_v: GGMLType, n_v: int, warp: int) -> Unit:
@@ -199,19 +179,9 @@ def _groups(kv_heads: tuple[int, ...], max_heads: int) -> tuple[np.ndarray, np.n
     return np.array(found, np.int32), order
 
 
-def _tiles(seq_lens: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Return runs of at most ``max_tokens`` tokens of one sequence, (n, 2): first, count."""
-    found, start = [], 0
-    for length in seq_lens.tolist():
-        stop = start + length
-        found += [(first, min(max_tokens, stop - first)) for first in range(start, stop, max_tokens)]
-        start = stop
-    return np.array(found, np.int32)
-
-
 def _check(q: Array, k: Array, v: Array, cache: GpuCache, batch: Batch, params: AttentionParams) -> None:
-    """Make sure that no kernel reads or writes outside of its arrays."""
-    n_tokens, n_blocks = len(batch.positions), int(cache.keys.shape[0])
+    """Make sure that no kernel reads or writes outside of its arrays; see also `StepInputs.check`."""
+    n_tokens = len(batch.positions)
     expected = {
         "q": (q, (n_tokens, len(params.kv_heads), cache.n_k)),
         "k": (k, (n_tokens, cache.n_head_kv, cache.n_k)),
@@ -222,16 +192,3 @@ def _check(q: Array, k: Array, v: Array, cache: GpuCache, batch: Batch, params: 
             raise ValueError(f"{name} is {tuple(x.shape)}, not {shape}")
     if params.kv_heads and not 0 <= min(params.kv_heads) <= max(params.kv_heads) < cache.n_head_kv:
         raise ValueError(f"KV heads {params.kv_heads}, but there are {cache.n_head_kv}")
-    if int(batch.seq_lens.sum()) != n_tokens or (batch.seq_lens < 1).any():
-        raise ValueError(f"sequences of {batch.seq_lens.tolist()} tokens, but there are {n_tokens} positions")
-    ends = np.cumsum(batch.seq_lens)
-    starts = ends - batch.seq_lens
-    jumps = np.flatnonzero(np.diff(batch.positions) != 1) + 1
-    if n_tokens and not np.isin(jumps, starts).all():
-        raise ValueError("the positions of a sequence do not follow each other")
-    for first, end, table in zip(starts.tolist(), ends.tolist(), batch.block_tables, strict=True):
-        low, high = int(batch.positions[first]), int(batch.positions[end - 1])
-        oldest = max(0, low - params.window + 1) if params.window else 0
-        used = table[oldest // KV_BLOCK : high // KV_BLOCK + 1]
-        if low < 0 or high // KV_BLOCK >= len(table) or (used < 0).any() or (used >= n_blocks).any():
-            raise ValueError(f"positions {low} to {high} are in blocks {used.tolist()} of {n_blocks}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from statistics import median
+
+from mpillama.backends.base import Batch, Stepper
 from mpillama.backends.gpu.attention import AttentionOps
-from mpillama.backends.gpu.device import Device
+from mpillama.backends.gpu.device import Array, Device
 
 
 class GpuBackend(AttentionOps):
@@ -19,6 +24,27 @@ class GpuBackend(AttentionOps):
     def __init__(self, device: Device) -> None:
         super().__init__(device)
         self.name = device.name
+
+    def stepper(self, work: Callable[[Batch, Array | None], Array], capture: bool) -> Stepper:
+        """Return what runs the steps of a model; see `base.Stepping`."""
+        from mpillama.backends.gpu.steps import Steps
+
+        return Steps(self, work, capture)
+
+    def stream_gbps(self, n_threads: int, seconds: float = 0.4) -> float:
+        """Return the 1e9 bytes per second that a copy within the device's memory moves, read and written."""
+        # Larger than the caches of any GPU; the emulated one has only to come through.
+        n_bytes = min(1 << 30, self.free_memory() // 4) or 1 << 20
+        source, target = (self.device.empty((n_bytes // 4,)) for _ in range(2))
+        times: list[float] = []
+        began = time.perf_counter()
+        while len(times) < 4 or time.perf_counter() - began < seconds:
+            self.device.synchronize()
+            start = time.perf_counter()
+            target[...] = source
+            self.device.synchronize()
+            times.append(time.perf_counter() - start)
+        return 2 * source.nbytes / median(times) / 1e9
 
     def free_memory(self) -> int:
         """Return the bytes that are free on the device; 0 if it has no memory of its own."""

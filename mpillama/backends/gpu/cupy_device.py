@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,17 @@ from mpillama.errors import UserError
 # Weights go over in pieces of this size, through two pinned buffers: one is filled while the other is sent.
 _PIECE = 16 << 20
 _GEMM_TOKENS = 128
+
+
+class CupyGraph:
+    """What a stream has recorded."""
+
+    def __init__(self, graph: Any, stream: Any) -> None:
+        self._graph, self._stream = graph, stream
+
+    def launch(self) -> None:
+        """Start it on its stream."""
+        self._graph.launch(self._stream)
 
 
 class CupyDevice:
@@ -39,6 +52,7 @@ class CupyDevice:
         device = cuda.Device(index)
         device.use()
         attributes = device.attributes
+        self.model = str(self._cupy.cuda.runtime.getDeviceProperties(index)["name"])
         self.warp = int(attributes["WarpSize"])
         self.n_cores = int(attributes["MultiProcessorCount"])
         self._stream = cuda.Stream(non_blocking=True)
@@ -48,6 +62,11 @@ class CupyDevice:
         self._pinned: list[tuple[Any, Any]] = []
         self._blas = self._load_blas()
         self.gemm_tokens = _GEMM_TOKENS if self._blas is not None else 0
+        # CuPy records nothing on ROCm.
+        self.can_capture = kind == "cuda"
+        self._graph_chunks: list[Any] = []
+        self._graph_pool: Any = None
+        self._in_graph_memory = False
 
     def _load_blas(self) -> Any:
         """Return CuPy's cuBLAS module, or None; the tiled kernels then serve long prompts too, more slowly."""
@@ -73,7 +92,8 @@ class CupyDevice:
     def upload(self, x: np.ndarray) -> Array:
         """Return a copy; large ones through pinned memory."""
         x = np.ascontiguousarray(x)
-        out = self.empty(x.shape, x.dtype)
+        with self._lasting_memory():
+            out = self.empty(x.shape, x.dtype)
         if x.nbytes <= _PIECE:
             # From pageable memory: CUDA has taken the bytes when this returns.
             out.set(x, stream=self._stream)
@@ -91,9 +111,60 @@ class CupyDevice:
             sent.record(self._stream)
         return out
 
+    def write(self, x: Array, values: np.ndarray) -> None:
+        """Overwrite an array from pageable memory, whose bytes CUDA has taken when this returns."""
+        x.set(np.ascontiguousarray(values), stream=self._stream)
+
     def download(self, x: Array) -> np.ndarray:
         """Return a copy on the host, after all work so far."""
-        return np.asarray(self._cupy.asnumpy(x, stream=self._stream))
+        if not x.size:
+            return np.empty(x.shape, x.dtype)
+        # Straight into pinned memory, of CuPy's pool: the logits of a large vocabulary come at the speed of the bus.
+        memory = self._cupy.cuda.alloc_pinned_memory(x.nbytes)
+        out = np.frombuffer(memory, x.dtype, x.size).reshape(x.shape)
+        self._cupy.asnumpy(x, stream=self._stream, out=out)
+        return out
+
+    def _lasting_memory(self) -> AbstractContextManager[object]:
+        """Use the usual pool: in that of graphs, one may overwrite what another needs from launch to launch."""
+        if not self._in_graph_memory:
+            return nullcontext()
+        usual: AbstractContextManager[object] = self._cupy.cuda.using_allocator(
+            self._cupy.get_default_memory_pool().malloc
+        )
+        return usual
+
+    @contextmanager
+    def graph_memory(self) -> Iterator[None]:
+        """Use a pool of its own. It keeps its chunks when it thinks that they are free: graphs have their addresses."""
+        memory = self._cupy.cuda.memory
+        if self._graph_pool is None:
+
+            def allocate(size: int) -> Any:
+                chunk = memory.Memory(size)
+                self._graph_chunks.append(chunk)
+                return memory.MemoryPointer(chunk, 0)
+
+            self._graph_pool = self._cupy.cuda.MemoryPool(allocate)
+        self._in_graph_memory = True
+        try:
+            with self._cupy.cuda.using_allocator(self._graph_pool.malloc):
+                yield
+        finally:
+            self._in_graph_memory = False
+
+    def capture(self, work: Callable[[], Array]) -> tuple[CupyGraph, Array]:
+        """Record the stream."""
+        with self.graph_memory():
+            self._stream.begin_capture()
+            try:
+                result = work()
+            except BaseException:
+                # The stream must not stay in this state; what went wrong is said by the first error.
+                with suppress(RuntimeError):
+                    self._stream.end_capture()
+                raise
+            return CupyGraph(self._stream.end_capture(), self._stream), result
 
     def free_memory(self) -> int:
         """Return the bytes that the driver has free."""
@@ -134,7 +205,8 @@ class CupyDevice:
         blas, runtime = self._blas, self._cupy.cuda.runtime
         n_tokens, n_in = x.shape
         n_rows = w.shape[0]
-        type = runtime.CUDA_R_32F if x.dtype == np.float32 else runtime.CUDA_R_16F
+        types = {"float32": runtime.CUDA_R_32F, "float16": runtime.CUDA_R_16F, "uint16": runtime.CUDA_R_16BF}
+        type = types[x.dtype.name]
         handle = self._cupy.cuda.device.get_cublas_handle()
         one, zero = np.array(1, np.float32), np.array(0, np.float32)
         mode = blas.getPointerMode(handle)

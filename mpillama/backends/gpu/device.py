@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +22,14 @@ class Unit:
     defines: tuple[tuple[str, int], ...] = ()
 
 
+class Graph(Protocol):
+    """Work that was recorded, to be started as a whole."""
+
+    def launch(self) -> None:
+        """Start it, after all work so far."""
+        ...
+
+
 class Device(Protocol):
     """One GPU, or the CPU in its place.
 
@@ -28,12 +38,14 @@ class Device(Protocol):
         warp: lanes of a warp, 32 or 64.
         n_cores: multiprocessors; what a launch should at least fill.
         gemm_tokens: from so many tokens on `gemm` is worth making the weights floats; 0: never.
+        can_capture: it has `capture`.
     """
 
     name: str
     warp: int
     n_cores: int
     gemm_tokens: int
+    can_capture: bool
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """Return an array with undefined content."""
@@ -41,6 +53,10 @@ class Device(Protocol):
 
     def upload(self, x: np.ndarray) -> Array:
         """Return a copy of a host array; the host array may change after the call."""
+        ...
+
+    def write(self, x: Array, values: np.ndarray) -> None:
+        """Overwrite an array, after all work so far; the host array may change after the call."""
         ...
 
     def download(self, x: Array) -> np.ndarray:
@@ -64,6 +80,23 @@ class Device(Protocol):
 
     def gemm(self, x: Array, w: Array, out: Array) -> None:
         """Set out (T, n) float32 = x (T, k) w (n, k)^T; x and w are both float32, float16, or bfloat16 as uint16."""
+        ...
+
+    def graph_memory(self) -> AbstractContextManager[object]:
+        """Let `empty` take memory that recorded work has for itself, and never gives back.
+
+        Work that is to be recorded should run once like this before: then there is memory enough for it, and what it
+        uploads once is there. All graphs share this memory, so nothing in it lasts beyond the next launch.
+        """
+        ...
+
+    def capture(self, work: Callable[[], Array]) -> tuple[Graph, Array]:
+        """Record what ``work`` starts, without doing it; returns that, and the array that ``work`` returns.
+
+        Every argument is recorded as it is: only what arrays hold may differ when the graph is launched. ``work`` may
+        start kernels and collectives and make arrays, of `graph_memory`; it may not bring anything over or back, nor
+        use `gemm`.
+        """
         ...
 
     def free_memory(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import Array, Device, Unit
+from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.gpu.launcher import Launcher, int32, product, two_axes
 from mpillama.backends.quants import dequantize
 from mpillama.backends.rope import frequencies
@@ -29,13 +30,17 @@ class GpuRopeTable:
 
 
 class ElementwiseOps:
-    """The ops of `Backend` that look at each element, row or head by itself."""
+    """The ops of `Backend` that look at each element, row or head by itself.
+
+    Attributes:
+        inputs: what is on the device of the batch of this step.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.run = Launcher(device)
         self._frequencies: dict[tuple[Rope, int], tuple[Array, Array | None]] = {}
-        self._indices: tuple[np.ndarray, Array] | None = None
+        self.inputs: StepInputs | None = None
 
     def vector(self, raw: RawWeight) -> Array:
         """Return float32 (rows, n)."""
@@ -50,10 +55,9 @@ class ElementwiseOps:
         return self.device.download(x)
 
     def upload_index(self, x: np.ndarray) -> Array:
-        """Bring integers over; ops that follow each other with the same ones share a copy."""
-        if self._indices is None or not np.array_equal(self._indices[0], x):
-            self._indices = x.copy(), self.device.upload(int32(x))
-        return self._indices[1]
+        """Return integers of the step's batch where they are on the device, or bring others over."""
+        known = self.inputs.find(x) if self.inputs is not None else None
+        return self.device.upload(int32(x)) if known is None else known
 
     def take(self, table: Array, index: Array) -> Array:
         """Return ``table[index]``."""
@@ -149,6 +153,13 @@ class ElementwiseOps:
         place = self.upload_index(positions)
         self.run.elements("rope_table", cos.size, place, self._frequencies[key][0], *args)
         return GpuRopeTable(cos, sin, rope.neox)
+
+    def attn_temperature(self, positions: np.ndarray, span: float, scale: float) -> Array:
+        """Return the factors on queries, (T, 1)."""
+        out = self.device.empty((len(positions), 1))
+        numbers = np.float64(span), np.float64(scale), np.int64(out.size)
+        self.run.elements("attn_temperature", out.size, self.upload_index(positions), *numbers, out)
+        return out
 
     def rope(self, x: Array, table: GpuRopeTable) -> Array:
         """Rotate heads."""

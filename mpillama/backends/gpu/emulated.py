@@ -10,6 +10,9 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,68 @@ _PARAMETER = re.compile(r"\*?.")
 
 
 class DeviceArray(np.ndarray):
-    """An array that counts as being in a device's memory."""
+    """An array that counts as being in a device's memory.
+
+    Arithmetic on it is work of the device, which is recorded like its kernels; CuPy's arrays are like that too.
+    """
+
+    owner: EmulatedDevice | None = None
+
+    def __array_finalize__(self, other: object) -> None:
+        self.owner = getattr(other, "owner", None)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
+        plain = [_plain(x) for x in inputs]
+        call = partial(getattr(ufunc, method), *plain, **kwargs)
+        owner = next(x.owner for x in (*inputs, *(out or ())) if isinstance(x, DeviceArray))
+        if out is None:
+            with np.errstate(all="ignore"):
+                example = np.asarray(call())
+            out = (_empty(owner, example.shape, example.dtype),)
+        _do(owner, partial(call, out=_plain(out[0])))
+        return out[0]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _do(self.owner, partial(np.ndarray.__setitem__, self.view(np.ndarray), key, _plain(value)))
+
+    def astype(self, dtype: DTypeLike, *args: Any, **kwargs: Any) -> DeviceArray:  # type: ignore[override]
+        """Return a copy of another type."""
+        out = _empty(self.owner, self.shape, dtype)
+        _do(self.owner, partial(np.copyto, out.view(np.ndarray), _plain(self), casting="unsafe"))
+        return out
+
+
+def _plain(x: Any) -> Any:
+    return x.view(np.ndarray) if isinstance(x, DeviceArray) else x
+
+
+def _empty(device: EmulatedDevice | None, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
+    return np.empty(shape, dtype).view(DeviceArray) if device is None else device.empty(shape, dtype)
+
+
+def _do(device: EmulatedDevice | None, work: Callable[[], object]) -> None:
+    if device is None:
+        work()
+    else:
+        device.enqueue(work)
+
+
+class EmulatedGraph:
+    """Work in order, and the arrays that it is done in."""
+
+    def __init__(self, work: list[Callable[[], object]], arrays: list[DeviceArray]) -> None:
+        self._work, self._arrays = work, arrays
+
+    def launch(self) -> None:
+        """Do it. Arrays do not keep what was in them: other graphs may have been there."""
+        for array in self._arrays:
+            _spoil(array)
+        for work in self._work:
+            work()
+
+
+def _spoil(array: DeviceArray) -> None:
+    array.view(np.ndarray).reshape(-1).view(np.uint8)[:] = 0xFD
 
 
 class EmulatedDevice:
@@ -47,6 +111,7 @@ class EmulatedDevice:
 
     name = "emulated"
     n_cores = 2
+    can_capture = True
 
     def __init__(
         self,
@@ -65,20 +130,64 @@ class EmulatedDevice:
         self._folder = folder or user_cache()
         self._libraries: dict[Unit, ctypes.CDLL] = {}
         self._kernels: dict[tuple[Unit, str], tuple[Any, list[str]]] = {}
+        self._recorded: list[Callable[[], object]] | None = None
+        self._made: list[DeviceArray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
         """Return an array of bytes that are no sensible number."""
-        out = np.empty(shape, dtype)
-        out.reshape(-1).view(np.uint8)[:] = 0xFD
-        return out.view(DeviceArray)
+        out = np.empty(shape, dtype).view(DeviceArray)
+        out.owner = self
+        _spoil(out)
+        if self._recorded is not None:
+            self._made.append(out)
+        return out
 
     def upload(self, x: np.ndarray) -> DeviceArray:
         """Return a copy."""
-        return np.array(x, order="C").view(DeviceArray)
+        self._not_while_recording("upload")
+        out = np.array(x, order="C").view(DeviceArray)
+        out.owner = self
+        return out
+
+    def write(self, x: Array, values: np.ndarray) -> None:
+        """Overwrite an array."""
+        self._not_while_recording("write")
+        x[...] = values
 
     def download(self, x: Array) -> np.ndarray:
         """Return a copy."""
+        self._not_while_recording("download")
         return np.array(x, subok=False)
+
+    def graph_memory(self) -> AbstractContextManager[object]:
+        """Return a context without effect: every array has memory of its own."""
+        return nullcontext()
+
+    def capture(self, work: Callable[[], Array]) -> tuple[EmulatedGraph, Array]:
+        """Record launches, with the numbers and addresses that they have now."""
+        self._not_while_recording("capture")
+        self._recorded, self._made = [], []
+        try:
+            result = work()
+            return EmulatedGraph(self._recorded, self._made), result
+        finally:
+            self._recorded, self._made = None, []
+
+    def enqueue(self, work: Callable[[], object]) -> None:
+        """Do something, or record it."""
+        if self._recorded is None:
+            work()
+        else:
+            self._recorded.append(work)
+
+    def _not_while_recording(self, what: str) -> None:
+        """Raise what a GPU would.
+
+        Raises:
+            RuntimeError: work is being recorded.
+        """
+        if self._recorded is not None:
+            raise RuntimeError(f"{what} while work is being recorded")
 
     def free_memory(self) -> int:
         """Return 0: it is the host's."""
@@ -89,6 +198,7 @@ class EmulatedDevice:
 
     def gemm(self, x: Array, w: Array, out: Array) -> None:
         """Set out = x w^T in float32."""
+        self._not_while_recording("gemm")
         x, w = (a.astype(np.uint32) << 16 if a.dtype == np.uint16 else a for a in (x, w))
         x, w = (np.asarray(a.view(np.float32) if a.dtype == np.uint32 else a, np.float32) for a in (x, w))
         np.matmul(x, w.T, out=out)
@@ -112,9 +222,13 @@ class EmulatedDevice:
         values = [_value(kernel, i, code, arg) for i, (code, arg) in enumerate(zip(signature, args, strict=True))]
         pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
         how = np.array([*grid, block, 1, 1, self._order, self._seed], np.uint32)
-        fault = function(ctypes.c_void_p(how.ctypes.data), ctypes.c_size_t(shared), pointers)
-        if fault:
-            raise RuntimeError(f"{kernel}: {fault.decode()}")
+
+        def run(keep: object = (values, args)) -> None:
+            fault = function(ctypes.c_void_p(how.ctypes.data), ctypes.c_size_t(shared), pointers)
+            if fault:
+                raise RuntimeError(f"{kernel}: {fault.decode()}")
+
+        self.enqueue(run)
 
     def _kernel(self, unit: Unit, name: str) -> tuple[Any, list[str]]:
         found = self._kernels.get((unit, name))

@@ -10,7 +10,7 @@ import numpy as np
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import Array, Device, Unit
 from mpillama.backends.gpu.elementwise import EXPERTS, ElementwiseOps
-from mpillama.backends.gpu.launcher import int32
+from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
 
@@ -74,6 +74,10 @@ class MatmulOps(ElementwiseOps):
         super().__init__(device)
         self._rounded: tuple[Array, int, int, tuple[Array, ...]] | None = None
 
+    def begin_step(self, inputs: StepInputs) -> None:
+        """Let the ops that follow find their batch on the device; nothing is kept of the step before."""
+        self.inputs, self._rounded = inputs, None
+
     def supports(self, type: GGMLType) -> bool:
         """Whether there is a decoder for the type."""
         return type in SUPPORTED
@@ -84,11 +88,11 @@ class MatmulOps(ElementwiseOps):
 
     def embedding(self, tokens: np.ndarray, w: GpuMatrix, first: int) -> Array:
         """Return rows of the embedding, zeros for those that are elsewhere."""
-        index = self.device.upload(int32(tokens - np.int32(first)))
+        index = self.upload_index(tokens)
         out = self.device.empty((len(tokens), w.n_in))
         for start in range(0, len(tokens), _MAX_GRID):
             part = slice(start, start + _MAX_GRID)
-            self._dequantize("dequantize_f32", w, 0, index[part], out[part], w.n_rows)
+            self._dequantize("dequantize_f32", w, 0, index[part], out[part], w.n_rows, first)
         return out
 
     def linear(self, x: Array, w: GpuMatrix) -> Array:
@@ -118,12 +122,6 @@ class MatmulOps(ElementwiseOps):
         out = self.device.empty((n_tokens, n_used, w.n_rows))
         if out.size == 0:
             return out
-        if not w.data.shape[0]:
-            out[...] = 0
-            return out
-        # Experts that are on other ranks: any matrix will do, and its answer counts for nothing.
-        here = experts >= 0
-        experts = experts * here
         share = np.int32(n_used if x.ndim == 2 else 1)
         operand = self._operand(x, w)
         sizes = np.int32(w.n_rows), np.int32(w.n_in)
@@ -137,7 +135,6 @@ class MatmulOps(ElementwiseOps):
             grid = (-(-w.n_rows // _TILE_ROWS), int(tiles.shape[0]))
             args = (w.data, w.row_bytes, w.mat_bytes, tiles, order, share, *operand, out, *sizes)
             self.device.launch(w.unit, "matmul_experts", grid, 256, args, self._shared(w))
-        out *= here[..., None]
         return out
 
     @property
@@ -156,10 +153,11 @@ class MatmulOps(ElementwiseOps):
     def _group(self, experts: Array, n_expert: int) -> tuple[Array, Array]:
         """Return tiles of pairs that share an expert, and the pairs by expert."""
         n_pairs = int(experts.size)
-        n_tiles = n_pairs // _TILE_TOKENS + min(n_expert, n_pairs)
+        # One more for what is on other ranks.
+        n_tiles = n_pairs // _TILE_TOKENS + min(n_expert + 1, n_pairs)
         tiles, order = self.device.empty((n_tiles, 3), np.int32), self.device.empty((n_pairs,), np.int32)
         sizes = np.int32(n_pairs), np.int32(n_expert), np.int32(_TILE_TOKENS), np.int32(n_tiles)
-        shared = 4 * (3 * n_expert + 1)
+        shared = 4 * (3 * (n_expert + 1) + 1)
         self.device.launch(EXPERTS, "group_pairs", (1,), 256, (experts, *sizes, order, tiles), shared)
         return tiles, order
 
@@ -184,14 +182,24 @@ class MatmulOps(ElementwiseOps):
         self._rounded = x, w.n_in, w.pad, (xq, xd, xs)
         return xq, xd, xs
 
-    def _dequantize(self, kernel: str, w: GpuMatrix, start: int, index: Array | None, out: Array, n_rows: int) -> None:
+    def _dequantize(
+        self, kernel: str, w: GpuMatrix, start: int, index: Array | None, out: Array, n_rows: int, first: int = 0
+    ) -> None:
         if out.size == 0:
             return
         units = w.n_in if w.type in FLOATS else w.n_in // 32
         block = min(256, -(-units // self.device.warp) * self.device.warp)
         data = w.data.reshape(-1)[start * int(w.row_bytes) :] if start else w.data
-        args = (data, w.row_bytes, index, out, np.int32(w.n_in), np.int32(n_rows))
+        args = (data, w.row_bytes, index, np.int32(first), out, np.int32(w.n_in), np.int32(n_rows))
         self.device.launch(w.unit, kernel, (-(-units // block), int(out.shape[0])), block, args)
+
+    def _halves(self, w: GpuMatrix, start: int, stop: int) -> Array:
+        """Return rows of weights as float16."""
+        if w.type == GGMLType.F16:
+            return w.data.reshape(-1).view(np.float16).reshape(w.n_rows, w.n_in)[start:stop]
+        rows = self.device.empty((stop - start, w.n_in), np.uint16)
+        self._dequantize("dequantize_f16", w, start, None, rows, stop - start)
+        return rows.view(np.float16)
 
     def _gemm(self, x: Array, w: GpuMatrix, out: Array) -> None:
         """Make the weights floats, some rows at a time, and multiply: F32 in float32, all others in float16."""
@@ -207,9 +215,7 @@ class MatmulOps(ElementwiseOps):
         step = min(_MAX_GRID, max(1, _GEMM_ELEMENTS // w.n_in))
         for start in range(0, w.n_rows, step):
             stop = min(w.n_rows, start + step)
-            rows = self.device.empty((stop - start, w.n_in), np.uint16)
-            self._dequantize("dequantize_f16", w, start, None, rows, stop - start)
             # Transposed, so that the result of some rows is in one piece.
-            self.device.gemm(rows.view(np.float16), halves.view(np.float16), result[start:stop])
+            self.device.gemm(self._halves(w, start, stop), halves.view(np.float16), result[start:stop])
         n_row, n_tok, size = np.int32(w.n_rows), np.int32(n_tokens), np.int64(out.size)
         self.run.elements("transpose_scaled", out.size, result, scales, n_row, n_tok, size, out)

@@ -8,6 +8,9 @@ import numpy as np
 
 from mpillama.errors import UserError
 
+# A whole vocabulary is looked at as rows of so many logits: column j holds the positions j, j + _COLUMNS, …
+_COLUMNS = 4096
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -16,11 +19,15 @@ class Candidates:
     logits: float32 (n,); -inf excludes a token although it is still counted
     ids: int64 (n,), all different, or None while every token of the vocabulary is there: then the position is the id
     descending: whether the logits are known to be sorted, largest first
+    peaks: of the logits' columns, where they are known: see `column_peaks`
+    owned: whether the logits are a copy that nobody else has, so that `editable` need not make another
     """
 
     logits: np.ndarray
     ids: np.ndarray | None = None
     descending: bool = False
+    peaks: np.ndarray | None = None
+    owned: bool = False
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -38,9 +45,27 @@ class Candidates:
         """The candidates where a bool (n,) mask is set, in the same order."""
         return self.take(np.flatnonzero(mask), self.descending)
 
-    def with_logits(self, logits: np.ndarray, descending: bool = False) -> Candidates:
+    def first(self, n: int) -> Candidates:
+        """The first n candidates."""
+        if n >= len(self):
+            return self
+        ids = np.arange(n) if self.ids is None else self.ids[:n]
+        return Candidates(self.logits[:n], ids, self.descending)
+
+    def with_logits(self, logits: np.ndarray, descending: bool = False, owned: bool = False) -> Candidates:
         """The same tokens with other logits."""
-        return Candidates(logits, self.ids, descending)
+        return Candidates(logits, self.ids, descending, owned=owned)
+
+    def editable(self) -> np.ndarray:
+        """The logits to write into, for candidates that take the place of these."""
+        return self.logits if self.owned else self.logits.copy()
+
+    @property
+    def peak(self) -> float:
+        """The largest logit; NaN if there is one anywhere."""
+        if self.descending:
+            return float(self.logits[0])
+        return float((self.logits if self.peaks is None else self.peaks).max())
 
     def find(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where tokens are: (positions int64 (m,), found bool (n_tokens,)), with m the number of tokens found."""
@@ -59,17 +84,19 @@ class Candidates:
     def top(self, k: int) -> Candidates:
         """The k largest logits, largest first; equal ones in the order they had."""
         k = min(k, len(self))
-        return self.take(np.arange(k) if self.descending else largest(self.logits, k), descending=True)
+        if self.descending:
+            return self.first(k)
+        return self.take(largest(self.logits, k, self.peaks), descending=True)
 
     def weights(self) -> np.ndarray:
         """exp(logit - largest logit), float64 (n,): probabilities that do not sum to one yet."""
-        peak = self.logits.max()
+        peak = self.peak
         if peak == -np.inf:
             raise UserError(
                 "no token is left to choose from: --logit-bias, --ignore-eos or a penalty excludes all; relax them"
             )
         shifted = self.logits.astype(np.float64)
-        shifted -= float(peak)
+        shifted -= peak
         return np.exp(shifted, out=shifted)
 
     def softmax(self) -> np.ndarray:
@@ -85,19 +112,39 @@ class Candidates:
         return min(position, int(np.flatnonzero(weights)[-1]))
 
 
-def largest(values: np.ndarray, k: int) -> np.ndarray:
+def column_peaks(values: np.ndarray) -> np.ndarray | None:
+    """The largest value of each column (NaN if there is one), or None where there are too few values to be worth it."""
+    n_rows, n_rest = divmod(len(values), _COLUMNS)
+    if n_rows < 4:
+        return None
+    # Rows of neighbours: NumPy compares whole rows at once.
+    peaks = values[: n_rows * _COLUMNS].reshape(n_rows, _COLUMNS).max(axis=0)
+    np.maximum(peaks[:n_rest], values[n_rows * _COLUMNS :], out=peaks[:n_rest])
+    return peaks
+
+
+def largest(values: np.ndarray, k: int, peaks: np.ndarray | None = None) -> np.ndarray:
     """Positions of the k largest values, largest first and equal ones in order of position: int64 (k,).
 
     The answer is the same on any machine, which argpartition does not promise among equal values. A whole vocabulary is
-    narrowed down first by the maxima of pieces of it: the k-th largest maximum is a value that at least k values reach.
+    narrowed down first by the largest value of each column: the k-th largest of these is one that k values reach, and
+    only columns that reach it have to be looked at.
     """
-    n = len(values)
-    width = n // (4 * k) if k else 0
-    if width > 1:
-        peaks = values[: n // width * width].reshape(-1, width).max(axis=1)
-        positions = np.flatnonzero(values >= np.partition(peaks, len(peaks) - k)[len(peaks) - k])
+    if peaks is None and k < _COLUMNS // 2:
+        peaks = column_peaks(values)
+    if peaks is not None and 0 < k < len(peaks):
+        bar = np.partition(peaks, len(peaks) - k)[len(peaks) - k]
+        columns = np.flatnonzero(peaks >= bar)
+        if len(columns) < len(peaks) // 2:
+            n_rows = -(-len(values) // _COLUMNS)
+            positions = (np.arange(0, n_rows * _COLUMNS, _COLUMNS)[:, None] + columns).ravel()
+            if positions[-1] >= len(values):
+                positions = positions[: np.searchsorted(positions, len(values))]
+            positions = positions[values[positions] >= bar]
+        else:
+            positions = np.flatnonzero(values >= bar)
     else:
-        positions = np.arange(n)
+        positions = np.arange(len(values))
     near = values[positions]
     if len(near) > k > 0:
         bar = np.partition(near, len(near) - k)[len(near) - k]

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mpillama.engine.sampling import filters
+from mpillama.engine.sampling import few, filters
 from mpillama.engine.sampling.adaptive import AdaptiveP
-from mpillama.engine.sampling.candidates import Candidates
+from mpillama.engine.sampling.candidates import Candidates, column_peaks
 from mpillama.engine.sampling.dry import Dry
 from mpillama.engine.sampling.mirostat import Mirostat
 from mpillama.engine.sampling.params import RANDOM_SEED, SamplingParams
@@ -60,6 +60,7 @@ class Sampler:
         self._adaptive = AdaptiveP(p.adaptive_target, p.adaptive_decay) if "adaptive_p" in p.samplers else None
         self._bias = _sum_biases(p.logit_bias, n_vocab)
         self._greedy = self._is_greedy()
+        self._steps, self._last_steps = self._plan()
         self.reset()
 
     def reset(self) -> None:
@@ -83,21 +84,57 @@ class Sampler:
 
         Raises UserError if they contain NaN or +inf, or if no token is left to choose from.
         """
-        _check(logits, self.n_vocab)
+        if logits.shape != (self.n_vocab,) or logits.dtype != np.float32:
+            raise ValueError(f"logits must be float32 ({self.n_vocab},), got {logits.dtype} {logits.shape}")
         # Raw bits, because NumPy promises them to stay the same in later versions; the top 53 make a float64 in [0, 1).
-        u_xtc, u = ((int(raw) >> 11) * 2.0**-53 for raw in self._bits.random_raw(2))
-        c = self._biased(Candidates(logits))
+        first, second = self._bits.random_raw(2).tolist()
+        u_xtc, u = (first >> 11) * 2.0**-53, (second >> 11) * 2.0**-53
+        if self._greedy and not self._bias:
+            # NaN, if there is one anywhere, counts as the largest.
+            likeliest = int(logits.argmax())
+            _check(logits, float(logits[likeliest]))
+            return likeliest
+        whole = Candidates(logits, peaks=column_peaks(logits))
+        _check(logits, whole.peak)
+        c = self._biased(whole)
         if self._greedy and c.ids is None:
             likeliest = int(c.logits.argmax())
             if c.logits[likeliest] > -math.inf:
                 return likeliest
         if self._mirostat is not None:
             return self._mirostat.sample(filters.temperature(c, self.params.temp), u)
-        for name in self.params.samplers:
+        for name in self._steps:
             c = self._apply(name, c, u_xtc)
+        if self._last_steps:
+            if c.descending and len(c) <= few.MOST and c.logits[0] > -math.inf:
+                return few.draw(c, self._last_steps, self.params, u)
+            for name in self._last_steps:
+                c = self._apply(name, c, u_xtc)
         if self._adaptive is not None:
             return self._adaptive.sample(c, u)
         return c.token(c.draw(u))
+
+    def _plan(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The samplers that do anything, and those of them at the end that `few` can run, with the draw after them."""
+        p = self.params
+        active = {
+            "penalties": self._penalties.active,
+            "dry": self._dry.active,
+            "top_n_sigma": p.top_n_sigma > 0,
+            "top_k": p.top_k > 0,
+            "typ_p": p.typical < 1,
+            "top_p": p.top_p < 1,
+            "min_p": p.min_p > 0,
+            "xtc": p.xtc_probability > 0 and p.xtc_threshold <= 0.5,
+            "temperature": p.temp != 1 or p.dynatemp_range > 0,
+            "adaptive_p": False,
+        }
+        steps = tuple(name for name in p.samplers if active[name])
+        n = len(steps)
+        while n and steps[n - 1] in few.STEPS:
+            n -= 1
+        plain = p.temp >= filters.GREEDY_TEMPERATURE and p.dynatemp_range <= 0 and self._adaptive is None
+        return (steps[:n], steps[n:]) if plain else (steps, ())
 
     def _is_greedy(self) -> bool:
         """Whether the samplers only narrow down to the likeliest token, so that there is no need to run them."""
@@ -137,12 +174,12 @@ class Sampler:
         """The whole vocabulary with the biases added; where some are +inf, only the tokens that have it."""
         if not self._bias:
             return c
-        logits = c.logits.copy()
+        logits = c.editable()
         for token, bias in self._bias.items():
             if bias < math.inf:
                 logits[token] += np.float32(bias)
         forced = np.array([token for token, bias in self._bias.items() if bias == math.inf], dtype=np.int64)
-        c = c.with_logits(logits)
+        c = c.with_logits(logits, owned=True)
         return c.take(forced) if len(forced) else c
 
 
@@ -157,11 +194,8 @@ def _sum_biases(logit_bias: tuple[tuple[int, float], ...], n_vocab: int) -> dict
     return total
 
 
-def _check(logits: np.ndarray, n_vocab: int) -> None:
-    """Raises UserError for logits nothing can be drawn from; ValueError for an array of another shape or type."""
-    if logits.shape != (n_vocab,) or logits.dtype != np.float32:
-        raise ValueError(f"logits must be float32 ({n_vocab},), got {logits.dtype} {logits.shape}")
-    peak = logits.max()  # NaN if there is one anywhere
+def _check(logits: np.ndarray, peak: float) -> None:
+    """Raises UserError for logits nothing can be drawn from; ``peak`` is the largest, NaN if there is one anywhere."""
     if math.isfinite(peak):
         return
     if peak == -math.inf:
@@ -171,6 +205,6 @@ def _check(logits: np.ndarray, n_vocab: int) -> None:
     bad = np.flatnonzero(np.isnan(logits) | (logits == np.inf))
     kind = "NaN" if math.isnan(peak) else "+inf"
     raise UserError(
-        f"the model produced {kind} at {len(bad)} of {n_vocab} logits, first at token {bad[0]}; "
+        f"the model produced {kind} at {len(bad)} of {len(logits)} logits, first at token {bad[0]}; "
         "check that the file is intact, or try another backend or precision"
     )

@@ -100,9 +100,9 @@ class Dry:
         exponents = np.fromiter(repeats.values(), np.float64, len(repeats))[found] - self.allowed_length
         # Half the largest float32, so that a penalty alone never excludes every token.
         penalty = np.minimum(self.multiplier * self.base**exponents, float(np.finfo(np.float32).max) / 2)
-        logits = c.logits.copy()
+        logits = c.editable()
         logits[at] -= penalty.astype(np.float32)
-        return c.with_logits(logits)
+        return c.with_logits(logits, owned=True)
 
     def _breaks(self, token: int) -> bool:
         """Whether the text of a token contains a breaker."""

@@ -24,18 +24,21 @@ def top_p(c: Candidates, p: float, min_keep: int) -> Candidates:
     """Nucleus sampling: the fewest most probable tokens that reach probability p together, sorted; p >= 1 keeps all."""
     if p >= 1:
         return c
-    positions = _until(c.logits, c.softmax(), p, min_keep, reach=True)
-    return c.take(positions, descending=True)
+    probs = c.softmax()
+    if c.descending:
+        return c.first(max(_count(probs, p, reach=True), min_keep))
+    return c.take(_until(c.logits, probs, p, min_keep, reach=True), descending=True)
 
 
 def min_p(c: Candidates, p: float, min_keep: int) -> Candidates:
     """The tokens at least p times as probable as the most probable one; p <= 0 keeps all."""
     if p <= 0:
         return c
-    mask = c.logits >= c.logits.max() + math.log(p)
-    if np.count_nonzero(mask) < min_keep or not mask.any():
+    mask = c.logits >= np.float32(c.peak) + math.log(p)
+    n = int(np.count_nonzero(mask))
+    if n < max(min_keep, 1):
         return c.top(max(min_keep, 1))
-    return c.keep(mask)
+    return c.first(n) if c.descending else c.keep(mask)
 
 
 def typical(c: Candidates, p: float, min_keep: int) -> Candidates:
@@ -56,8 +59,10 @@ def top_n_sigma(c: Candidates, n: float) -> Candidates:
 
     Tang et al., "Top-nσ: Not All Logits Are You Need", 2024 (arXiv:2411.07641).
     """
+    if n <= 0 or len(c) <= 1:
+        return c
     finite = c.logits[c.logits > -np.inf]
-    if n <= 0 or len(c) <= 1 or len(finite) == 0:
+    if len(finite) == 0:
         return c
     bar = float(finite.max()) - n * float(finite.std(dtype=np.float64))
     return c.with_logits(np.where(c.logits < bar, np.float32(-np.inf), c.logits), c.descending)
@@ -82,7 +87,7 @@ def temperature(c: Candidates, temp: float) -> Candidates:
     """Logits divided by the temperature; at temp <= 0 only the largest is left, the lowest id among equals."""
     if temp < GREEDY_TEMPERATURE:
         return c.take(c.first_tie(), descending=True)
-    return c if temp == 1 else c.with_logits(c.logits / np.float32(temp), c.descending)
+    return c if temp == 1 else c.with_logits(c.logits / np.float32(temp), c.descending, owned=True)
 
 
 def dynamic_temperature(c: Candidates, temp: float, spread: float, exponent: float) -> Candidates:
@@ -114,7 +119,12 @@ def _until(scores: np.ndarray, probs: np.ndarray, p: float, min_keep: int, reach
     m = min(n, max(256, min_keep))
     while True:
         positions = largest(scores, m)
-        count = int(np.searchsorted(np.cumsum(probs[positions]), p, side="left" if reach else "right")) + 1
+        count = _count(probs[positions], p, reach)
         if count <= m or m == n:
             return positions[: max(count, min_keep)]
         m = min(n, m * 16)
+
+
+def _count(probs: np.ndarray, p: float, reach: bool) -> int:
+    """How many of these probabilities, from the first, reach (or, if not `reach`, pass) p; if all do not, one more."""
+    return int(np.searchsorted(np.cumsum(probs), p, side="left" if reach else "right")) + 1

@@ -48,9 +48,9 @@ class Penalties:
         n = len(self._counts)
         at, found = c.find(np.fromiter(self._counts.keys(), np.int64, n))
         counts = np.fromiter(self._counts.values(), np.float32, n)[found]
-        logits = c.logits.copy()
+        logits = c.editable()
         old = logits[at]
         with np.errstate(over="ignore"):  # a huge penalty may exclude a token altogether
             scaled = np.where(old <= 0, old * self.repeat, old / self.repeat)
             logits[at] = scaled - (counts * self.frequency + self.presence)
-        return c.with_logits(logits)
+        return c.with_logits(logits, owned=True)

@@ -178,6 +178,13 @@ extern "C" __global__ void rope_table(const int* positions, const double* freque
 }
 MPL_EXPORT(rope_table)
 
+// log(floor(position / span) + 1) * scale + 1 for each token.
+extern "C" __global__ void attn_temperature(const int* positions, double span, double scale, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = (float)(log(floor((double)positions[id] / span) + 1.0) * scale + 1.0);
+}
+MPL_EXPORT(attn_temperature)
+
 // Heads x (T, H, D); `half` pairs of the first elements turn, the rest stays. A thread has a pair or a single element.
 extern "C" __global__ void rope(const float* x, const float* cosines, const float* sines, int neox, int half, int n_dim,
                                 int n_head, i64 size, float* out) {

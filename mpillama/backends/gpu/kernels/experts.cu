@@ -51,32 +51,33 @@ extern "C" __global__ void route(const float* logits, int n_expert, int n_used, 
 MPL_EXPORT(route)
 
 // Sorts pairs by expert: order (n_pairs) and tiles (n_tiles, 3) of at most `size` pairs of one expert: expert, first, count;
-// tiles that are not needed have count 0. One block.
+// tiles that are not needed have count 0. Pairs whose expert is negative come last, in tiles of expert -1. One block.
 extern "C" __global__ void group_pairs(const int* experts, int n_pairs, int n_expert, int size, int n_tiles, int* order, int* tiles) {
   MPL_DYN_SHARED(int, count);
-  int *start = count + n_expert, *tile = start + n_expert;
-  for (int e = threadIdx.x; e < n_expert; e += blockDim.x) count[e] = 0;
+  const int n_group = n_expert + 1;
+  int *start = count + n_group, *tile = start + n_group;
+  for (int e = threadIdx.x; e < n_group; e += blockDim.x) count[e] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < n_pairs; i += blockDim.x) atomicAdd(&count[experts[i]], 1);
+  for (int i = threadIdx.x; i < n_pairs; i += blockDim.x) atomicAdd(&count[experts[i] < 0 ? n_expert : experts[i]], 1);
   __syncthreads();
   if (threadIdx.x == 0) {
     int pairs = 0, used = 0;
-    for (int e = 0; e < n_expert; e++) {
+    for (int e = 0; e < n_group; e++) {
       start[e] = pairs;
       tile[e] = used;
       pairs += count[e];
       used += (count[e] + size - 1) / size;
     }
-    tile[n_expert] = used;
+    tile[n_group] = used;
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < n_expert; e += blockDim.x)
+  for (int e = threadIdx.x; e < n_group; e += blockDim.x)
     for (int i = 0; i * size < count[e]; i++) {
       int* to = tiles + 3 * (tile[e] + i);
-      to[0] = e, to[1] = start[e] + i * size, to[2] = min(size, count[e] - i * size);
+      to[0] = e < n_expert ? e : -1, to[1] = start[e] + i * size, to[2] = min(size, count[e] - i * size);
     }
-  for (int i = tile[n_expert] + threadIdx.x; i < n_tiles; i += blockDim.x) tiles[3 * i + 2] = 0;
+  for (int i = tile[n_group] + threadIdx.x; i < n_tiles; i += blockDim.x) tiles[3 * i + 2] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < n_pairs; i += blockDim.x) order[atomicAdd(&start[experts[i]], 1)] = i;
+  for (int i = threadIdx.x; i < n_pairs; i += blockDim.x) order[atomicAdd(&start[experts[i] < 0 ? n_expert : experts[i]], 1)] = i;
 }
 MPL_EXPORT(group_pairs)

@@ -6,11 +6,12 @@
 // tokens. With experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
 #include "decode.cuh"
 
-// Rows as floats: out (n, 32 n_sub) of rows index[i], or i where index is null; zeros for rows outside of [0, n_rows).
+// Rows as floats: out (n, 32 n_sub) of rows index[i] - first, or i where index is null; zeros for rows outside of [0, n_rows).
 #define DEQUANTIZE(name, T, STORE)                                                                                     \
-  extern "C" __global__ void name(const u8* w, i64 row_bytes, const int* index, T* out, int n_in, int n_rows) {        \
+  extern "C" __global__ void name(const u8* w, i64 row_bytes, const int* index, int first, T* out, int n_in,           \
+                                  int n_rows) {                                                                        \
     const int unit = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;                                            \
-    const int row = index ? index[i] : i;                                                                              \
+    const int row = index ? index[i] - first : i;                                                                      \
     if (unit * kUnit >= n_in) return;                                                                                  \
     T* to = out + (i64)i * n_in + (i64)unit * kUnit;                                                                   \
     float v[kUnit];                                                                                                    \
@@ -61,14 +62,19 @@ MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums)
 #endif
 
 // -- few tokens: one row to a warp, NT tokens at once. With `experts`, blockIdx.y is a pair, whose activations are row
-// pair / share of x; else it is NT tokens.
+// pair / share of x, and whose answer is zero where the expert is negative; else it is NT tokens.
 template <int NT>
 MPL_INLINE void matvec(const u8* w, i64 row_bytes, i64 mat_bytes, const int* experts, int share, X_ARGS, float* y, int n_rows,
                        int n_in, int n_tokens) {
   const int row = blockIdx.x * (blockDim.x / MPL_WARP) + threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP;
   if (row >= n_rows) return;
   const int first = blockIdx.y * NT, n = min(NT, n_tokens - first);
-  const u8* r = w + (i64)row * row_bytes + (experts ? experts[first] * mat_bytes : 0);
+  const int expert = experts ? experts[first] : 0;
+  if (expert < 0) {
+    if (lane == 0) y[(i64)first * n_rows + row] = 0.f;
+    return;
+  }
+  const u8* r = w + (i64)row * row_bytes + expert * mat_bytes;
   float sum[NT];
 #pragma unroll
   for (int t = 0; t < NT; t++) sum[t] = 0.f;
@@ -123,13 +129,16 @@ MPL_EXPORT(matvec_experts)
 // -- many tokens: 256 threads, each with 4 rows and 2 tokens of a tile.
 constexpr int kRows = 64, kTokens = 32;
 
-// `tiles` (n, 3): expert, first, count; `order`: the pairs, by expert. Without them, tile y is tokens 32 y to 32 y + 31.
+// `tiles` (n, 3): expert, first, count; `order`: the pairs, by expert; the answer of a negative expert is zero. Without them,
+// tile y is tokens 32 y to 32 y + 31.
 MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, X_ARGS, float* y,
                        int n_rows, int n_in, int n_tokens) {
   int first = blockIdx.y * kTokens, n = min(kTokens, n_tokens - first);
   if (tiles) {
     const int* tile = tiles + 3 * blockIdx.y;
-    w += tile[0] * mat_bytes;
+    // Without columns, all sums are zero.
+    if (tile[0] < 0) n_in = 0;
+    else w += tile[0] * mat_bytes;
     first = tile[1];
     n = tile[2];
     if (n == 0) return;

@@ -1,0 +1,229 @@
+"""Steps that are recorded and started again: the same bits as without, whatever comes between; also over NCCL."""
+
+import ctypes
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_golden import MODELS
+
+import mpillama.runner
+from gpu_host import gpu_backend, needs_compiler, only_emulated
+from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.backends.gpu.emulated import DeviceArray, EmulatedDevice
+from mpillama.backends.reference import ReferenceBackend
+from mpillama.comm.nccl import NcclGroup
+from mpillama.comm.staged import tensor_group
+from mpillama.comm.threads import run_threads
+from mpillama.config import read_config
+from mpillama.engine.sequence import Sequence as TokenSequence
+from mpillama.gguf.reader import read_header
+from mpillama.gguf.types import GGMLType
+from mpillama.grid import Grid
+from mpillama.loader import load_weights
+from mpillama.ops import Ops
+from mpillama.partition import Partition
+from mpillama.runner import Runner
+from mpillama.tensors import model_tensors
+from shared import shared
+from tiny import nmse, run_on, write_llama
+
+pytestmark = needs_compiler
+N_BLOCKS = 12
+_TYPES = (GGMLType.F16, GGMLType.Q4_0, GGMLType.Q8_0)
+
+
+@pytest.fixture(autouse=True)
+def near_bounds(monkeypatch):
+    """Let graphs serve up to 32, 64, 128 … tokens, and splits begin at 8 keys, so that short sequences cross bounds."""
+    monkeypatch.setattr("mpillama.backends.gpu.inputs._LEAST_SEEN", KV_BLOCK)
+    monkeypatch.setattr("mpillama.backends.gpu.attention._SPLIT_KEYS", 8)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The batches for which a model text was run, on any rank."""
+    found, forward = [], mpillama.runner.forward
+
+    def counted(*args):
+        found.append(args[4])
+        return forward(*args)
+
+    monkeypatch.setattr("mpillama.runner.forward", counted)
+    return found
+
+
+def staged(world, backend):
+    return tensor_group(world.group(), backend)
+
+
+def open_on(world, path, make_group=staged, graphs=True, experts="off", kv_type="f16", **device):
+    """Return a rank's runner on an emulated GPU."""
+    header = read_header(path)
+    cfg = read_config(header, N_BLOCKS * KV_BLOCK)
+    tensors = model_tensors(header, cfg)
+    partition = Partition(cfg, tensors, Grid(tp=world.size), [1.0] * world.size, experts)
+    sharding, index = partition.of(world.rank)
+    backend = gpu_backend(**device)
+    weights, _ = load_weights(header.paths, tensors, sharding, index, backend)
+    ops = Ops(backend, make_group(world, backend))
+    sizes = partition.n_head_kv(world.rank), N_BLOCKS * KV_BLOCK, kv_type, kv_type
+    return Runner(cfg, weights, ops, *sizes, sharding.blocks, graphs=graphs)
+
+
+def schedule(rng, n_vocab, n_steps):
+    """Return batches of three sequences that begin, decode in changing company and order, and pause."""
+    blocks = rng.permutation(N_BLOCKS).reshape(3, -1)
+    lengths, batches = np.zeros(3, int), []
+    for step in range(n_steps):
+        if step < 3:
+            parts = [(step, int(rng.integers(1, 40)))]
+        else:
+            longest = 12 if rng.random() < 0.1 else 1
+            parts = [(i, int(rng.integers(1, longest + 1))) for i in rng.permutation(3)[: rng.integers(1, 4)]]
+        room = N_BLOCKS // 3 * KV_BLOCK - lengths
+        parts = [(i, min(n, int(room[i]))) for i, n in parts if room[i]]
+        positions = np.concatenate([np.arange(lengths[i], lengths[i] + n) for i, n in parts]).astype("i4")
+        for i, n in parts:
+            lengths[i] += n
+        counts = np.array([n for _, n in parts], "i4")
+        width = max(-(-lengths[i] // KV_BLOCK) for i, _ in parts)
+        rows = rng.permutation(np.cumsum(counts) - 1).astype("i4")
+        tokens = rng.integers(0, n_vocab, len(positions)).astype("i4")
+        batches.append(Batch(tokens, positions, counts, np.array([blocks[i, :width] for i, _ in parts], "i4"), rows))
+    return batches
+
+
+def model(tmp_path, rng, experts, types=_TYPES):
+    more = {"n_expert": 6, "n_expert_used": 2, "n_ff": 64} if experts else {}
+    type = types[int(rng.integers(len(types)))]
+    return write_llama(tmp_path / "m.gguf", rng, type, n_embd=128, n_head_dim=32, n_layer=1, **more)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_recorded_steps_give_the_same_bits(experts, tmp_path, rng, calls):
+    path, batches = model(tmp_path, rng, experts), schedule(rng, 96, 50)
+
+    def main(world):
+        plain, recorded = open_on(world, path, graphs=False), open_on(world, path)
+        expected = [plain.run(batch) for batch in batches]
+        assert len(calls) == len(batches)
+        return expected, [recorded.run(batch) for batch in batches]
+
+    ((expected, got),) = run_threads(1, main)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a.view("u4"), b.view("u4"))
+    # What was not run as text was started from a graph.
+    assert len(calls) < 1.7 * len(batches)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_logits_from_graphs(name, rng, calls):
+    """A prompt, then token by token; the step of every architecture can be recorded."""
+    reference = np.load(shared("golden", f"{name}.npz"))
+    tokens = reference["tokens"].tolist()
+    n_prompt = len(tokens) - 6
+
+    def main(world):
+        runner = open_on(world, shared("golden", f"{name}.gguf"), kv_type="f32", order=2)
+        sequence = TokenSequence(tokens[:n_prompt], np.arange(runner.n_blocks)[::-1])
+        runner.run(sequence.next_batch(1000))
+        parts = []
+        for token in tokens[n_prompt:]:
+            sequence.tokens.append(token)
+            parts.append(runner.run(sequence.next_batch(1)))
+        return np.concatenate(parts)
+
+    result = run_threads(1, main)[0]
+    assert nmse(result, reference["logits"][n_prompt:]) <= 1e-6
+    # The prompt, and two for each bound that is met.
+    assert len(calls) <= 5
+
+
+def test_stages_of_a_pipeline_record_their_part(tmp_path, rng, calls):
+    path, tokens = (
+        write_llama(tmp_path / "m.gguf", rng, n_embd=64, n_ff=64, n_head_dim=32),
+        rng.integers(0, 96, 12).tolist(),
+    )
+    plain = run_on(path, tokens, [1.0], 1, make=ReferenceBackend)[0]
+    calls.clear()
+    staged_logits = run_on(path, tokens, [1.0] * 2, 1, make=gpu_backend, grid=Grid(tp=1, pp=2))
+    np.testing.assert_allclose(staged_logits[0], plain, rtol=2e-4, atol=2e-4 * np.abs(plain).max())
+    assert len(calls) == 4
+
+
+class QueuedNccl:
+    """A stand-in for NCCL, with ranks that are threads: its calls are work of the emulated devices, as on GPUs."""
+
+    NCCL_FLOAT32, NCCL_SUM = 7, 0
+
+    def __init__(self, devices):
+        self._devices, self._slots = devices, [None] * len(devices)
+        self._barrier = threading.Barrier(len(devices), timeout=60)
+
+    def get_unique_id(self):
+        return b"i" * 128
+
+    def groupStart(self):  # noqa: N802
+        pass
+
+    groupEnd = groupStart  # noqa: N815
+
+    def NcclCommunicator(self, n, name, rank):  # noqa: N802
+        def exchange(mine, take):
+            self._slots[rank] = mine
+            self._barrier.wait()
+            values = [value.copy() for value in self._slots]
+            self._barrier.wait()
+            mine[:] = take(values)
+
+        def queue(pointer, count, take):
+            mine = np.frombuffer((ctypes.c_float * count).from_address(pointer), np.float32)
+            self._devices[rank].enqueue(lambda: exchange(mine, take))
+
+        return SimpleNamespace(
+            check_async_error=lambda: None,
+            allReduce=lambda a, b, count, *_: queue(b, count, lambda values: np.sum(values, axis=0)),
+            broadcast=lambda a, b, count, type, root, _: queue(b, count, lambda values: values[root]),
+        )
+
+
+@only_emulated
+@pytest.mark.parametrize("experts", ["off", "on"])
+def test_collectives_are_recorded_too(experts, tmp_path, rng, monkeypatch, calls):
+    monkeypatch.setattr(DeviceArray, "data", property(lambda x: SimpleNamespace(ptr=x.ctypes.data)), raising=False)
+    monkeypatch.setattr(EmulatedDevice, "stream", 1, raising=False)
+    path, batches = model(tmp_path, rng, experts == "on"), schedule(rng, 96, 30)
+    n_ranks = 2
+    devices = [None] * n_ranks
+    nccl = QueuedNccl(devices)
+
+    def group(world, backend):
+        devices[world.rank] = backend.device
+        return NcclGroup(world, nccl, backend.device)
+
+    def main(world, *options):
+        runner = open_on(world, path, *options, experts=experts)
+        return [runner.run(batch) for batch in batches]
+
+    staged_logits = run_threads(n_ranks, main)
+    assert len(calls) == n_ranks * len(batches)
+    for logits in run_threads(n_ranks, lambda world: main(world, group)):
+        for a, b in zip(logits, staged_logits[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(calls) < 1.8 * n_ranks * len(batches)
+
+
+@only_emulated
+def test_what_cannot_be_recorded_is_an_error():
+    device = EmulatedDevice()
+    x, y = device.upload(np.ones((2, 2), "f4")), device.empty((2, 2))
+    for work in (lambda: device.upload(np.ones(1)), lambda: device.download(x), lambda: device.gemm(x, x, y)):
+        with pytest.raises(RuntimeError, match="while work is being recorded"):
+            device.capture(work)
+    # Arithmetic is recorded, with what arrays hold when the graph is launched.
+    graph, z = device.capture(lambda: (x + 1) * (x > 2))
+    device.write(x, np.array([[3, 1], [2, 5]], "f4"))
+    graph.launch()
+    assert device.download(z).tolist() == [[4, 0], [0, 6]]
