@@ -152,7 +152,14 @@ def test_figures_are_consistent(rng):
     repetitions = [
         [
             RankSteps(
-                total[i, r].tolist(), comm[i, r].tolist(), [2] * n_steps, [1] * n_steps, 30, 600, 40, kernels[i, r].tolist()
+                total[i, r].tolist(),
+                comm[i, r].tolist(),
+                [2] * n_steps,
+                [1] * n_steps,
+                30,
+                600,
+                40,
+                kernels[i, r].tolist(),
             )
             for r in range(n_ranks)
         ]
