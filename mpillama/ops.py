@@ -67,8 +67,8 @@ class Ops:
 
     @property
     def capturable(self) -> bool:
-        """Whether collectives are work of the device, which it can record, or none at all."""
-        return bool(getattr(self._group, "capturable", False))
+        """Whether all that crosses ranks is work of the device, which it can record: nothing that one tells others."""
+        return self._alike and bool(getattr(self._group, "capturable", False))
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 

@@ -27,10 +27,10 @@ from mpillama.bench.plot import Row, import_matplotlib, plot, read_results
 from mpillama.bench.shapes import shape_header
 from mpillama.bench.stream import stream_gbps
 from mpillama.bench.weights import write_random_gguf
-from mpillama.cli.bench_options import with_defaults
+from mpillama.cli.bench_options import loads, with_defaults
 from mpillama.cli.devices import Kinds, kinds_of
 from mpillama.cli.loading import read_watch
-from mpillama.cli.memory import available_memory
+from mpillama.cli.memory import check_memory
 from mpillama.cli.progress import LoadProgress, Log
 from mpillama.cli.session import grid_of, model_path, open_backend, stage_group, wants_graphs
 from mpillama.cli.shares import choose_shares
@@ -38,7 +38,7 @@ from mpillama.comm.base import Group, World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.comm.pipeline import open_pipe
 from mpillama.comm.staged import tensor_group
-from mpillama.errors import UsageError, UserError
+from mpillama.errors import UsageError
 from mpillama.grid import Grid
 from mpillama.models.weights import Weights
 from mpillama.ops import Ops
@@ -121,7 +121,7 @@ class _Bench:
         args = self._args
         earlier = from_root(self._world, self._prepare)
         planned = cases(
-            _loads(args),
+            loads(args),
             args.batch_size,
             args.ubatch_size,
             args.cache_type_k,
@@ -224,19 +224,7 @@ class _Bench:
             for type_k in args.cache_type_k
             for type_v in args.cache_type_v
         )
-        everyone = world.gather((world.hosts[world.rank], need, available_memory()))
-
-        def check() -> None:
-            for host in dict.fromkeys(host for host, _, _ in everyone):
-                needed = sum(need for other, need, _ in everyone if other == host)
-                free = min(free for other, _, free in everyone if other == host)
-                if needed > free:
-                    raise UserError(
-                        f"{model.type_name} needs {needed / 1e9:.1f} GB on {host}, where {free / 1e9:.1f} GB are free; "
-                        "take more hosts, a smaller type or model, or a shorter context"
-                    )
-
-        from_root(world, check)
+        check_memory(world, need, model.type_name)
 
     def _stream(self, backend: Backend, n_threads: int) -> float:
         """Measure what the ranks read from memory, all at once; returns the sum on rank 0."""
@@ -270,20 +258,19 @@ class _Bench:
         if self._cache is None or self._cache.types != types:
             self._cache = None
             model, world, grid = loaded.model, self._world, loaded.model.grid
-            group = MeteredGroup(self._group(grid, loaded.backend))
+            group = MeteredGroup(self._group(grid, loaded))
             ops = Ops(loaded.backend, group, loaded.kinds.alike(grid.stage_ranks(world.rank)))
             settings = (model.cfg, loaded.weights, ops, loaded.partition.n_head_kv(world.rank))
             stage = (loaded.partition.of(world.rank)[0].blocks, open_pipe(world, grid), wants_graphs())
             self._cache = _Cache(types, MeteredRunner(*settings, model.n_ctx, *types, *stage, group=group))
         return self._cache
 
-    def _group(self, grid: Grid, backend: Backend) -> Group:
-        """Return the group of this rank's stage, for arrays of the backend; groups of GPUs belong to one backend."""
-        if backend.name in GPU_NAMES:
-            return stage_group(self._world, grid, backend)
-        if grid not in self._groups:
-            self._groups[grid] = self._world.group(grid.stage_ranks(self._world.rank))
-        return tensor_group(self._groups[grid], backend)
+    def _group(self, grid: Grid, loaded: _Loaded) -> Group:
+        """Return the group of this rank's stage, for arrays of its backend; groups of GPUs belong to one backend."""
+        if set(loaded.kinds.names) & set(GPU_NAMES):
+            return stage_group(self._world, grid, loaded.backend)
+        group = self._groups.get(grid) or self._world.group(grid.stage_ranks(self._world.rank))
+        return tensor_group(self._groups.setdefault(grid, group), loaded.backend)
 
     # -- the program that is compared with ---------------------------------------------------------------------------
 
@@ -425,20 +412,6 @@ class _Bench:
             samples_ts=found.samples_ts,
             peer_samples_ts=tuple(peer_ts),
         )
-
-
-def _loads(args: Namespace) -> list[Load]:
-    """Return the loads in order: files, then shapes; without either the model of ``-hf`` or the demo model."""
-    models = [(name, False) for name in args.model] + [(name, True) for name in args.shape]
-    if args.hf_repo:
-        models.insert(0, ("", False))
-    splits = args.tensor_split or ((),)
-    return [
-        Load(name, random, split, n)
-        for name, random in models or [("", False)]
-        for split in splits
-        for n in args.threads
-    ]
 
 
 def _split_mode(grid: Grid) -> str:

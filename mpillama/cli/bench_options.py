@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpillama.bench.output import FORMATS
+from mpillama.bench.plan import Load
 from mpillama.cli.checks import check_model
 from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import CONTEXT, LOGGING, MODEL, Option
@@ -187,6 +188,20 @@ def with_defaults(namespace: Namespace) -> Namespace:
     """Return the namespace with llama-bench's defaults for the lists that were not typed."""
     filled = {dest: getattr(namespace, dest) or values for dest, values in _DEFAULTS.items()}
     return Namespace(**{**vars(namespace), **filled})
+
+
+def loads(args: Namespace) -> list[Load]:
+    """Return the loads in order: files, then shapes; without either the model of ``-hf`` or the demo model."""
+    models = [(name, False) for name in args.model] + [(name, True) for name in args.shape]
+    if args.hf_repo:
+        models.insert(0, ("", False))
+    splits = args.tensor_split or ((),)
+    return [
+        Load(name, random, split, n)
+        for name, random in models or [("", False)]
+        for split in splits
+        for n in args.threads
+    ]
 
 
 def check_bench(namespace: Namespace) -> None:

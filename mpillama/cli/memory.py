@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpillama.backends.base import KV_BLOCK
 from mpillama.cli.progress import format_bytes
-from mpillama.comm.base import World
+from mpillama.comm.base import World, from_root
 from mpillama.errors import PeerFailure, UserError
 
 # What a rank needs beside its weights and its KV cache: buffers of a step, and the dequantized rows of a product.
@@ -66,6 +66,27 @@ def fits_easily(world: World, needed: list[int], own: int = 0) -> bool:
         sum(needed[rank] + WORKSPACE for rank in place.ranks) <= place.room * _OWN_CHOICE
         for place in _places(world, own)
     )
+
+
+def check_memory(world: World, need: int, what: str) -> None:
+    """Make sure that the ranks of each host find room for ``need`` bytes each, rather than let the system kill them.
+
+    Raises:
+        UserError: on all ranks, naming the host and what there is too little room for.
+    """
+    everyone = world.gather((world.hosts[world.rank], need, available_memory()))
+
+    def check() -> None:
+        for host in dict.fromkeys(host for host, _, _ in everyone):
+            needed = sum(need for other, need, _ in everyone if other == host)
+            free = min(free for other, _, free in everyone if other == host)
+            if needed > free:
+                raise UserError(
+                    f"{what} needs {needed / 1e9:.1f} GB on {host}, where {free / 1e9:.1f} GB are free; "
+                    "take more hosts, a smaller type or model, or a shorter context"
+                )
+
+    from_root(world, check)
 
 
 def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int, own: int = 0) -> int:

@@ -41,7 +41,7 @@ class Call(ABC):
         self.created = int(context.clock())
         self.model = context.name
         self.stream = fields.boolean("stream")
-        self.wanted_slot, self.slot = fields.integer("id_slot", -1, -1, context.n_parallel - 1), -1
+        self.wanted_slot, self.slot = fields.integer("id_slot", -1, -1), -1
         self.requests: tuple[Request, ...] = ()
         self.usages: list[Usage] = []
         self.timings: Timings | None = None

@@ -149,6 +149,7 @@ class Bridge:
     def submit(self, call: Call) -> Ticket:
         """Pass a call's requests to the engine; raises ApiError if there is no room for them."""
         self.check_room(len(call.requests))
+        self.slots.check(call.wanted_slot)
         ticket = Ticket(self, call)
         self.tickets |= dict.fromkeys((request.id for request in call.requests), ticket)
         for request in call.requests:

@@ -86,6 +86,11 @@ class Slots:
             raise bad(f"slot {slot.id} is at work; wait until /slots shows it idle, or name another one", "id_slot")
         return slot
 
+    def check(self, number: int) -> None:
+        """Raise ApiError if a request asks for a slot that is not there; -1 is any."""
+        if number >= len(self._slots):
+            raise bad(f"there is no slot {number}; id_slot must be from -1 to {len(self._slots) - 1}", "id_slot")
+
     def enter(self, request: Request, call: Call) -> None:
         """Note that a request has come."""
         if request.params.embedding:
