@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import cast
 
 import numpy as np
@@ -35,6 +35,11 @@ class Weight:
     handle: Handle
     axis: str = ""
     cut: Cut | None = None
+
+    @cached_property
+    def shard(self) -> Shard:
+        """How values lie over the ranks that are cut as it is."""
+        return Shard(_some(self.cut))
 
 
 @dataclass(frozen=True)
@@ -109,11 +114,11 @@ class Ops:
 
     def _linear_layout(self, x: Value, w: Weight) -> Layout:
         if w.axis == "in":
-            if x.layout != Shard(_some(w.cut)):
+            if x.layout != w.shard:
                 raise AssertionError(f"{w.name} is cut by {w.cut} but its input by {x.layout}")
             return PARTIAL
         self.whole(x)
-        return Shard(_some(w.cut)) if w.axis == "out" else REPLICATE
+        return w.shard if w.axis == "out" else REPLICATE
 
     def linear(self, x: Value, w: Weight) -> Value:
         """Multiply by a matrix."""
@@ -242,8 +247,7 @@ class Ops:
             *rotation,
         )
         if isinstance(layout, Shard):
-            heads = Cut(layout.cut.size // n_k, tuple((a // n_k, b // n_k) for a, b in layout.cut.ranges))
-            layout = Shard(heads.scaled(n_v))
+            layout = _of_values(layout, n_k, n_v)
         return Value(out.reshape(n_tokens, -1), layout)
 
     def _kv_heads(self, q: Value, k: Value, n_k: int) -> tuple[int, ...]:
@@ -305,6 +309,13 @@ class Ops:
 def _readers(n_head: int, n_per_kv: int, first: int, first_kv: int) -> tuple[int, ...]:
     """Return which KV head each query head from ``first`` on reads, counted from ``first_kv``."""
     return tuple((first + head) // n_per_kv - first_kv for head in range(n_head))
+
+
+@cache
+def _of_values(keys: Shard, n_k: int, n_v: int) -> Shard:
+    """Return the cut of whole heads' values, as heads' keys are cut."""
+    heads = Cut(keys.cut.size // n_k, tuple((a // n_k, b // n_k) for a, b in keys.cut.ranges))
+    return Shard(heads.scaled(n_v))
 
 
 def _some(cut: Cut | None) -> Cut:

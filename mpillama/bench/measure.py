@@ -32,6 +32,8 @@ class RankSteps:
     comm_calls: int = 0
     comm_bytes: int = 0
     kv_bytes: int = 0
+    kernel_ns: list[int] = field(default_factory=list)
+    """Empty where the backend does not count it."""
 
 
 class MeteredRunner(Runner):
@@ -43,14 +45,19 @@ class MeteredRunner(Runner):
         self._steps = RankSteps()
         cfg, _, _, n_head_kv, _, type_k, type_v = args[:7]
         self._kv_bytes = n_head_kv * (row_bytes(type_k, cfg.n_embd_head_k) + row_bytes(type_v, cfg.n_embd_head_v))
+        # A backend that counts the time in its kernels has the method ``kernel_ns``.
+        self._kernel_ns: Callable[[], int] | None = getattr(self._ops.backend, "kernel_ns", None)
 
     def begin(self, batch: Batch) -> Arrival:
         """Do this rank's part of a batch; waiting for the logits of a later stage is no part of it."""
         self._group.take()
+        kernels = self._kernel_ns() if self._kernel_ns else 0
         began = time.perf_counter_ns()
         logits = super().begin(batch)
         passed = time.perf_counter_ns() - began
         traffic, steps = self._group.take(), self._steps
+        if self._kernel_ns:
+            steps.kernel_ns.append(self._kernel_ns() - kernels)
         steps.total_ns.append(passed)
         steps.comm_ns.append(traffic.ns)
         steps.n_tokens.append(len(batch.tokens))
@@ -141,6 +148,8 @@ class Figures:
         comm_min_us: the same, of the rank that spends least in each step: the transfers with hardly any waiting.
         comm_bytes: bytes of the collectives' results per token, on one rank.
         comm_calls: collectives per token.
+        host_us: microseconds that a rank spends in neither kernels nor collectives per token, mostly in Python;
+            mean of ranks. None where the backend does not count the time in its kernels.
         skew_us: per step, the longest less the shortest time that a rank spends outside of collectives.
         overhead_us: per token, what passes between two steps on rank 0: planning, and sending the plan.
         weight_bytes: bytes of weights per token, of all ranks.
@@ -154,6 +163,7 @@ class Figures:
     comm_min_us: float
     comm_bytes: float
     comm_calls: float
+    host_us: float | None
     skew_us: float
     overhead_us: float
     weight_bytes: float
@@ -202,6 +212,7 @@ def figures(
     total = np.array([[ns for steps in rank for ns in steps.total_ns] for rank in by_rank], np.float64)
     comm = np.array([[ns for steps in rank for ns in steps.comm_ns] for rank in by_rank], np.float64)
     compute = total - comm
+    kernels = np.array([[ns for steps in rank for ns in steps.kernel_ns] for rank in by_rank], np.float64)
     first = by_rank[0]
     n_bytes = sum(
         reads.of(tokens, logits)
@@ -216,6 +227,7 @@ def figures(
         comm_min_us=float(comm.min(axis=0).sum()) / n_all / 1e3,
         comm_bytes=sum(steps.comm_bytes for steps in first) / n_all,
         comm_calls=sum(steps.comm_calls for steps in first) / n_all,
+        host_us=float((compute - kernels).sum(axis=1).mean()) / n_all / 1e3 if kernels.size else None,
         skew_us=float((compute.max(axis=0) - compute.min(axis=0)).mean()) / 1e3,
         overhead_us=(sum(samples_ns) - float(total[0].sum())) / n_all / 1e3,
         weight_bytes=n_bytes / n_all,

@@ -59,6 +59,7 @@ class Result:
     comm_min_us: float
     comm_bytes: float
     comm_calls: float
+    host_us: float | None
     skew_us: float
     overhead_us: float
     weight_bytes: float
@@ -202,13 +203,14 @@ _COLUMNS: Mapping[str, tuple[str, int]] = {
     "comm_us": ("comm us/t", 9),
     "comm_bytes": ("comm B/t", 9),
     "comm_calls": ("comms/t", 7),
+    "host_us": ("host us/t", 9),
     "skew_us": ("skew us", 8),
     "read_gbps": ("GB/s", 7),
     "stream_share": ("of stream", 9),
     "peer_avg_ts": ("", 18),
     "peer_ratio": ("ratio", 6),
 }
-DETAILS = ("comm_us", "comm_bytes", "comm_calls", "skew_us", "read_gbps", "stream_share")
+DETAILS = ("comm_us", "comm_bytes", "comm_calls", "host_us", "skew_us", "read_gbps", "stream_share")
 COMPARISON = ("peer_avg_ts", "peer_ratio")
 _ALWAYS = ("model_type", "model_size", "model_n_params", "backends", "n_threads", "n_ranks", "test", "avg_ts")
 

@@ -392,6 +392,7 @@ class _Bench:
             comm_min_us=found.comm_min_us,
             comm_bytes=found.comm_bytes,
             comm_calls=found.comm_calls,
+            host_us=found.host_us,
             skew_us=found.skew_us,
             overhead_us=found.overhead_us,
             weight_bytes=found.weight_bytes,

@@ -19,7 +19,7 @@ def dense(ops: Ops, x: Value, w: Weights, cfg: Config, suffix: str = "") -> Valu
 
 def _biased_then_scaled(ops: Ops, x: Value, w: Weights, name: str) -> Value:
     y = ops.linear(x, w.matrix(name))
-    bias, scale = w.optional(f"{name}.bias"), w.optional(f"{name}.scale")
+    scale, bias = w.scale_and_bias(name)
     y = ops.add(y, bias) if bias else y
     return ops.scale(y, scale) if scale else y
 
@@ -42,6 +42,6 @@ def experts(ops: Ops, x: Value, w: Weights, cfg: Config) -> Value:
 
 def _expert_project(ops: Ops, x: Value, w: Weights, name: str, chosen: Experts) -> Value:
     y = ops.expert_linear(x, w.matrix(name), chosen)
-    scale, bias = w.optional(f"{name}.scale"), w.optional(f"{name}.bias")
+    scale, bias = w.scale_and_bias(name)
     y = ops.expert_scale(y, scale, chosen) if scale else y
     return ops.expert_bias(y, bias, chosen) if bias else y

@@ -41,6 +41,8 @@ def test_shape_on_ranks(n_ranks, backend):
         assert row["stream_share"] == pytest.approx(row["read_gbps"] / row["stream_gbps"])
         assert (row["comm_us"] > 0) == (size > 1)
         assert (row["skew_us"] > 0) == (size > 1)
+        assert (row["host_us"] is not None) == (backend == "cpu")
+        assert row["host_us"] is None or 0 < row["host_us"] < 1e6 / min(row["samples_ts"])
         assert 0 <= row["comm_min_us"] <= row["comm_us"]
     generation = rows[1]
     # The embedding, two in each of four blocks, and the logits; bytes of float32.

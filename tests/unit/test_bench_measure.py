@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,9 +148,19 @@ def test_figures_are_consistent(rng):
     n_ranks, n_reps, n_steps, n_tokens = 3, 4, 6, 12
     total = rng.integers(10**6, 10**7, (n_reps, n_ranks, n_steps))
     comm = rng.integers(0, 10**6, (n_reps, n_ranks, n_steps))
+    kernels = rng.integers(0, total - comm)
     repetitions = [
         [
-            RankSteps(total[i, r].tolist(), comm[i, r].tolist(), [2] * n_steps, [1] * n_steps, 30, 600, 40)
+            RankSteps(
+                total[i, r].tolist(),
+                comm[i, r].tolist(),
+                [2] * n_steps,
+                [1] * n_steps,
+                30,
+                600,
+                40,
+                kernels[i, r].tolist(),
+            )
             for r in range(n_ranks)
         ]
         for i in range(n_reps)
@@ -170,6 +181,9 @@ def test_figures_are_consistent(rng):
     assert found.comm_bytes == pytest.approx(600 / n_tokens)
     busy = total - comm
     assert found.skew_us == pytest.approx((busy.max(axis=1) - busy.min(axis=1)).mean() / 1e3)
+    assert found.host_us == pytest.approx((busy - kernels).sum(axis=(0, 2)).mean() / (n_reps * n_tokens) / 1e3)
+    uncounted = [[replace(steps, kernel_ns=[]) for steps in ranks] for ranks in repetitions]
+    assert figures(n_tokens, samples, uncounted, StepBytes(1, 1, 0, 0, 0)).host_us is None
     assert found.overhead_us == pytest.approx(5.0)
     assert found.weight_bytes == pytest.approx(1000 * n_steps / n_tokens)
     assert found.kv_bytes == pytest.approx(n_ranks * 40 / n_tokens)

@@ -59,6 +59,10 @@ class CpuBackend(AttentionOps, ElementwiseOps):
         except ValueError as error:
             raise UsageError(f"{error}") from None
 
+    def kernel_ns(self) -> int:
+        """Return the nanoseconds spent in kernels so far, as their caller sees it."""
+        return self.pool.busy_ns
+
     def supports(self, type: GGMLType) -> bool:
         """Whether weights of this type can be used."""
         return type in PACKED

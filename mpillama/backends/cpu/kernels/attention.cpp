@@ -16,7 +16,7 @@
 namespace mpillama {
 namespace {
 
-constexpr size_t rows_of_tile = 64;
+constexpr size_t rows_of_tile = 2 * panel_rows;
 constexpr size_t blocks_of_part = 8;      // of a sequence that has one tile
 constexpr size_t elements_to_store = 8192, elements_to_rotate = 16384;  // that are worth a thread's while
 

@@ -23,6 +23,8 @@ struct HighNibble { uint8_t bits; };
 
 constexpr size_t kv_block = 32;
 constexpr size_t attention_span = 4 * kv_block;  // tokens whose scores exist at one time
+constexpr size_t panel_span = 2 * kv_block;      // the same where there are many queries
+constexpr size_t panel_rows = 48;                // a multiple of the rows of a panel on each level
 constexpr size_t tile_slack = 64;  // bytes that can be read past the last tile
 
 enum class CacheType { f32, f16, bf16, q8_0, q4_0 };
@@ -78,9 +80,10 @@ struct AttentionItem {
 constexpr size_t sums_stride(size_t n_v) { return round_up(n_v, 16); }
 constexpr size_t partial_floats(size_t n_rows, size_t n_v) { return 2 * round_up(n_rows, 16) + n_rows * sums_stride(n_v); }
 
-// Floats of working memory for items of at most n_rows rows.
+// Floats of working memory for items of at most n_rows rows: see attend_panels, which needs more than attend_rows.
 constexpr size_t attention_floats(size_t n_rows, size_t n_k, size_t n_v) {
-  return round_up(n_rows * n_k, 16) + n_rows * (attention_span + 16) + n_k * kv_block + kv_block * sums_stride(n_v);
+  const size_t n = round_up(n_rows, panel_rows);
+  return n * (n_k + n_v + 3) + panel_span * (panel_rows + n_k + sums_stride(n_v));
 }
 
 struct AttentionKernels {

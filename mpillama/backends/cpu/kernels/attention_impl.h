@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "attention_multiply.h"
+#include "attention_panels.h"
 #include "elementwise_math.h"
 
 namespace mpillama {
@@ -53,7 +54,8 @@ inline void weigh(float* scores, size_t n, float softcap, Seen seen, float& m, f
   Simd::store(l, total);
 }
 
-void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
+// For few rows: they read tiles of the cache in whatever form they have.
+void attend_rows(const AttentionStep& s, const AttentionItem& item, float* memory) {
   const size_t n_k = s.k.n_dim, n_v = s.v.n_dim, stride = sums_stride(n_v), n_rows = item.n_tokens * item.n_heads;
   float* q = memory;                                // [n_rows][n_k]
   float* scores = q + round_up(n_rows * n_k, 16);   // [n_rows][attention_span]
@@ -78,20 +80,12 @@ void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
   const auto ahead_of = [&](const Tiles& t, size_t block) -> ptrdiff_t {
     return block + 1 < item.last_block ? tile_of(t, block + 1) - tile_of(t, block) : 0;
   };
-  // Where several passes over a tile are needed, it is converted once.
-  const bool wide = n_rows > size_t(Simd::max_rows);
-  const Tiles k_floats{CacheType::f32, n_k, 0, nullptr}, v_floats{CacheType::f32, stride, 0, nullptr};
   for (size_t begin = item.first_block; begin < item.last_block; begin += span_blocks) {
     const size_t end = begin + span_blocks < item.last_block ? begin + span_blocks : item.last_block;
     for (size_t block = begin; block < end; block++) {
       const uint8_t* tile = tile_of(s.k, block);
       float* out = scores + (block - begin) * kv_block;
-      if (wide && s.k.type != CacheType::f32) {
-        expand_keys(s.k, tile, keys, ahead_of(s.k, block));
-        score_tile(k_floats, reinterpret_cast<const uint8_t*>(keys), q, out, attention_span, n_rows, nullptr, 0);
-      } else {
-        score_tile(s.k, tile, q, out, attention_span, n_rows, keys, ahead_of(s.k, block));
-      }
+      score_tile(s.k, tile, q, out, attention_span, n_rows, keys, ahead_of(s.k, block));
     }
 
     const int64_t start = int64_t(begin * kv_block), n = int64_t((end - begin) * kv_block);
@@ -112,16 +106,16 @@ void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
       if (to <= from) continue;
       const uint8_t* tile = tile_of(s.v, block);
       const float* weights = scores + offset;
-      if (wide && s.v.type != CacheType::f32) {
-        expand_values(s.v, tile, from, to, values, stride, ahead_of(s.v, block));
-        mix_tile(v_floats, reinterpret_cast<const uint8_t*>(values), from, to, weights, attention_span, o, stride, n_rows, nullptr, 0);
-      } else {
-        mix_tile(s.v, tile, from, to, weights, attention_span, o, stride, n_rows, values, ahead_of(s.v, block));
-      }
+      mix_tile(s.v, tile, from, to, weights, attention_span, o, stride, n_rows, values, ahead_of(s.v, block));
     }
   }
   float* total = m + round_up(n_rows, 16);
   for (size_t r = 0; r < n_rows; r++) total[r] = Simd::sum(Simd::load(l + r * 16));
+}
+
+void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
+  const bool few = item.n_tokens * item.n_heads <= size_t(Simd::max_rows);
+  (few ? attend_rows : attend_panels)(s, item, memory);
 }
 
 void combine(const AttentionStep& s, const AttentionItem* items, size_t first, size_t last) {

@@ -127,23 +127,20 @@ void store_values(const Tiles& t, uint8_t* tile, size_t first, const float* x, s
 }
 
 // Copies n_rows rows of n floats as floats, `stride` apart; reads whole vectors.
-template <class T> void expand(const T* x, size_t n_rows, size_t n, float* out, size_t stride, ptrdiff_t ahead) {
+template <class T> void expand(const T* x, size_t n_rows, size_t n, float* out, size_t stride) {
   for (size_t r = 0; r < n_rows; r++)
-    for (size_t i = 0; i < n; i += Simd::width) {
-      Simd::prefetch(reinterpret_cast<const char*>(x + r * n + i) + ahead);
-      Simd::store(out + r * stride + i, Simd::load(x + r * n + i));
-    }
+    for (size_t i = 0; i < n; i += Simd::width) Simd::store(out + r * stride + i, Simd::load(x + r * n + i));
 }
 
-// A tile of keys as floats [n_dim][kv_block]. `ahead`: from this tile to the next, in bytes, to be fetched meanwhile.
-inline void expand_keys(const Tiles& t, const uint8_t* tile, float* out, ptrdiff_t ahead) {
+// A tile of keys as floats [n_dim][kv_block].
+inline void expand_keys(const Tiles& t, const uint8_t* tile, float* out) {
   const size_t n = t.n_dim;
   const bool bytes = t.type == CacheType::q8_0;
   const Half* factors = reinterpret_cast<const Half*>(tile + (bytes ? n : n / 2) * kv_block);
   switch (t.type) {
-    case CacheType::f32: expand(reinterpret_cast<const float*>(tile), n, kv_block, out, kv_block, ahead); return;
-    case CacheType::f16: expand(reinterpret_cast<const Half*>(tile), n, kv_block, out, kv_block, ahead); return;
-    case CacheType::bf16: expand(reinterpret_cast<const Bf16*>(tile), n, kv_block, out, kv_block, ahead); return;
+    case CacheType::f32: expand(reinterpret_cast<const float*>(tile), n, kv_block, out, kv_block); return;
+    case CacheType::f16: expand(reinterpret_cast<const Half*>(tile), n, kv_block, out, kv_block); return;
+    case CacheType::bf16: expand(reinterpret_cast<const Bf16*>(tile), n, kv_block, out, kv_block); return;
     case CacheType::q8_0:
     case CacheType::q4_0: break;
   }
@@ -153,7 +150,6 @@ inline void expand_keys(const Tiles& t, const uint8_t* tile, float* out, ptrdiff
       for (size_t i = 0; i < (bytes ? 32 : 16); i++) {
         const uint8_t* codes = tile + (b * (bytes ? 32 : 16) + i) * kv_block + token;
         float* row = out + (b * 32 + i) * kv_block + token;
-        if (token == 0) Simd::prefetch(codes + ahead);
         if (bytes) {
           Simd::store(row, Simd::mul(factor, Simd::load(reinterpret_cast<const int8_t*>(codes))));
         } else {
@@ -164,26 +160,23 @@ inline void expand_keys(const Tiles& t, const uint8_t* tile, float* out, ptrdiff
     }
 }
 
-// Tokens [first, last) of a tile of values as floats [kv_block][stride].
-inline void expand_values(const Tiles& t, const uint8_t* tile, size_t first, size_t last, float* out, size_t stride,
-                          ptrdiff_t ahead) {
-  const size_t n = t.n_dim, n_tokens = last - first;
-  out += first * stride;
+// A tile of values as floats [kv_block][stride].
+inline void expand_values(const Tiles& t, const uint8_t* tile, float* out, size_t stride) {
+  const size_t n = t.n_dim;
   switch (t.type) {
-    case CacheType::f32: expand(reinterpret_cast<const float*>(tile) + first * n, n_tokens, n, out, stride, ahead); return;
-    case CacheType::f16: expand(reinterpret_cast<const Half*>(tile) + first * n, n_tokens, n, out, stride, ahead); return;
-    case CacheType::bf16: expand(reinterpret_cast<const Bf16*>(tile) + first * n, n_tokens, n, out, stride, ahead); return;
+    case CacheType::f32: expand(reinterpret_cast<const float*>(tile), kv_block, n, out, stride); return;
+    case CacheType::f16: expand(reinterpret_cast<const Half*>(tile), kv_block, n, out, stride); return;
+    case CacheType::bf16: expand(reinterpret_cast<const Bf16*>(tile), kv_block, n, out, stride); return;
     case CacheType::q8_0:
     case CacheType::q4_0: break;
   }
   const bool bytes = t.type == CacheType::q8_0;
   const size_t row_bytes = bytes ? n : n / 2, block_bytes = bytes ? 32 : 16;
   const Half* factors = reinterpret_cast<const Half*>(tile + row_bytes * kv_block);
-  for (size_t token = first; token < last; token++, out += stride)
+  for (size_t token = 0; token < kv_block; token++, out += stride)
     for (size_t b = 0; b < n / 32; b++) {
       const F factor = Simd::all(Simd::to_float(factors[b * kv_block + token]));
       const uint8_t* codes = tile + token * row_bytes + b * block_bytes;
-      Simd::prefetch(codes + ahead);
       for (size_t i = 0; i < block_bytes; i += Simd::width) {
         float* at = out + 32 * b + i;
         if (bytes) {

@@ -13,6 +13,7 @@ namespace {
 struct Simd {
   static constexpr int width = 8;
   static constexpr int max_rows = 6;  // of the products in attention: 2 * max_rows accumulators and 3 more registers
+  static constexpr int panel_vectors = 3, panel_columns = 4;  // likewise of those in panels: 12 accumulators and 4 more
   using F = __m256;
 
   static __m256i first(size_t n) {

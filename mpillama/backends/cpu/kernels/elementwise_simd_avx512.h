@@ -13,6 +13,7 @@ namespace {
 struct Simd {
   static constexpr int width = 16;
   static constexpr int max_rows = 12;  // of the products in attention: 2 * max_rows accumulators and 3 more registers
+  static constexpr int panel_vectors = 3, panel_columns = 8;  // likewise of those in panels: 24 accumulators and 4 more
   using F = __m512;
 
   static __mmask16 first(size_t n) { return __mmask16((1u << n) - 1); }

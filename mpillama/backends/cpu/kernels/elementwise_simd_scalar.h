@@ -14,6 +14,7 @@ namespace {
 struct Simd {
   static constexpr int width = 8;
   static constexpr int max_rows = 2;
+  static constexpr int panel_vectors = 1, panel_columns = 4;
   struct F { float v[8]; };
 
   template <class Fn> static F make(Fn fn) {

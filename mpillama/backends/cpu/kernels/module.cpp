@@ -36,6 +36,7 @@ NB_MODULE(_cpu, m) {
            "cores[i % len(cores)]; empty: nothing is pinned.\n    level: one of levels(); empty: the highest below amx.\n\n"
            "Raises:\n    ValueError: the level is not available, or the number of threads absurd.")
       .def_prop_ro("n_threads", &Pool::size)
+      .def_prop_ro("busy_ns", &Pool::busy_ns, "Nanoseconds spent in kernels so far, as their caller sees it.")
       .def_prop_ro("level", [](const Pool& pool) { return std::string(level_name(pool.level())); });
   bind_matmul(m);
 #if MPILLAMA_BIND_ATTENTION

@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -61,7 +62,26 @@ class Pool {
   Scratch& scratch(int i) { return scratch_[i]; }
 
   // Held by a call from start to end, so that callers on several Python threads take turns.
-  std::unique_lock<std::mutex> lock() { return std::unique_lock<std::mutex>(calls_); }
+  class Turn {
+   public:
+    explicit Turn(Pool& pool) : pool_(pool), lock_(pool.calls_), began_(Clock::now()) {}
+    ~Turn() {
+      const auto passed = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began_);
+      pool_.busy_ns_.fetch_add(uint64_t(passed.count()), std::memory_order_relaxed);
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    Pool& pool_;
+    std::unique_lock<std::mutex> lock_;
+    const Clock::time_point began_;
+  };
+  Turn lock() { return Turn(*this); }
+
+  // Nanoseconds of all turns so far.
+  uint64_t busy_ns() const { return busy_ns_.load(std::memory_order_relaxed); }
 
   // Calls f(thread) once on every thread and waits for all. f must not throw.
   template <class F>
@@ -101,6 +121,7 @@ class Pool {
   const Level level_;
   std::vector<int> cores_;
   std::mutex calls_;
+  std::atomic<uint64_t> busy_ns_{0};
   Scratch scratch_[4];
 
   void (*work_)(void*, int) = nullptr;
