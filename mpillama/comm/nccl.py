@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mpillama.comm.base import Group, Team
+from mpillama.comm.base import Group, Team, attempt, settle
 from mpillama.comm.staged import Holder, tensor_group
-from mpillama.errors import PeerFailure, UserError
+from mpillama.errors import UserError
 from mpillama.layout import Cut
 
 
@@ -26,48 +27,33 @@ class GpuMemory(Protocol):
 
 
 class NcclGroup:
-    """All ranks of a run, each with a GPU; float32 arrays of CuPy.
+    """Ranks with a GPU each, of one maker; float32 arrays of CuPy.
 
-    Every rank must make it at the same time. The id of the group travels through ``world``. A rank that fails raises
-    at once and does not wait for the others, which may already be inside of NCCL: the caller must end the run.
+    All ranks of the group must make it at the same time. A rank that fails raises at once and does not wait for the
+    others, which may already be inside of NCCL: the caller must end the run.
 
     Args:
-        world: all ranks.
         nccl: the module ``cupy.cuda.nccl``.
         device: of this rank, the current one of this thread.
+        name: the id of the group, see `meet`.
+        rank: in the group.
+        size: of the group.
 
     Raises:
         UserError: NCCL fails on this rank.
-        PeerFailure: rank 0 could not even begin.
     """
 
-    def __init__(self, world: Team, nccl: Any, device: GpuMemory) -> None:
-        self.rank, self.size = world.rank, world.size
+    def __init__(self, nccl: Any, device: GpuMemory, name: Any, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
         self._nccl, self._device = nccl, device
-        # A failure of rank 0 must not leave the others waiting for the id.
-        problem, name = "", None
-        if self.leader:
-            try:
-                name = nccl.get_unique_id()
-            except (RuntimeError, OSError) as error:
-                problem = str(error)
-        problem, name = world.bcast((problem, name))
-        if problem:
-            if self.leader:
-                failure = _failure("cannot begin", problem)
-                failure.told = True
-                raise failure
-            raise PeerFailure(1)
-        # Nobody may be inside of NCCL while another still needs MPI to get the id.
-        world.bcast(world.gather(None))
         try:
-            self._comm = nccl.NcclCommunicator(self.size, name, self.rank)
+            self._comm = nccl.NcclCommunicator(size, name, rank)
         except RuntimeError as error:
             raise _failure("cannot join the GPUs", str(error)) from None
 
     @property
     def leader(self) -> bool:
-        """Whether this is rank 0."""
+        """Whether this is the group's first rank."""
         return self.rank == 0
 
     @property
@@ -79,6 +65,12 @@ class NcclGroup:
         """Return the sum over the ranks, in place."""
         if x.size:
             self._check("allReduce", x.data.ptr, x.data.ptr, x.size, self._nccl.NCCL_FLOAT32, self._nccl.NCCL_SUM)
+        return x
+
+    def broadcast(self, x: Any) -> Any:
+        """Return the first rank's array, in place."""
+        if x.size:
+            self._check("broadcast", x.data.ptr, x.data.ptr, x.size, self._nccl.NCCL_FLOAT32, 0)
         return x
 
     def allgather(self, x: Any, cut: Cut) -> Any:
@@ -110,6 +102,38 @@ class NcclGroup:
             raise _failure(f"failed in {name}", str(error)) from None
 
 
+class IslandGroup:
+    """Ranks of several kinds: NCCL joins the GPUs of an island, one of which speaks for it by way of the host.
+
+    An island are the GPUs of one maker on one host; a rank outside of any speaks for itself.
+
+    Args:
+        everyone: a group of all ranks, for host arrays.
+        speakers: a group of the ranks that speak, likewise; None on the others.
+        island: of this rank, if it is on one.
+        holder: the backend of this rank.
+    """
+
+    capturable = False
+    """Whether a device can record its collectives."""
+
+    def __init__(self, everyone: Group, speakers: Group | None, island: NcclGroup | None, holder: Holder) -> None:
+        self._everyone, self._speakers, self._island, self._holder = everyone, speakers, island, holder
+        self.rank, self.size, self.leader = everyone.rank, everyone.size, everyone.leader
+
+    def allreduce(self, x: Any) -> Any:
+        """Return the sum over the ranks: within each island, between those that speak, and back."""
+        if self._island is not None:
+            x = self._island.allreduce(x)
+        if self._speakers is not None:
+            x = self._holder.asarray(self._speakers.allreduce(self._holder.to_host(x)))
+        return x if self._island is None else self._island.broadcast(x)
+
+    def allgather(self, x: Any, cut: Cut) -> Any:
+        """Return the slices joined along the last axis, by way of the host: once a step, for the logits."""
+        return tensor_group(self._everyone, self._holder).allgather(x, cut)
+
+
 def _failure(what: str, problem: str) -> UserError:
     return UserError(
         f"NCCL {what}: {problem}; run with NCCL_DEBUG=WARN to learn more, or with MPILLAMA_COLLECTIVES=host to do "
@@ -126,10 +150,35 @@ def load_nccl() -> Any:
     return nccl if nccl.available else None
 
 
-def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Group:
-    """Return a group of all ranks for the arrays of this backend: NCCL's where all can, else by way of the host.
+def meet(world: Team, islands: Sequence[Sequence[int]], nccl: Any) -> Any:
+    """Return the id of the island that this rank is on, None if it is on none; all ranks of ``world`` call this.
 
-    They can where all compute on GPUs of one maker, each on its own, and all have the library.
+    Afterwards nobody needs MPI before the islands' groups are made: NCCL may wait for others without end.
+
+    Raises:
+        UserError: on rank 0, naming the rank on which NCCL cannot begin.
+        PeerFailure: on the other ranks then.
+    """
+    own = next((island for island in islands if world.rank in island), ())
+
+    def begin() -> Any:
+        if not own or own[0] != world.rank:
+            return None
+        try:
+            return nccl.get_unique_id()
+        except (RuntimeError, OSError) as error:
+            raise _failure("cannot begin", str(error)) from None
+
+    names = world.bcast(world.gather(settle(world, attempt(begin))))
+    world.bcast(world.gather(None))
+    return names[own[0]] if own else None
+
+
+def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Group:
+    """Return a group of all ranks for the arrays of this backend.
+
+    NCCL joins them if all compute on GPUs of one maker, each on its own, and all have the library. Else it joins those
+    of a host that do, and the rest goes by way of the host.
 
     Args:
         world: all ranks.
@@ -138,14 +187,43 @@ def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Gro
         gpu: what tells this rank's GPU from others of its host; "" if nothing does.
 
     Raises:
-        UserError: see `NcclGroup`.
+        UserError: see `meet` and `NcclGroup`.
     """
     holder: Holder = backend
-    if world.size > 1 and not by_host:
-        nccl = load_nccl() if backend.name in ("cuda", "hip") else None
-        everyone = world.bcast(world.gather((backend.name if nccl else "", world.hosts[world.rank], gpu)))
-        makers = {maker for maker, _, _ in everyone}
-        known = [(host, name) for _, host, name in everyone if name]
-        if len(makers) == 1 and "" not in makers and len(set(known)) == len(known):
-            return NcclGroup(world, nccl, backend.device)
-    return tensor_group(world.group(), holder)
+    if world.size == 1 or by_host:
+        return tensor_group(world.group(), holder)
+    nccl = load_nccl() if backend.name in ("cuda", "hip") else None
+    everyone = world.bcast(world.gather((backend.name if nccl else "", world.hosts[world.rank], gpu)))
+    islands = islands_of(everyone)
+    if not islands:
+        return tensor_group(world.group(), holder)
+    name = meet(world, islands, nccl)
+    if len(islands[0]) == world.size:
+        return NcclGroup(nccl, backend.device, name, world.rank, world.size)
+    mine = next((island for island in islands if world.rank in island), None)
+    quiet = {rank for island in islands for rank in island[1:]}
+    speakers = [rank for rank in range(world.size) if rank not in quiet]
+    # All ranks make both groups, in this order, before any of them enters NCCL.
+    whole, spoken = world.group(), world.group([world.rank] if world.rank in quiet else speakers)
+    island = NcclGroup(nccl, backend.device, name, mine.index(world.rank), len(mine)) if mine else None
+    return IslandGroup(whole, None if world.rank in quiet else spoken, island, holder)
+
+
+def islands_of(ranks: Sequence[tuple[str, str, str]]) -> list[list[int]]:
+    """Return which ranks NCCL can join: all, or those of each host and maker, if they are several with a GPU each.
+
+    Args:
+        ranks: for each, the maker of its GPU ("" without one, or without NCCL), its host, and which GPU that is.
+    """
+
+    def joined(members: list[int]) -> bool:
+        known = [ranks[rank][1:] for rank in members if ranks[rank][2]]
+        return len(members) > 1 and len(set(known)) == len(known)
+
+    if len({maker for maker, _, _ in ranks}) == 1 and ranks[0][0] and joined(list(range(len(ranks)))):
+        return [list(range(len(ranks)))]
+    places: dict[tuple[str, str], list[int]] = {}
+    for rank, (maker, host, _) in enumerate(ranks):
+        if maker:
+            places.setdefault((maker, host), []).append(rank)
+    return [members for members in places.values() if joined(members)]

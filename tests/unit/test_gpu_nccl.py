@@ -8,7 +8,7 @@ import pytest
 
 import fake_cupy
 from comm_contract import allgather_joins_uneven_slices, allreduce_sums_to_the_same_bits
-from mpillama.comm.nccl import NcclGroup, device_group
+from mpillama.comm.nccl import IslandGroup, NcclGroup, device_group, islands_of, meet
 from mpillama.comm.solo import SoloWorld
 from mpillama.comm.staged import StagedGroup
 from mpillama.comm.threads import run_threads
@@ -79,11 +79,17 @@ class Memory:
         return np.full(shape, np.nan, np.float32).view(fake_cupy.Array)
 
 
+def join(world, nccl):
+    """Return the group of all ranks."""
+    name = meet(world, [range(world.size)], nccl)
+    return NcclGroup(nccl, Memory(), name, world.rank, world.size)
+
+
 class OnGpu:
     """A world whose group takes arrays of the host and hands on those of the GPU."""
 
     def __init__(self, world, nccl):
-        self._world, self._group = world, NcclGroup(world, nccl, Memory())
+        self._world, self._group = world, join(world, nccl)
         self.rank, self.size, self.leader = self._group.rank, self._group.size, self._group.leader
         self.bcast = world.bcast
 
@@ -109,10 +115,11 @@ def test_rank_0_cannot_begin_and_nobody_waits():
 
     def main(world):
         with pytest.raises(UserError if world.rank == 0 else PeerFailure) as caught:
-            NcclGroup(world, nccl, Memory())
+            join(world, nccl)
         assert caught.value.told
         if world.rank == 0:
-            assert caught.value.line.startswith("NCCL cannot begin: NCCL_ERROR_SYSTEM_ERROR: no interface; run with")
+            said = "NCCL cannot begin: NCCL_ERROR_SYSTEM_ERROR: no interface; run with"
+            assert caught.value.line.startswith(f"rank 0 on {world.hosts[0]}: {said}")
 
     run_threads(3, main)
 
@@ -122,10 +129,10 @@ def test_a_rank_that_cannot_join_says_so_at_once():
 
     def main(world):
         if world.rank != 1:
-            NcclGroup(world, nccl, Memory())
+            join(world, nccl)
             return
         with pytest.raises(UserError, match="NCCL cannot join the GPUs: NCCL_ERROR_UNHANDLED_CUDA_ERROR") as caught:
-            NcclGroup(world, nccl, Memory())
+            join(world, nccl)
         # Not told: the program ends the others, which may wait inside of NCCL.
         assert not caught.value.told
 
@@ -136,7 +143,7 @@ def test_an_error_while_running_names_the_call():
     nccl = FakeNccl(2, fail_call=(0, 1))
 
     def main(world):
-        group = NcclGroup(world, nccl, Memory())
+        group = join(world, nccl)
         with pytest.raises(UserError, match="NCCL failed in allReduce: NCCL_ERROR_REMOTE_ERROR"):
             group.allreduce(Memory().empty((3,)))
 
@@ -187,3 +194,48 @@ def test_nccl_joins_only_different_gpus_of_one_maker(names, gpus, kind, monkeypa
         return type(device_group(world, Backend(names[world.rank]), False, gpus[world.rank]))
 
     assert run_threads(2, main) == [kind] * 2
+
+
+def test_islands():
+    cuda, hip, none = ("cuda", "a"), ("hip", "a"), ("", "a")
+    assert islands_of([(*cuda, "0"), (*cuda, "1")]) == [[0, 1]]
+    assert islands_of([(*cuda, "0"), ("cuda", "b", "0"), ("cuda", "b", "1")]) == [[0, 1, 2]]
+    assert islands_of([(*cuda, "0"), (*none, ""), ("cuda", "b", "0"), ("cuda", "b", "1")]) == [[2, 3]]
+    assert islands_of([(*hip, "0"), (*cuda, "0"), (*hip, "1"), (*cuda, "1")]) == [[0, 2], [1, 3]]
+    assert islands_of([(*cuda, "0"), (*cuda, "0"), (*hip, "0")]) == []
+    assert islands_of([(*none, "")]) == []
+
+
+class OnIslands:
+    """A world whose group takes arrays of the host and hands them on as those of GPUs and CPUs."""
+
+    def __init__(self, world, kinds):
+        backend = Backend(kinds[world.rank])
+        backend.asarray = lambda x: np.array(x).view(fake_cupy.Array)
+        backend.to_host = lambda x: np.array(x, subok=False)
+        self._group = device_group(world, backend, False, str(world.rank))
+        assert isinstance(self._group, IslandGroup)
+        self.rank, self.size, self.leader = self._group.rank, self._group.size, self._group.leader
+        self.bcast = world.bcast
+
+    def group(self):
+        return self
+
+    def allreduce(self, x):
+        return np.array(self._group.allreduce(np.array(x).view(fake_cupy.Array)), subok=False)
+
+    def allgather(self, x, cut):
+        return np.array(self._group.allgather(np.array(x).view(fake_cupy.Array), cut), subok=False)
+
+
+@pytest.mark.parametrize("kinds", [("cuda", "cuda", "cpu"), ("cpu", "hip", "cuda", "hip", "cuda", "cuda")])
+@pytest.mark.parametrize("check", [allreduce_sums_to_the_same_bits, allgather_joins_uneven_slices])
+def test_contract_of_islands(check, kinds, monkeypatch):
+    libraries, here = {kind: FakeNccl(kinds.count(kind)) for kind in kinds}, threading.local()
+    monkeypatch.setattr("mpillama.comm.nccl.load_nccl", lambda: libraries[here.kind])
+
+    def main(world):
+        here.kind = kinds[world.rank]
+        return check(OnIslands(world, kinds))
+
+    run_threads(len(kinds), main)

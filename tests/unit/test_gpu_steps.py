@@ -13,7 +13,7 @@ from gpu_host import gpu_backend, needs_compiler, only_emulated
 from mpillama.backends.base import KV_BLOCK, Batch
 from mpillama.backends.gpu.emulated import DeviceArray, EmulatedDevice
 from mpillama.backends.reference import ReferenceBackend
-from mpillama.comm.nccl import NcclGroup
+from mpillama.comm.nccl import NcclGroup, meet
 from mpillama.comm.staged import tensor_group
 from mpillama.comm.threads import run_threads
 from mpillama.config import read_config
@@ -201,7 +201,8 @@ def test_collectives_are_recorded_too(experts, tmp_path, rng, monkeypatch, calls
 
     def group(world, backend):
         devices[world.rank] = backend.device
-        return NcclGroup(world, nccl, backend.device)
+        name = meet(world, [range(world.size)], nccl)
+        return NcclGroup(nccl, backend.device, name, world.rank, world.size)
 
     def main(world, *options):
         runner = open_on(world, path, *options, experts=experts)
