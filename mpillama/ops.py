@@ -6,10 +6,11 @@ sum whole first (`Ops.whole`), a norm over a cut axis reduces one number per tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -69,6 +70,28 @@ class Ops:
     def capturable(self) -> bool:
         """Whether all that crosses ranks is work of the device, which it can record: nothing that one tells others."""
         return self._alike and bool(getattr(self._group, "capturable", False))
+
+    @contextmanager
+    def recorded_by(self, backend: Any, note: Callable[..., np.ndarray]) -> Iterator[None]:
+        """Let ``backend`` do what is asked of this one meanwhile, and tell ``note`` of collectives.
+
+        Args:
+            backend: has all ops, and stands for this one.
+            note: is given the result of each collective, and a function with its arguments that makes it again there.
+        """
+        own = self.backend, self._fusing, self._group
+        self.backend, self._fusing = backend, backend if self._fusing else None
+        if self._group.size > 1:
+            self._group = _NotedGroup(self._group, note)
+        try:
+            yield
+        finally:
+            self.backend, self._fusing, self._group = own
+
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks compute the same bits from the same input."""
+        return self._alike
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 
@@ -303,6 +326,28 @@ class Ops:
         """Sum the experts' answers by their weights; answers that are elsewhere leave a partial sum."""
         layout = PARTIAL if isinstance(x.layout, Routed) else x.layout
         return Value(self.backend.sum_experts(x.data, experts.weights), layout)
+
+
+class _NotedGroup:
+    """A group whose collectives are noted, with results of their own: a group may use the same memory again."""
+
+    def __init__(self, group: Group, note: Callable[..., np.ndarray]) -> None:
+        self._group, self._note = group, note
+        self.rank, self.size, self.leader = group.rank, group.size, group.leader
+
+    def allreduce(self, x: np.ndarray) -> np.ndarray:
+        """Return the sum over the ranks."""
+        out = self._group.allreduce(x).copy()
+        return self._note(out, _copied, out, self._group.allreduce, x)
+
+    def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
+        """Return the slices joined along the last axis."""
+        out = self._group.allgather(x, cut).copy()
+        return self._note(out, _copied, out, self._group.allgather, x, cut)
+
+
+def _copied(out: np.ndarray, collective: Callable[..., np.ndarray], *args: Any) -> None:
+    np.copyto(out, collective(*args))
 
 
 @cache

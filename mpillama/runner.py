@@ -148,7 +148,7 @@ def _stepper(ops: Ops, work: Callable[[Batch, Array | None], Array], graphs: boo
     """Return what runs steps on this backend."""
     backend = ops.backend
     if hasattr(backend, "stepper"):
-        return cast(Stepping, backend).stepper(work, graphs and ops.capturable)
+        return cast(Stepping, backend).stepper(ops, work, graphs)
     return lambda batch, residual: work(batch, None if residual is None else backend.asarray(residual))
 
 

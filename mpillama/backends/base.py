@@ -247,11 +247,15 @@ class Stepper(Protocol):
 class Stepping(Backend, Protocol):
     """A backend that wants to know where a step begins, to do more of it at once."""
 
-    def stepper(self, work: Callable[[Batch, Array | None], Array], capture: bool) -> Stepper:
-        """Return what runs steps by means of ``work``, which depends on nothing but its arguments.
+    def stepper(self, ops: Any, work: Callable[[Batch, Array | None], Array], capture: bool) -> Stepper:
+        """Return what runs steps by means of ``work``, which depends on nothing but its arguments and ``ops``.
 
-        With ``capture``, ``work`` may be recorded on the device and not be called for later batches; its collectives
-        must then be work of the device too.
+        With ``capture``, ``work`` may be recorded where its ops allow that, and not be called for later batches.
+
+        Args:
+            ops: the `Ops` over this backend.
+            work: runs a batch, with the residual that an earlier stage has left or None.
+            capture: whether to record.
         """
         ...
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama import _cpu
-from mpillama.backends.base import Handle, RawWeight
+from mpillama.backends.base import Handle, RawWeight, Stepper
 from mpillama.backends.cpu.attention import AttentionOps
 from mpillama.backends.cpu.codebooks import codebook
 from mpillama.backends.cpu.elementwise import ACTIVATIONS, ElementwiseOps
+from mpillama.backends.cpu.steps import CpuSteps, Recording, Work
 from mpillama.errors import UsageError
 from mpillama.gguf.types import GGMLType
 
@@ -62,6 +63,10 @@ class CpuBackend(AttentionOps, ElementwiseOps):
     def kernel_ns(self) -> int:
         """Return the nanoseconds spent in kernels so far, as their caller sees it."""
         return self.pool.busy_ns
+
+    def stepper(self, ops: Recording, work: Work, capture: bool) -> Stepper:
+        """Return what runs steps; see `Stepping`."""
+        return CpuSteps(self, ops, work) if capture and ops.alike else lambda batch, residual: work(batch, residual)
 
     def supports(self, type: GGMLType) -> bool:
         """Whether weights of this type can be used."""

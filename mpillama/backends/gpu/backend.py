@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 from mpillama.backends.base import Batch, Stepper
 from mpillama.backends.gpu.attention import AttentionOps
@@ -25,11 +26,11 @@ class GpuBackend(AttentionOps):
         super().__init__(device)
         self.name = device.name
 
-    def stepper(self, work: Callable[[Batch, Array | None], Array], capture: bool) -> Stepper:
+    def stepper(self, ops: Any, work: Callable[[Batch, Array | None], Array], capture: bool) -> Stepper:
         """Return what runs the steps of a model; see `base.Stepping`."""
         from mpillama.backends.gpu.steps import Steps
 
-        return Steps(self, work, capture)
+        return Steps(self, work, capture and ops.capturable)
 
     def stream_gbps(self, n_threads: int, seconds: float = 0.4) -> float:
         """Return the 1e9 bytes per second that a copy within the device's memory moves, read and written."""
