@@ -115,3 +115,11 @@ def test_architectures(name, played, rng, calls):
     batches = schedule(rng, n_vocab, 30)
     same_bits(path, batches, (1.0,))
     assert (len(calls) < 2 * len(batches)) == played
+
+
+def test_large_steps_are_not_kept(tmp_path, rng, calls, monkeypatch):
+    path = write_llama(tmp_path / "m.gguf", rng)
+    batches = schedule(rng, 96, 60)
+    monkeypatch.setattr("mpillama.backends.cpu.steps._MAX_BYTES", 1000)
+    same_bits(path, batches, (1.0,))
+    assert len(calls) == 2 * len(batches)

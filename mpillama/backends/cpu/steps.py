@@ -60,16 +60,18 @@ class CpuSteps:
     def __init__(self, backend: CpuBackend, ops: Recording, work: Work) -> None:
         self._backend, self._ops, self._work = backend, ops, work
         self._shapes: dict[tuple[int, ...], _Shape] = {}
-        self._possible = True
+        # Sequences of a step that is worth keeping; 0 if the model's cannot be recorded.
+        self._max_tokens = _MAX_TOKENS
 
     def __call__(self, batch: Batch, residual: np.ndarray | None) -> np.ndarray:
         """Run a batch."""
-        if not self._possible or not _fits(batch):
+        n = len(batch.tokens)
+        if not 0 < n == len(batch.seq_lens) <= self._max_tokens or batch.embedding:
             return self._work(batch, residual)
         n_blocks = _LEAST_BLOCKS
         while n_blocks < batch.block_tables.shape[1]:
             n_blocks *= 2
-        key = len(batch.tokens), len(batch.logit_rows), n_blocks
+        key = n, len(batch.logit_rows), n_blocks
         # Those used last are last; what was used least recently goes first.
         shape = self._shapes.pop(key, None)
         if shape is None:
@@ -104,17 +106,13 @@ class CpuSteps:
         kept = None if residual is None else np.array(residual)
         with self._ops.recorded_by(Recorder(self._backend, tape), tape.note):
             result = self._work(own, kept)
-        if tape.nbytes > _MAX_BYTES:
-            return result
-        self._possible = tape.complete
-        if tape.complete:
+        if not tape.complete:
+            self._max_tokens = 0
+        elif tape.nbytes > _MAX_BYTES:
+            self._max_tokens = n - 1
+        else:
             shape.batch, shape.residual, shape.result, shape.tape = own, kept, result, tape
         return result.copy()
-
-
-def _fits(batch: Batch) -> bool:
-    n = len(batch.tokens)
-    return 0 < n == len(batch.seq_lens) <= _MAX_TOKENS and not batch.embedding
 
 
 def _fill(own: Batch, batch: Batch) -> None:
