@@ -51,7 +51,7 @@ def schedule(rng, n_vocab, n_steps):
             lengths[i] += n
         counts = np.array([n for _, n in parts], "i4")
         width = max(-(-lengths[i] // KV_BLOCK) for i, _ in parts)
-        rows = rng.permutation(np.cumsum(counts) - 1).astype("i4")[: rng.integers(1, len(parts) + 1)]
+        rows = rng.permutation(np.cumsum(counts) - 1).astype("i4")[: rng.integers(0, len(parts) + 1)]
         tokens = rng.integers(0, n_vocab, len(positions)).astype("i4")
         batches.append(Batch(tokens, positions, counts, np.array([blocks[i, :width] for i, _ in parts], "i4"), rows))
     return batches
