@@ -32,6 +32,8 @@ _GRACE = 0.3
 _GRACE_AT_START = 1.0
 # How often a rank looks whether its launcher lives.
 _LOOK_SECONDS = 0.5
+# Launchers may drop what a rank has said just before it ends the job.
+_HEARD = 0.15
 # After MPI has been finalized, a rank needs this long to end, with room for a busy host.
 _OTHERS_LEAVE = 1.0
 # Launchers forward a signal that the terminal has already delivered; a second one within this time is the same one.
@@ -305,6 +307,8 @@ def _say(place: Launch, world: World | None, text: str, alone: bool) -> None:
     sys.stdout.flush()
     sys.stderr.write(f"{head} {text}\n")
     sys.stderr.flush()
+    if world is not None and world.size > 1:
+        time.sleep(_HEARD)
 
 
 def _abort(world: World, code: int) -> None:

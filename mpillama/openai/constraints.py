@@ -6,6 +6,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from copy import copy
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ class GrammarConstraint:
 
 
 class AfterThought:
-    """A constraint that begins to hold when the model has closed its thought.
+    """A constraint that begins to hold when the model has closed its thought; the text cannot end before.
 
     Args:
         inner: what holds then.
@@ -88,15 +89,18 @@ class AfterThought:
         self.source = inner.source._replace(after=tag)
         self._inner, self._tokenizer, self._tag = inner, tokenizer, tag.encode()
         self._tail, self._thinking = b"", True
+        self._open = np.full_like(inner.mask(), 0xFFFFFFFF)
+        for token in tokenizer.eog_ids:
+            self._open[token // 32] &= np.uint32(0xFFFFFFFF ^ 1 << token % 32)
 
     @property
     def finished(self) -> bool:
         """Whether the text is complete."""
         return not self._thinking and self._inner.finished
 
-    def mask(self) -> np.ndarray | None:
-        """Return the allowed tokens, None while the model thinks."""
-        return None if self._thinking else self._inner.mask()
+    def mask(self) -> np.ndarray:
+        """Return the allowed tokens: all that do not end the text, while the model thinks."""
+        return self._open if self._thinking else self._inner.mask()
 
     def accept(self, token: int) -> None:
         """Advance by a token."""
@@ -109,8 +113,8 @@ class AfterThought:
 
     def fork(self) -> AfterThought:
         """Return another object in the same state."""
-        other = AfterThought(self._inner.fork(), self._tokenizer, self._tag.decode())
-        other._tail, other._thinking = self._tail, self._thinking
+        other = copy(self)
+        other._inner = self._inner.fork()
         return other
 
 

@@ -222,7 +222,11 @@ def test_a_schema_holds_when_the_thought_is_over(metadata, tokenizer, rng):
     )
     message = call.response()["choices"][0]["message"]
     jsonschema.validate(json.loads(message["content"]), SCHEMA)
-    assert isinstance(call.requests[0].params.constraint, AfterThought)
+    constraint = call.requests[0].params.constraint
+    assert isinstance(constraint, AfterThought)
+    # A thought is free, but the text cannot end with it.
+    allowed = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")[: tokenizer.n_vocab]
+    assert sorted(np.flatnonzero(allowed == 0).tolist()) == sorted(tokenizer.eog_ids)
 
 
 VOCABULARIES = ("llama-spm", "gpt-2")
