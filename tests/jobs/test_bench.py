@@ -120,8 +120,9 @@ def test_the_table_of_scaling():
     cells = [cell.strip() for cell in mine.strip().splitlines()[-1].strip("|").split("|")]
     assert cells[0] == "2"
     assert len(cells) == 7
-    assert all(float(cell) > 0 for cell in cells)
-    assert float(cells[3]) == pytest.approx(float(cells[1]) / float(cells[2]), rel=0.02)
+    assert all(float(cells[i]) > 0 for i in (1, 2, 4, 5))
+    # Ratios are printed with two decimals.
+    assert float(cells[3]) == pytest.approx(float(cells[1]) / float(cells[2]), rel=0.02, abs=0.006)
     assert others.strip().splitlines()[-1].startswith("| llama-1b:Q4_0 | 1 x 2 a100-40g, hdr | ")
 
 
