@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import zlib
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -31,3 +32,20 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers of this test: fresh each session, the same on all ranks started by run_mpi.py."""
     # Not one stream for all tests: a test alone then repeats what it did in the whole session.
     return np.random.default_rng([int(os.environ[SEED]), zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The batches for which a model text was run, on any rank."""
+    # Not every session of tests has use for the models.
+    import mpillama.runner
+
+    found: list[object] = []
+    forward = mpillama.runner.forward
+
+    def counted(*args: Any) -> Any:
+        found.append(args[4])
+        return forward(*args)
+
+    monkeypatch.setattr("mpillama.runner.forward", counted)
+    return found

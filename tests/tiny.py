@@ -11,7 +11,7 @@ import numpy as np
 
 from mpillama.backends.base import Backend, Batch
 from mpillama.backends.reference import ReferenceBackend
-from mpillama.comm.base import World
+from mpillama.comm.base import Group, World
 from mpillama.comm.pipeline import open_pipe
 from mpillama.comm.staged import tensor_group
 from mpillama.comm.threads import run_threads
@@ -162,10 +162,12 @@ def open_runner(
     make: Makers = ReferenceBackend,
     grid: Grid | None = None,
     experts: str = "off",
+    join: Callable[[World, Backend], Group] | None = None,
+    graphs: bool = True,
 ) -> tuple[Runner, int]:
     """Load a rank's share of a model, all ranks tensor-parallel by default; returns the runner and the bytes read.
 
-    ``make`` makes the backend of every rank, or there is one for each.
+    ``make`` makes the backend of every rank, or there is one for each; ``join`` makes the group of the rank's stage.
     """
     header = read_header(path)
     cfg = read_config(header, n_ctx)
@@ -175,10 +177,10 @@ def open_runner(
     sharding, index = partition.of(world.rank)
     backend = make() if callable(make) else make[world.rank]()
     loaded, n_read = load_weights(header.paths, tensors, sharding, index, backend)
-    group = tensor_group(world.group(grid.stage_ranks(world.rank)), backend)
+    group = join(world, backend) if join else tensor_group(world.group(grid.stage_ranks(world.rank)), backend)
     ops, pipe = Ops(backend, group, alike=callable(make)), open_pipe(world, grid)
     sizes = (partition.n_head_kv(world.rank), n_ctx, kv_type, kv_type)
-    return Runner(cfg, loaded, ops, *sizes, sharding.blocks, pipe), n_read
+    return Runner(cfg, loaded, ops, *sizes, sharding.blocks, pipe, graphs=graphs), n_read
 
 
 def logits_of(runner: Runner, tokens: Sequence[int], chunk: int = 1000) -> np.ndarray:

@@ -86,10 +86,10 @@ def join(world, nccl):
 
 
 class OnGpu:
-    """A world whose group takes arrays of the host and hands on those of the GPU."""
+    """A world whose group takes arrays of the host and hands them to another group as those of the device."""
 
-    def __init__(self, world, nccl):
-        self._world, self._group = world, join(world, nccl)
+    def __init__(self, world, group):
+        self._group = group
         self.rank, self.size, self.leader = self._group.rank, self._group.size, self._group.leader
         self.bcast = world.bcast
 
@@ -107,7 +107,7 @@ class OnGpu:
 @pytest.mark.parametrize("check", [allreduce_sums_to_the_same_bits, allgather_joins_uneven_slices])
 def test_contract(check, n_ranks):
     nccl = FakeNccl(n_ranks)
-    run_threads(n_ranks, lambda world: check(OnGpu(world, nccl)))
+    run_threads(n_ranks, lambda world: check(OnGpu(world, join(world, nccl))))
 
 
 def test_rank_0_cannot_begin_and_nobody_waits():
@@ -206,26 +206,14 @@ def test_islands():
     assert islands_of([(*none, "")]) == []
 
 
-class OnIslands:
-    """A world whose group takes arrays of the host and hands them on as those of GPUs and CPUs."""
-
-    def __init__(self, world, kinds):
-        backend = Backend(kinds[world.rank])
-        backend.asarray = lambda x: np.array(x).view(fake_cupy.Array)
-        backend.to_host = lambda x: np.array(x, subok=False)
-        self._group = device_group(world, backend, False, str(world.rank))
-        assert isinstance(self._group, IslandGroup)
-        self.rank, self.size, self.leader = self._group.rank, self._group.size, self._group.leader
-        self.bcast = world.bcast
-
-    def group(self):
-        return self
-
-    def allreduce(self, x):
-        return np.array(self._group.allreduce(np.array(x).view(fake_cupy.Array)), subok=False)
-
-    def allgather(self, x, cut):
-        return np.array(self._group.allgather(np.array(x).view(fake_cupy.Array), cut), subok=False)
+def on_islands(world, kinds):
+    """Return the group of ranks of these kinds."""
+    backend = Backend(kinds[world.rank])
+    backend.asarray = lambda x: np.array(x).view(fake_cupy.Array)
+    backend.to_host = lambda x: np.array(x, subok=False)
+    group = device_group(world, backend, False, str(world.rank))
+    assert isinstance(group, IslandGroup)
+    return group
 
 
 @pytest.mark.parametrize("kinds", [("cuda", "cuda", "cpu"), ("cpu", "hip", "cuda", "hip", "cuda", "cuda")])
@@ -236,6 +224,6 @@ def test_contract_of_islands(check, kinds, monkeypatch):
 
     def main(world):
         here.kind = kinds[world.rank]
-        return check(OnIslands(world, kinds))
+        return check(OnGpu(world, on_islands(world, kinds)))
 
     run_threads(len(kinds), main)

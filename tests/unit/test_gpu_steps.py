@@ -1,6 +1,7 @@
 """Steps that are recorded and started again: the same bits as without, whatever comes between; also over NCCL."""
 
 import ctypes
+import functools
 import threading
 from types import SimpleNamespace
 
@@ -8,26 +9,18 @@ import numpy as np
 import pytest
 from test_golden import MODELS
 
-import mpillama.runner
 from gpu_host import gpu_backend, needs_compiler, only_emulated
-from mpillama.backends.base import KV_BLOCK, Batch
+from mpillama.backends.base import KV_BLOCK
 from mpillama.backends.gpu.emulated import DeviceArray, EmulatedDevice
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.comm.nccl import NcclGroup, meet
-from mpillama.comm.staged import tensor_group
 from mpillama.comm.threads import run_threads
-from mpillama.config import read_config
 from mpillama.engine.sequence import Sequence as TokenSequence
-from mpillama.gguf.reader import read_header
 from mpillama.gguf.types import GGMLType
 from mpillama.grid import Grid
-from mpillama.loader import load_weights
-from mpillama.ops import Ops
-from mpillama.partition import Partition
-from mpillama.runner import Runner
-from mpillama.tensors import model_tensors
 from shared import shared
-from tiny import nmse, run_on, write_llama
+from step_cases import schedule
+from tiny import nmse, open_runner, run_on, write_llama
 
 pytestmark = needs_compiler
 N_BLOCKS = 12
@@ -41,58 +34,11 @@ def near_bounds(monkeypatch):
     monkeypatch.setattr("mpillama.backends.gpu.attention._SPLIT_KEYS", 8)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The batches for which a model text was run, on any rank."""
-    found, forward = [], mpillama.runner.forward
-
-    def counted(*args):
-        found.append(args[4])
-        return forward(*args)
-
-    monkeypatch.setattr("mpillama.runner.forward", counted)
-    return found
-
-
-def staged(world, backend):
-    return tensor_group(world.group(), backend)
-
-
-def open_on(world, path, make_group=staged, graphs=True, experts="off", kv_type="f16", **device):
+def open_on(world, path, join=None, graphs=True, experts="off", kv_type="f16", **device):
     """Return a rank's runner on an emulated GPU."""
-    header = read_header(path)
-    cfg = read_config(header, N_BLOCKS * KV_BLOCK)
-    tensors = model_tensors(header, cfg)
-    partition = Partition(cfg, tensors, Grid(tp=world.size), [1.0] * world.size, experts)
-    sharding, index = partition.of(world.rank)
-    backend = gpu_backend(**device)
-    weights, _ = load_weights(header.paths, tensors, sharding, index, backend)
-    ops = Ops(backend, make_group(world, backend))
-    sizes = partition.n_head_kv(world.rank), N_BLOCKS * KV_BLOCK, kv_type, kv_type
-    return Runner(cfg, weights, ops, *sizes, sharding.blocks, graphs=graphs)
-
-
-def schedule(rng, n_vocab, n_steps):
-    """Return batches of three sequences that begin, decode in changing company and order, and pause."""
-    blocks = rng.permutation(N_BLOCKS).reshape(3, -1)
-    lengths, batches = np.zeros(3, int), []
-    for step in range(n_steps):
-        if step < 3:
-            parts = [(step, int(rng.integers(1, 40)))]
-        else:
-            longest = 12 if rng.random() < 0.1 else 1
-            parts = [(i, int(rng.integers(1, longest + 1))) for i in rng.permutation(3)[: rng.integers(1, 4)]]
-        room = N_BLOCKS // 3 * KV_BLOCK - lengths
-        parts = [(i, min(n, int(room[i]))) for i, n in parts if room[i]]
-        positions = np.concatenate([np.arange(lengths[i], lengths[i] + n) for i, n in parts]).astype("i4")
-        for i, n in parts:
-            lengths[i] += n
-        counts = np.array([n for _, n in parts], "i4")
-        width = max(-(-lengths[i] // KV_BLOCK) for i, _ in parts)
-        rows = rng.permutation(np.cumsum(counts) - 1).astype("i4")
-        tokens = rng.integers(0, n_vocab, len(positions)).astype("i4")
-        batches.append(Batch(tokens, positions, counts, np.array([blocks[i, :width] for i, _ in parts], "i4"), rows))
-    return batches
+    make = functools.partial(gpu_backend, **device)
+    n_ctx, weights = N_BLOCKS * KV_BLOCK, [1.0] * world.size
+    return open_runner(world, path, weights, n_ctx, kv_type, make, experts=experts, join=join, graphs=graphs)[0]
 
 
 def model(tmp_path, rng, experts, types=_TYPES):
@@ -103,7 +49,7 @@ def model(tmp_path, rng, experts, types=_TYPES):
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_recorded_steps_give_the_same_bits(experts, tmp_path, rng, calls):
-    path, batches = model(tmp_path, rng, experts), schedule(rng, 96, 50)
+    path, batches = model(tmp_path, rng, experts), schedule(rng, 96, 50, N_BLOCKS, 40)
 
     def main(world):
         plain, recorded = open_on(world, path, graphs=False), open_on(world, path)
@@ -194,7 +140,7 @@ class QueuedNccl:
 def test_collectives_are_recorded_too(experts, tmp_path, rng, monkeypatch, calls):
     monkeypatch.setattr(DeviceArray, "data", property(lambda x: SimpleNamespace(ptr=x.ctypes.data)), raising=False)
     monkeypatch.setattr(EmulatedDevice, "stream", 1, raising=False)
-    path, batches = model(tmp_path, rng, experts == "on"), schedule(rng, 96, 30)
+    path, batches = model(tmp_path, rng, experts == "on"), schedule(rng, 96, 30, N_BLOCKS, 40)
     n_ranks = 2
     devices = [None] * n_ranks
     nccl = QueuedNccl(devices)

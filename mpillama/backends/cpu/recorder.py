@@ -13,6 +13,7 @@ import numpy as np
 
 from mpillama import _cpu
 from mpillama.backends.base import AttentionParams, Batch
+from mpillama.backends.cpu.attention import attention_args
 from mpillama.backends.cpu.elementwise import ACTIVATIONS, CpuRopeTable
 from mpillama.config import Rope
 
@@ -148,27 +149,8 @@ class Recorder:
     ) -> np.ndarray:
         """Note `CpuBackend.attention`."""
         out = self._backend.attention(q, k, v, cache, batch, params, sinks, rope)
-        return self._tape.note(
-            out,
-            _cpu.attention,
-            self._pool,
-            cache,
-            q,
-            k,
-            v,
-            batch.positions,
-            batch.seq_lens,
-            batch.block_tables,
-            params.kv_heads,
-            params.scale,
-            params.softcap,
-            params.window,
-            sinks,
-            rope.cos if rope else None,
-            rope.sin if rope else None,
-            bool(rope and rope.neox),
-            out,
-        )
+        args = attention_args(self._pool, q, k, v, cache, batch, params, sinks, rope, out)
+        return self._tape.note(out, _cpu.attention, *args)
 
 
 def _subtract(tokens: np.ndarray, first: int, out: np.ndarray) -> None:
