@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from mpillama.comm.base import Group, World, from_root
 from mpillama.comm.metered import MeteredGroup
 from mpillama.comm.pipeline import open_pipe
 from mpillama.comm.staged import tensor_group
+from mpillama.doctor.facts import processor
 from mpillama.errors import UsageError
 from mpillama.grid import Grid
 from mpillama.models.weights import Weights
@@ -362,7 +362,7 @@ class _Bench:
         ratios = [ours / theirs for ours, theirs in zip(found.samples_ts, peer_ts, strict=False)]
         return Result(
             build_commit=f"mpillama {__version__}",
-            cpu_info=_cpu_info(),
+            cpu_info=processor(),
             gpu_info="",
             backends=",".join(dict.fromkeys(loaded.kinds.names)),
             model_filename=model.filename,
@@ -414,8 +414,3 @@ def _split_mode(grid: Grid) -> str:
     if grid.pp == 1:
         return "tensor"
     return "layer" if grid.tp == 1 else f"{grid.tp} x {grid.pp}"
-
-
-def _cpu_info() -> str:
-    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return match[1] if match else ""

@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mpillama.backends import GPU_NAMES
@@ -15,6 +14,7 @@ from mpillama.backends.base import Backend
 from mpillama.backends.gpu.driver import list_gpus
 from mpillama.cli.gpus import GpuWish, choose_gpu
 from mpillama.comm.base import World
+from mpillama.doctor.facts import processor
 from mpillama.errors import UsageError, UserError
 
 _MIB = 1 << 20
@@ -104,15 +104,6 @@ def arithmetic(backend: Any) -> str:
     # NumPy's products depend on the processor.
     detail = pool.level if pool else getattr(device, "model", "") if device else processor()
     return f"{backend.name} {detail}"
-
-
-def processor() -> str:
-    """Return the name of this host's processor, "" if the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def device_table() -> str:

@@ -74,15 +74,14 @@ def check_memory(world: World, need: int, what: str) -> None:
     Raises:
         UserError: on all ranks, naming the host and what there is too little room for.
     """
-    everyone = world.gather((world.hosts[world.rank], need, available_memory()))
+    needs, places = world.bcast(world.gather(need)), _places(world, 0)
 
     def check() -> None:
-        for host in dict.fromkeys(host for host, _, _ in everyone):
-            needed = sum(need for other, need, _ in everyone if other == host)
-            free = min(free for other, _, free in everyone if other == host)
-            if needed > free:
+        for place in places:
+            needed = sum(needs[rank] for rank in place.ranks)
+            if needed > place.room:
                 raise UserError(
-                    f"{what} needs {needed / 1e9:.1f} GB on {host}, where {free / 1e9:.1f} GB are free; "
+                    f"{what} needs {needed / 1e9:.1f} GB on {place.name}, where {place.room / 1e9:.1f} GB are free; "
                     "take more hosts, a smaller type or model, or a shorter context"
                 )
 

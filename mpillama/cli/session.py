@@ -276,7 +276,7 @@ def _deterministic_grid(args: Namespace, n_ranks: int) -> Grid:
 
 
 def wants_graphs() -> bool:
-    """Whether GPUs may record the steps of decoding (see `Runner`): unless ``MPILLAMA_GRAPHS=0``."""
+    """Whether steps of decoding may be recorded (see `Runner`): unless ``MPILLAMA_GRAPHS=0``."""
     return os.environ.get("MPILLAMA_GRAPHS", "") != "0"
 
 

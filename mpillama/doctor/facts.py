@@ -81,7 +81,7 @@ def rank_facts(environ: Mapping[str, str], available: int) -> RankFacts:
         pid=os.getpid(),
         cores=tuple(sorted(os.sched_getaffinity(0))),
         n_cores=os.cpu_count() or 1,
-        cpu=_cpu(),
+        cpu=processor() or platform.machine(),
         shm=(shm.f_blocks * shm.f_frsize, shm.f_bavail * shm.f_frsize) if shm else (0, 0),
         memory=available,
         limits=limits,
@@ -106,12 +106,13 @@ def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """Return the name of this host's processor, "" if the system does not tell."""
     try:
         match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        match = None
-    return match[1] if match else platform.machine()
+        return ""
+    return match[1] if match else ""
 
 
 def _ancestor() -> str:
