@@ -86,7 +86,10 @@ def test_graphs_share_memory_and_keep_what_they_need(install, monkeypatch, tmp_p
     """Shapes of steps in turn, each with a graph: what one leaves lying about another may overwrite."""
     install()
     monkeypatch.setattr("test_gpu_steps.gpu_backend", lambda: make_backend("cuda"))
-    path, batches = test_gpu_steps.model(tmp_path, rng, False, [GGMLType.Q4_0]), test_gpu_steps.schedule(rng, 96, 40)
+    path, batches = (
+        test_gpu_steps.model(tmp_path, rng, False, [GGMLType.Q4_0]),
+        test_gpu_steps.schedule(rng, 96, 40, test_gpu_steps.N_BLOCKS, 40),
+    )
 
     def main(world):
         plain, recorded = (test_gpu_steps.open_on(world, path, graphs=graphs) for graphs in (False, True))
