@@ -1,5 +1,7 @@
 """Steps of the cpu backend that are recorded and played: the same bits as without, whatever comes between."""
 
+import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -13,18 +15,20 @@ from step_cases import schedule
 from tiny import open_runner, write_llama
 
 pytest.importorskip("mpillama._cpu", reason="the cpu backend is not built")
+from mpillama import _cpu
 from mpillama.backends.cpu.backend import CpuBackend
 
 N_BLOCKS = 48
 
 
-def same_bits(path, batches, weights, kv_type="f16"):
+def same_bits(path, batches, weights, kv_type="f16", experts="off"):
     """Run batches with and without recordings on ranks of these weights, and compare what each rank gets."""
 
     def main(world):
         n_ctx, make = N_BLOCKS * KV_BLOCK, partial(CpuBackend, 2)
         plain, recorded = (
-            open_runner(world, path, weights, n_ctx, kv_type, make, graphs=graphs)[0] for graphs in (False, True)
+            open_runner(world, path, weights, n_ctx, kv_type, make, experts=experts, graphs=graphs)[0]
+            for graphs in (False, True)
         )
         # Results are looked at in the end: they must not change with later steps.
         return [[runner.run(batch) for batch in batches] for runner in (plain, recorded)]
@@ -46,26 +50,68 @@ def test_played_steps_give_the_same_bits(weights, kv_type, tmp_path, rng, calls)
 
 
 @pytest.mark.parametrize(
-    ("name", "played"),
+    "name",
     [
-        ("qwen3-dense", True),
-        ("gemma2-dense", True),
-        ("gemma3-dense", True),
-        ("phi3-dense", True),
-        ("granite-dense", True),
-        ("olmo2-dense", True),
-        ("qwen2-dense", True),
-        ("llama-moe", False),
-        ("gpt-oss-moe", False),
+        "qwen3-dense",
+        "gemma2-dense",
+        "gemma3-dense",
+        "phi3-dense",
+        "granite-dense",
+        "olmo2-dense",
+        "qwen2-dense",
+        "llama-moe",
+        "olmoe-moe",
+        "qwen2moe-moe",
+        "qwen3moe-moe",
+        "gpt-oss-moe",
     ],
 )
-def test_architectures(name, played, rng, calls):
-    """Dense models are played; what cannot be recorded runs as text."""
+def test_architectures_are_played(name, rng, calls):
     path = shared("golden", f"{name}.gguf")
     n_vocab = len(np.load(shared("golden", f"{name}.npz"))["logits"][0])
     batches = schedule(rng, n_vocab, 30, N_BLOCKS, 230, some_rows=True)
     same_bits(path, batches, (1.0,))
-    assert (len(calls) < 2 * len(batches)) == played
+    assert len(calls) < 2 * len(batches)
+
+
+@pytest.mark.parametrize("experts", ["off", "on"])
+def test_experts_on_several_ranks(experts, rng, calls):
+    """Slices of every expert are played; which of a rank's whole experts are asked for is not what the router says."""
+    path = shared("golden", "qwen3moe-moe.gguf")
+    batches = schedule(rng, len(np.load(path.with_suffix(".npz"))["logits"][0]), 30, N_BLOCKS, 230, some_rows=True)
+    same_bits(path, batches, (1.0, 1.0), experts=experts)
+    assert (len(calls) < 2 * 2 * len(batches)) == (experts == "off")
+
+
+def test_a_kernel_that_fails_while_it_is_played():
+    pool, wrong = _cpu.Pool(1), np.zeros(3, np.float32)
+    played = _cpu.Calls()
+    played.sigmoid(pool, wrong, out := np.empty(3, np.float32))
+    played.sigmoid(pool, wrong, np.empty(4, np.float32))
+    assert len(played) == 2
+    for _ in range(2):
+        out[:] = 0
+        with pytest.raises(ValueError, match="sizes differ"):
+            played.play()
+        np.testing.assert_array_equal(out, 0.5)
+    with pytest.raises(TypeError):
+        played.sigmoid(pool, wrong, [1.0])
+
+
+def test_other_threads_run_while_kernels_are_played():
+    """The interpreter is not held from the first kernel to the last."""
+    pool, x, out = _cpu.Pool(1), *np.zeros((2, 1 << 16), np.float32)
+    played = _cpu.Calls()
+    for _ in range(2000):
+        played.sigmoid(pool, x, out)
+    thread = threading.Thread(target=played.play)
+    thread.start()
+    seen = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        seen += 1
+    thread.join()
+    assert seen > 5
 
 
 def test_large_steps_are_not_kept(tmp_path, rng, calls, monkeypatch):

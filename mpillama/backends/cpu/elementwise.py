@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mpillama import _cpu
 from mpillama.backends.reference import ReferenceBackend
-from mpillama.backends.rope import rope_table
+from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
 
 ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
@@ -93,19 +94,23 @@ class ElementwiseOps(ReferenceBackend):
 
     def rope_table(self, positions: np.ndarray, rope: Rope, factors: np.ndarray | None) -> CpuRopeTable:  # type: ignore[override]
         """Return cosines and sines of the step's tokens."""
-        table = rope_table(positions, rope, factors)
-        cos, sin = table.cos[:, 0], table.sin[:, 0]
-        axis = 1 if table.neox else 2
-        shape = (len(positions), -1)
-        return CpuRopeTable(
-            np.stack((cos, cos), axis).reshape(shape), np.stack((-sin, sin), axis).reshape(shape), table.neox
-        )
+        cos, sin = np.empty((2, len(positions), rope.n_rot), np.float32)
+        table = CpuRopeTable(cos, sin, rope.neox)
+        _cpu.rope_table(*rope_table_args(self.pool, positions, rope, factors, table))
+        return table
 
     def rope(self, x: np.ndarray, table: CpuRopeTable) -> np.ndarray:  # type: ignore[override]
         """Rotate heads."""
         out = np.empty(x.shape, np.float32)
         _cpu.rope(self.pool, x, table.cos, table.sin, table.neox, out)
         return out
+
+
+def rope_table_args(
+    pool: _cpu.Pool, positions: np.ndarray, rope: Rope, factors: np.ndarray | None, table: CpuRopeTable
+) -> tuple[Any, ...]:
+    """Return what the kernel takes that fills a table."""
+    return pool, positions, frequencies(rope, factors), rope.attn_factor, rope.neox, table.cos, table.sin
 
 
 def _repeats(a: np.ndarray, b: np.ndarray) -> bool:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention_cache.h"
+#include "calls.h"
 #include "elementwise_ops.h"
 
 namespace nb = nanobind;
@@ -22,8 +23,8 @@ namespace {
 using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ConstFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<int64_t, nb::c_contig, nb::device::cpu>;
+using Doubles = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
-using Released = nb::gil_scoped_release;
 
 void check(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
@@ -134,6 +135,14 @@ void bind_rope(Pool& pool, const ConstFloats& x, const ConstFloats& cos, const C
   rope(pool, r);
 }
 
+void bind_rope_table(Pool& pool, const Ints& positions, const Doubles& theta, double factor, bool neox, const Floats& cos,
+                     const Floats& sin) {
+  const size_t n = positions.size() * theta.size() * 2;
+  check(cos.size() == n && sin.size() == n, "the table has the wrong size");
+  const Released released;
+  rope_table(pool, {positions.data(), positions.size(), theta.data(), theta.size(), factor, neox, cos.data(), sin.data()});
+}
+
 void bind_sum_experts(Pool& pool, const ConstFloats& x, const ConstFloats& weights, const Floats& out) {
   check(x.ndim() == 3 && weights.ndim() == 2 && out.ndim() == 2, "wrong number of axes");
   check(weights.shape(0) == x.shape(0) && weights.shape(1) == x.shape(1), "the weights do not fit x");
@@ -155,8 +164,8 @@ void bind_route(Pool& pool, const ConstFloats& logits, bool softmax_of_all, bool
 
 }  // namespace
 
-void bind_attention(nb::module_& m);
-void bind_attention(nb::module_& m) {
+void bind_attention(nb::module_& m, nb::class_<Calls>& calls);
+void bind_attention(nb::module_& m, nb::class_<Calls>& calls) {
   // Results are written to `out`, which must be just so; a copy made for the call would be lost.
   const nb::arg pool("pool"), x("x");
   const auto out = nb::arg("out").noconvert();
@@ -180,23 +189,26 @@ void bind_attention(nb::module_& m) {
   m.def("copy_blocks", bind_copy_blocks, nb::arg("cache"), nb::arg("copies"),
         "Copy blocks of keys and values, int32 (C, 2): source, destination; see Batch.copies.\n\n"
         "Raises:\n    ValueError: there is no such block.");
-  m.def("attention", bind_attend, pool, nb::arg("cache"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("positions"),
+  bind_kernel(m, calls, "attention", bind_attend, pool, nb::arg("cache"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("positions"),
         nb::arg("seq_lens"), nb::arg("tables"), nb::arg("kv_heads"), nb::arg("scale"), nb::arg("softcap"),
         nb::arg("window"), nb::arg("sinks").none(), nb::arg("cos").none(), nb::arg("sin").none(),
         nb::arg("neox"), out,
         "Rotate q and k by cos and signed sin (T, n_rot) if these are given, store k and v, then attend; see "
         "Backend.attention.");
-  m.def("gated", bind_gated, pool, nb::arg("activation"), nb::arg("gate"), nb::arg("up"), out,
+  bind_kernel(m, calls, "gated", bind_gated, pool, nb::arg("activation"), nb::arg("gate"), nb::arg("up"), out,
         "out = act(gate) * up; activation 0: silu, 1: gelu, 2: swiglu_oai.");
-  m.def("sigmoid", bind_sigmoid, pool, x, out, "out = 1 / (1 + exp(-x)).");
-  m.def("softcap", bind_softcap, pool, x, nb::arg("cap"), out, "out = cap * tanh(x / cap).");
-  m.def("add", bind_binary<Binary::add>, pool, nb::arg("a"), nb::arg("b"), out, "out = a + b, b repeated along the first axes.");
-  m.def("mul", bind_binary<Binary::mul>, pool, nb::arg("a"), nb::arg("b"), out, "out = a * b, b repeated along the first axes.");
-  m.def("scale", bind_scale, pool, nb::arg("a"), nb::arg("factor"), out, "out = factor * a.");
-  m.def("rms_norm", bind_rms_norm, pool, x, nb::arg("w"), nb::arg("eps"), out, "Each run of w.size elements over its rms, times w.");
-  m.def("rope", bind_rope, pool, x, nb::arg("cos"), nb::arg("sin"), nb::arg("neox"), out,
+  bind_kernel(m, calls, "sigmoid", bind_sigmoid, pool, x, out, "out = 1 / (1 + exp(-x)).");
+  bind_kernel(m, calls, "softcap", bind_softcap, pool, x, nb::arg("cap"), out, "out = cap * tanh(x / cap).");
+  bind_kernel(m, calls, "add", bind_binary<Binary::add>, pool, nb::arg("a"), nb::arg("b"), out, "out = a + b, b repeated along the first axes.");
+  bind_kernel(m, calls, "mul", bind_binary<Binary::mul>, pool, nb::arg("a"), nb::arg("b"), out, "out = a * b, b repeated along the first axes.");
+  bind_kernel(m, calls, "scale", bind_scale, pool, nb::arg("a"), nb::arg("factor"), out, "out = factor * a.");
+  bind_kernel(m, calls, "rms_norm", bind_rms_norm, pool, x, nb::arg("w"), nb::arg("eps"), out, "Each run of w.size elements over its rms, times w.");
+  bind_kernel(m, calls, "rope", bind_rope, pool, x, nb::arg("cos"), nb::arg("sin"), nb::arg("neox"), out,
         "Rotate heads x (T, H, D) by cos and signed sin (T, n_rot).");
-  m.def("sum_experts", bind_sum_experts, pool, x, nb::arg("weights"), out, "out (T, N) = sum over K of weights (T, K) * x (T, K, N).");
-  m.def("route", bind_route, pool, nb::arg("logits"), nb::arg("softmax_of_all"), nb::arg("normalize"),
+  bind_kernel(m, calls, "rope_table", bind_rope_table, pool, nb::arg("positions"), nb::arg("theta"), nb::arg("factor"),
+              nb::arg("neox"), nb::arg("cos").noconvert(), nb::arg("sin").noconvert(),
+              "Cosines and signed sines (T, 2 P), times factor, of positions (T,) times theta (P,), for `rope`.");
+  bind_kernel(m, calls, "sum_experts", bind_sum_experts, pool, x, nb::arg("weights"), out, "out (T, N) = sum over K of weights (T, K) * x (T, K, N).");
+  bind_kernel(m, calls, "route", bind_route, pool, nb::arg("logits"), nb::arg("softmax_of_all"), nb::arg("normalize"),
         nb::arg("experts").noconvert(), nb::arg("weights").noconvert(), "Choose experts: logits (T, E) to experts and weights (T, K).");
 }

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "calls.h"
 #include "matmul.h"
 #include "stream.h"
 
@@ -48,7 +49,7 @@ void bind_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t
   const Input input = input_of(x, w, pad);
   check(w.n_mats > 0, "there is no matrix");
   check(out.size() == input.n_rows * w.n_rows, "out has the wrong size");
-  const nb::gil_scoped_release released;
+  const Released released;
   linear(pool, w, input, out.data());
 }
 
@@ -62,7 +63,7 @@ void bind_linears(Pool& pool, const std::vector<const PackedWeight*>& ws, const 
     check(outs[i].size() == input.n_rows * ws[i]->n_rows, "out has the wrong size");
     products.push_back({ws[i], outs[i].data()});
   }
-  const nb::gil_scoped_release released;
+  const Released released;
   linears(pool, products, input);
 }
 
@@ -73,7 +74,7 @@ void bind_gated_linear(Pool& pool, int activation, const PackedWeight& gate, con
   check(gate.n_mats > 0 && up.n_mats > 0, "there is no matrix");
   check(gate.n_in == up.n_in && gate.n_rows == up.n_rows, "the matrices have different shapes");
   check(out.size() == input.n_rows * gate.n_rows, "out has the wrong size");
-  const nb::gil_scoped_release released;
+  const Released released;
   gated_linear(pool, Activation(activation), gate, up, input, out.data());
 }
 
@@ -84,21 +85,21 @@ void bind_expert_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x,
   const size_t n_tokens = experts.shape(0), n_used = experts.shape(1);
   check(input.n_rows == n_tokens || input.n_rows == n_tokens * n_used, "x has the wrong number of rows");
   check(out.size() == n_tokens * n_used * w.n_rows, "out has the wrong size");
-  const nb::gil_scoped_release released;
+  const Released released;
   expert_linear(pool, w, input, n_tokens, n_used, experts.data(), out.data());
 }
 
 void bind_embedding(Pool& pool, const PackedWeight& w, const Indices& index, const Floats& out) {
   check(w.n_mats > 0, "there is no matrix");
   check(out.size() == index.size() * w.n_in, "out has the wrong size");
-  const nb::gil_scoped_release released;
+  const Released released;
   embedding(pool, w, index.data(), index.size(), out.data());
 }
 
 }  // namespace
 
-void bind_matmul(nb::module_& m);
-void bind_matmul(nb::module_& m) {
+void bind_matmul(nb::module_& m, nb::class_<Calls>& calls);
+void bind_matmul(nb::module_& m, nb::class_<Calls>& calls) {
   nb::class_<PackedWeight>(m, "PackedWeight", "A stack of matrices, laid out for the kernels.")
       .def_ro("n_mats", &PackedWeight::n_mats)
       .def_ro("n_rows", &PackedWeight::n_rows)
@@ -116,17 +117,17 @@ void bind_matmul(nb::module_& m) {
   m.def("pack", pack, nb::arg("pool"), nb::arg("type"), nb::arg("raw"), nb::arg("n_in"), nb::arg("codebook"),
         "Pack raw blocks, uint8 (n_mats, n_rows, row bytes), whose rows have n_in weights; nothing of the arguments is "
         "kept. codebook: uint16, empty for types without one.");
-  m.def("linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
+  bind_kernel(m, calls, "linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
         "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
-  m.def("linears", bind_linears, nb::arg("pool"), nb::arg("ws"), nb::arg("x"), nb::arg("pad"), nb::arg("outs"),
+  bind_kernel(m, calls, "linears", bind_linears, nb::arg("pool"), nb::arg("ws"), nb::arg("x"), nb::arg("pad"), nb::arg("outs"),
         "linear with each of several matrices whose rows have the same size; outs are filled.");
-  m.def("gated_linear", bind_gated_linear, nb::arg("pool"), nb::arg("activation"), nb::arg("gate"), nb::arg("up"),
+  bind_kernel(m, calls, "gated_linear", bind_gated_linear, nb::arg("pool"), nb::arg("activation"), nb::arg("gate"), nb::arg("up"),
         nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
         "out (T, n_rows) = act(x times gate) * (x times up); activations as in `gated`.");
-  m.def("expert_linear", bind_expert_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),
+  bind_kernel(m, calls, "expert_linear", bind_expert_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),
         nb::arg("experts"), nb::arg("out").noconvert(),
         "out (T, K, n_rows) = x (T, width) or (T, K, width) times matrices experts (T, K), int64.");
-  m.def("embedding", bind_embedding, nb::arg("pool"), nb::arg("w"), nb::arg("index"), nb::arg("out").noconvert(),
+  bind_kernel(m, calls, "embedding", bind_embedding, nb::arg("pool"), nb::arg("w"), nb::arg("index"), nb::arg("out").noconvert(),
         "out (T, n_in) = rows index (T,), int64, of the first matrix; zeros where there is no such row.");
   m.def("stream_gbps", stream_gbps, nb::arg("pool"), nb::arg("n_bytes"), nb::arg("seconds"),
         nb::call_guard<nb::gil_scoped_release>(),

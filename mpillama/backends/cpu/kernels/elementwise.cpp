@@ -114,6 +114,23 @@ void rope(Pool& pool, const Rotation& r) {
   });
 }
 
+void rope_table(Pool& pool, const RopeTable& t) {
+  const auto turn = pool.lock();
+  const size_t step = t.neox ? 1 : 2, other = t.neox ? t.n_pairs : 1;
+  pool.parallel_for(t.n_tokens, rows_worth(costly / 8, t.n_pairs), [&](size_t begin, size_t end) {
+    for (size_t token = begin; token < end; token++) {
+      float *cos = t.cos + token * 2 * t.n_pairs, *sin = t.sin + token * 2 * t.n_pairs;
+      for (size_t pair = 0; pair < t.n_pairs; pair++) {
+        const double angle = t.positions[token] * t.theta[pair];
+        const size_t i = pair * step;
+        cos[i] = cos[i + other] = float(std::cos(angle) * t.factor);
+        sin[i + other] = float(std::sin(angle) * t.factor);
+        sin[i] = -sin[i + other];
+      }
+    }
+  });
+}
+
 void sum_experts(Pool& pool, const float* x, const float* weights, float* out, size_t n_tokens, size_t n_used, size_t n) {
   const auto turn = pool.lock();
   const ElementwiseKernels& kernels = kernels_of(pool);

@@ -29,6 +29,19 @@ struct Rotation {
 };
 void rope(Pool& pool, const Rotation& r);
 
+// positions [n_tokens], theta [n_pairs]; cos and sin [n_tokens][2 n_pairs] get the cosine and the signed sine of each
+// product, times the factor, for both elements of a pair: (i, i + n_pairs) if neox, else (2 i, 2 i + 1).
+struct RopeTable {
+  const int32_t* positions;
+  size_t n_tokens;
+  const double* theta;
+  size_t n_pairs;
+  double factor;
+  bool neox;
+  float *cos, *sin;
+};
+void rope_table(Pool& pool, const RopeTable& t);
+
 // x [n_tokens][n_used][n], weights [n_tokens][n_used], out [n_tokens][n].
 void sum_experts(Pool& pool, const float* x, const float* weights, float* out, size_t n_tokens, size_t n_used, size_t n);
 

@@ -6,14 +6,16 @@
 #include <string>
 #include <vector>
 
+#include "calls.h"
 #include "pool.h"
 
 namespace nb = nanobind;
+using mpillama::Calls;
 using mpillama::Pool;
 
-void bind_matmul(nb::module_& m);
+void bind_matmul(nb::module_& m, nb::class_<Calls>& calls);
 #if MPILLAMA_BIND_ATTENTION
-void bind_attention(nb::module_& m);
+void bind_attention(nb::module_& m, nb::class_<Calls>& calls);
 #endif
 
 NB_MODULE(_cpu, m) {
@@ -38,8 +40,13 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("n_threads", &Pool::size)
       .def_prop_ro("busy_ns", &Pool::busy_ns, "Nanoseconds spent in kernels so far, as their caller sees it.")
       .def_prop_ro("level", [](const Pool& pool) { return std::string(level_name(pool.level())); });
-  bind_matmul(m);
+  nb::class_<Calls> calls(m, "Calls", "Calls of kernels: methods with the names of the kernels note one with its arguments, "
+                          "which must stay.");
+  calls.def(nb::init<>())
+      .def("__len__", &Calls::size)
+      .def("play", &Calls::play, "Make all calls, in their order.\n\nRaises:\n    ValueError: as the kernel.");
+  bind_matmul(m, calls);
 #if MPILLAMA_BIND_ATTENTION
-  bind_attention(m);
+  bind_attention(m, calls);
 #endif
 }
