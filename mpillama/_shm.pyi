@@ -14,3 +14,17 @@ class Segment:
     def reduce(self, x: np.ndarray, n_carriers: int, watch: Watch) -> np.ndarray | None: ...
     def spread(self, x: np.ndarray, n_carriers: int, watch: Watch) -> None: ...
     def allgather(self, x: np.ndarray, n_rows: int, widths: Sequence[int], out: np.ndarray, watch: Watch) -> None: ...
+
+class AllreduceCall:
+    def __init__(
+        self,
+        segment: Segment,
+        x: np.ndarray,
+        direct: int,
+        watch: Callable[[list[int], bool, bool], None],
+        place: np.ndarray,
+        kind: int,
+        counts: np.ndarray,
+    ) -> None: ...
+    @property
+    def capsule(self) -> object: ...

@@ -9,13 +9,16 @@ from typing import Protocol
 
 import numpy as np
 
-from mpillama.backends.base import Backend, RawWeight
+from mpillama.backends.base import ROW_UNIT, Backend, Filling, Handle, RawWeight
 from mpillama.errors import ModelError
 from mpillama.gguf.reader import TensorInfo
 from mpillama.models.weights import Weights
 from mpillama.ops import Value, Weight
 from mpillama.reading import Files, ReadWatch
 from mpillama.sharding import Sharding, Slice
+
+PIECE = 1 << 20
+"""Bytes of a matrix that are read before they are laid out: they stay in a core's cache meanwhile."""
 
 
 class Source(Protocol):
@@ -32,8 +35,8 @@ class Source(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> None: ...
 
-    def read(self, info: TensorInfo, part: Slice, borrowed: bool = False) -> np.ndarray:
-        """Return a slice of a tensor, uint8 (n_mats, n_rows, row bytes); one that is ``borrowed`` until the next call.
+    def read(self, info: TensorInfo, part: Slice) -> np.ndarray:
+        """Return a slice of a tensor, uint8 (n_mats, n_rows, row bytes).
 
         Raises:
             GGUFError: the file cannot be read, or has become shorter.
@@ -41,22 +44,25 @@ class Source(Protocol):
         """
         ...
 
+    def pieces(self, info: TensorInfo, part: Slice) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a slice in pieces as `Filling` backends take them: the number of the first row, and rows.
+
+        Their memory, uint8 (n, row bytes), is used again for the next. Raises as `read` does.
+        """
+        ...
+
 
 class Shelf:
-    """Memory for slices: new, or the same again for those that are borrowed."""
+    """Memory that is used again and again: such as is new to the process costs as much time as reading into it."""
 
     def __init__(self) -> None:
-        self._buffer: np.ndarray | None = None
+        self._buffer = np.empty(0, np.uint8)
 
-    def array(self, part: Slice, borrowed: bool) -> np.ndarray:
-        """Return memory for a slice, uint8 (n_mats, n_rows, row bytes)."""
-        shape = part.n_mats, part.row_stop - part.row_start, part.col_stop - part.col_start
-        # Memory that is new to the process costs as much time as reading into it.
-        if not borrowed:
-            return np.empty(shape, np.uint8)
+    def array(self, *shape: int) -> np.ndarray:
+        """Return uint8 of this shape, in the place of those before."""
         n = math.prod(shape)
-        if self._buffer is None or len(self._buffer) < n:
-            self._buffer = None
+        if len(self._buffer) < n:
+            self._buffer = np.empty(0, np.uint8)
             self._buffer = np.empty(n, np.uint8)
         return self._buffer[:n].reshape(shape)
 
@@ -84,26 +90,34 @@ class SliceReader:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def read(self, info: TensorInfo, part: Slice, borrowed: bool = False) -> np.ndarray:
+    def read(self, info: TensorInfo, part: Slice) -> np.ndarray:
         """Return a slice of a tensor, see `Source`."""
-        out = self._shelf.array(part, borrowed)
-        if out.size == 0:
-            return out
-        _, n_rows, n_cols = out.shape
+        out = np.empty((part.n_mats, part.n_rows, part.row_bytes), np.uint8)
+        for mat in range(part.n_mats if out.size else 0):
+            self._read_rows(info, part, mat, 0, out[mat])
+        return out
+
+    def pieces(self, info: TensorInfo, part: Slice) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a slice in pieces, see `Source`."""
+        if not part.n_rows * part.row_bytes:
+            return
+        step = max(1, PIECE // (part.row_bytes * ROW_UNIT)) * ROW_UNIT
+        for mat in range(part.n_mats):
+            for row in range(0, part.n_rows, step):
+                rows = self._shelf.array(min(step, part.n_rows - row), part.row_bytes)
+                self._read_rows(info, part, mat, row, rows)
+                yield mat * part.n_rows + row, rows
+
+    def _read_rows(self, info: TensorInfo, part: Slice, mat: int, row: int, out: np.ndarray) -> None:
+        """Fill uint8 (n, row bytes) with rows of a matrix of the slice, from its row ``row`` on."""
         mat_bytes = info.nbytes // (info.shape[2] if len(info.shape) > 2 else 1)
         stride = mat_bytes // (info.shape[1] if len(info.shape) > 1 else 1)
-        first = info.offset + part.mat_start * mat_bytes
-        if n_cols < stride:
-            for mat in range(part.n_mats):
-                start = first + mat * mat_bytes + part.row_start * stride + part.col_start
-                for row in range(n_rows):
-                    self._fill(info, out[mat, row], start + row * stride)
-        elif n_rows * stride < mat_bytes:
-            for mat in range(part.n_mats):
-                self._fill(info, out[mat].reshape(-1), first + mat * mat_bytes + part.row_start * stride)
+        start = info.offset + (part.mat_start + mat) * mat_bytes + (part.row_start + row) * stride + part.col_start
+        if part.row_bytes == stride:
+            self._fill(info, out.reshape(-1), start)
         else:
-            self._fill(info, out.reshape(-1), first)
-        return out
+            for i in range(len(out)):
+                self._fill(info, out[i], start + i * stride)
 
     def _fill(self, info: TensorInfo, out: np.ndarray, offset: int) -> None:
         self._files.fill(info.part, offset, out, info.name, self._progress)
@@ -172,13 +186,19 @@ def take_weights(
                 continue
             info = held[0]
             place, part = sharding.placement(info), sharding.slice_of(info, rank)
-            # A backend that copies has the attribute ``copies``.
-            data = source.read(info, part, borrowed=is_matrix(info) and getattr(backend, "copies", False))
-            raw = RawWeight(info.name, info.type, data, part.n_in, part.pad)
             if is_matrix(info):
-                weight = Weight(info.name, backend.weight(raw), place.axis, place.cut)
+                weight = Weight(info.name, _take_matrix(source, info, part, backend), place.axis, place.cut)
                 matrices.update((other.name, weight) for other in held)
             else:
-                rows = backend.vector(raw)
+                rows = backend.vector(RawWeight(info.name, info.type, source.read(info, part), part.n_in, part.pad))
                 vectors[info.name] = Value(rows if len(info.shape) > 1 else rows[0], place.layout)
     return Weights(matrices, vectors)
+
+
+def _take_matrix(source: Source, info: TensorInfo, part: Slice, backend: Backend) -> Handle:
+    if not isinstance(backend, Filling):
+        return backend.weight(RawWeight(info.name, info.type, source.read(info, part), part.n_in, part.pad))
+    weight = backend.new_weight(info.type, part.n_mats, part.n_rows, part.n_in, part.pad)
+    for first, rows in source.pieces(info, part):
+        backend.fill(weight, first, rows)
+    return weight

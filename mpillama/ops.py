@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -51,6 +51,18 @@ class Experts:
     weights: Array
 
 
+class Notes(Protocol):
+    """Takes note of calls that give the same results again, in the same place."""
+
+    def note(self, result: np.ndarray, call: Callable[..., object], *args: Any) -> np.ndarray:
+        """Note the call that has given a result; returns it."""
+        ...
+
+    def foreign(self, result: np.ndarray, call: Any) -> np.ndarray:
+        """Note a call that native code can make; see `mpillama.comm.native.foreign.h`."""
+        ...
+
+
 class Ops:
     """The ops of a model text, over one backend and one group.
 
@@ -72,17 +84,12 @@ class Ops:
         return self._alike and bool(getattr(self._group, "capturable", False))
 
     @contextmanager
-    def recorded_by(self, backend: Any, note: Callable[..., np.ndarray]) -> Iterator[None]:
-        """Let ``backend`` do what is asked of this one meanwhile, and tell ``note`` of collectives.
-
-        Args:
-            backend: has all ops, and stands for this one.
-            note: is given the result of each collective, and a function with its arguments that makes it again there.
-        """
+    def recorded_by(self, backend: Any, tape: Notes) -> Iterator[None]:
+        """Let ``backend``, which has all ops, do the work meanwhile, and tell ``tape`` of collectives."""
         own = self.backend, self._fusing, self._group
         self.backend, self._fusing = backend, backend if self._fusing else None
         if self._group.size > 1:
-            self._group = _NotedGroup(self._group, note)
+            self._group = _NotedGroup(self._group, tape)
         try:
             yield
         finally:
@@ -331,19 +338,24 @@ class Ops:
 class _NotedGroup:
     """A group whose collectives are noted, with results of their own: a group may use the same memory again."""
 
-    def __init__(self, group: Group, note: Callable[..., np.ndarray]) -> None:
-        self._group, self._note = group, note
+    def __init__(self, group: Group, tape: Notes) -> None:
+        self._group, self._tape = group, tape
         self.rank, self.size, self.leader = group.rank, group.size, group.leader
+        self._native = getattr(group, "native_allreduce", lambda x: None)
 
     def allreduce(self, x: np.ndarray) -> np.ndarray:
         """Return the sum over the ranks."""
-        out = self._group.allreduce(x).copy()
-        return self._note(out, _copied, out, self._group.allreduce, x)
+        out = self._group.allreduce(x)
+        call = self._native(x) if out is x else None
+        if call is not None:
+            return self._tape.foreign(out, call)
+        out = out.copy()
+        return self._tape.note(out, _copied, out, self._group.allreduce, x)
 
     def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
         """Return the slices joined along the last axis."""
         out = self._group.allgather(x, cut).copy()
-        return self._note(out, _copied, out, self._group.allgather, x, cut)
+        return self._tape.note(out, _copied, out, self._group.allgather, x, cut)
 
 
 def _copied(out: np.ndarray, collective: Callable[..., np.ndarray], *args: Any) -> None:

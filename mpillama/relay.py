@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +97,7 @@ def reading_ranks(hosts: Sequence[str], per_host: int) -> list[int]:
 
 def rows_before(info: TensorInfo, part: Slice, row: int) -> int:
     """Return how many rows of a slice come before a row of its tensor; rows count through all matrices."""
-    per_mat, n = _n_rows(info), part.row_stop - part.row_start
+    per_mat, n = _n_rows(info), part.n_rows
     mat, rest = divmod(row, per_mat)
     mat -= part.mat_start
     if mat < 0:
@@ -232,9 +232,17 @@ class Relay:
             if kind is None and self._failure is not None:
                 raise self._failure
 
-    def read(self, info: TensorInfo, part: Slice, borrowed: bool = False) -> np.ndarray:
+    def read(self, info: TensorInfo, part: Slice) -> np.ndarray:
         """Return a slice of a tensor, see `mpillama.loader.Source`; slices are taken in the order of the files."""
-        out = self._shelf.array(part, borrowed)
+        return self._take(info, part, np.empty((part.n_mats, part.n_rows, part.row_bytes), np.uint8))
+
+    def pieces(self, info: TensorInfo, part: Slice) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield a slice, as `read` returns it, in one piece."""
+        out = self._take(info, part, self._shelf.array(part.n_mats * part.n_rows, part.row_bytes))
+        if out.size:
+            yield 0, out
+
+    def _take(self, info: TensorInfo, part: Slice, out: np.ndarray) -> np.ndarray:
         self._walk(self._last[info.name] + 1, info, part, out.reshape(-1))
         if self._failure is not None:
             raise self._failure
@@ -252,7 +260,7 @@ class Relay:
             own = self._own_slice(piece)
             if own is None:
                 continue
-            width = own.col_stop - own.col_start
+            width = own.row_bytes
             a, b = (rows_before(piece.infos[0], own, row) * width for row in (piece.first, piece.stop))
             if a == b:
                 continue
@@ -299,7 +307,7 @@ class Relay:
                 continue
             part = sharding.slice_of(held, index)
             n = rows_before(held, part, piece.stop) - rows_before(held, part, piece.first)
-            if n * (part.col_stop - part.col_start) == 0:
+            if n * part.row_bytes == 0:
                 continue
             if self._data is not None and part not in packed:
                 packed[part] = take_rows(piece, part, self._data)

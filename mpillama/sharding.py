@@ -82,9 +82,19 @@ class Slice:
     mat_start: int = 0
 
     @property
+    def n_rows(self) -> int:
+        """Rows of each matrix of the slice."""
+        return self.row_stop - self.row_start
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of each row of the slice."""
+        return self.col_stop - self.col_start
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slice."""
-        return self.n_mats * (self.row_stop - self.row_start) * (self.col_stop - self.col_start)
+        return self.n_mats * self.n_rows * self.row_bytes
 
 
 class Sharding:

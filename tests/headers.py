@@ -6,6 +6,8 @@ import dataclasses
 import math
 import pickle
 import warnings
+from array import array
+from itertools import accumulate
 
 import numpy as np
 
@@ -22,7 +24,8 @@ from mpillama.tensors import model_tensors
 
 
 def strings(*items: str) -> StringArray:
-    return StringArray(b"".join(string(item) for item in items), len(items))
+    parts = [string(item) for item in items]
+    return StringArray(b"".join(parts), array("Q", accumulate(map(len, parts))))
 
 
 def use(header: GGUFHeader, n_ranks: int = 3) -> Config:

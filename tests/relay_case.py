@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from mpillama.backends.base import ROW_UNIT
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.config import read_config
 from mpillama.gguf.reader import read_header
+from mpillama.gguf.types import row_bytes
 from mpillama.loader import SliceReader, take_weights
 from mpillama.partition import Partition
 from mpillama.relay import Relay
@@ -21,6 +23,20 @@ class Raw(ReferenceBackend):
         return super().vector(raw).copy()
 
 
+class RawInPieces(Raw):
+    """The same, from pieces."""
+
+    def new_weight(self, type, n_mats, n_rows, n_in, pad):
+        return np.empty((n_mats, n_rows, row_bytes(type, n_in)), np.uint8), n_in, pad
+
+    def fill(self, w, first, rows):
+        data = w[0]
+        n_rows, last = data.shape[1], first + len(rows)
+        assert first % n_rows % ROW_UNIT == 0
+        assert last % n_rows % ROW_UNIT == 0 or last == len(data) * n_rows
+        data.reshape(-1, data.shape[2])[first:last] = rows
+
+
 class Case:
     """A model, and how it lies over ranks."""
 
@@ -30,9 +46,10 @@ class Case:
         self.paths, self.tensors = header.paths, model_tensors(header, cfg)
         self.grid, self.partition = grid, Partition(cfg, self.tensors, grid, weights, experts)
 
-    def direct(self, world, watch=None):
+    def direct(self, world, watch=None, backend=None):
         source = SliceReader(self.paths, lambda n: None, watch)
-        return take_weights(source, self.tensors, *self.partition.of(world.rank), Raw()), source.bytes_read
+        weights = take_weights(source, self.tensors, *self.partition.of(world.rank), backend or Raw())
+        return weights, source.bytes_read
 
     def relay(self, world, chunk_bytes, progress=lambda n: None, watch=None, backend=None):
         source = Relay(world, self.paths, self.tensors.values(), self.partition, progress, watch, chunk_bytes)

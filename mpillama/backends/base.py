@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -256,6 +256,33 @@ class Stepping(Backend, Protocol):
             ops: the `Ops` over this backend.
             work: runs a batch, with the residual that an earlier stage has left or None.
             capture: whether to record.
+        """
+        ...
+
+
+ROW_UNIT = 16
+"""Rows of a matrix that a `Filling` backend wants together."""
+
+
+@runtime_checkable
+class Filling(Backend, Protocol):
+    """A backend that lays weights out in another way than the file does, while they come."""
+
+    def new_weight(self, type: GGMLType, n_mats: int, n_rows: int, n_in: int, pad: tuple[int, int]) -> Handle:
+        """Return a stack of matrices that can be used once all of its rows are there; see `RawWeight`."""
+        ...
+
+    def fill(self, w: Handle, first: int, rows: np.ndarray) -> None:
+        """Put rows into a new weight; nothing of the arguments is kept.
+
+        Args:
+            w: from `new_weight`.
+            first: number of the first row, counted through all matrices.
+            rows: uint8 (n, row bytes), whole blocks of the type. They begin at a multiple of `ROW_UNIT` in a matrix,
+                and end there or at the end of a matrix.
+
+        Raises:
+            ValueError: they do not.
         """
         ...
 

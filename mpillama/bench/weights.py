@@ -70,7 +70,7 @@ class RandomTensors:
     def read(self, info: TensorInfo, part: Slice) -> np.ndarray:
         """Return a slice of a tensor, uint8 (n_mats, n_rows, row bytes)."""
         size = info.type.block_bytes
-        n_rows, n_cols = part.row_stop - part.row_start, part.col_stop - part.col_start
+        n_rows, n_cols = part.n_rows, part.row_bytes
         out = np.empty((part.n_mats, n_rows, n_cols), np.uint8)
         if out.size == 0:
             return out

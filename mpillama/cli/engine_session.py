@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -100,6 +101,8 @@ def run_engine(
     """
 
     seat = open_service(args, world, log, before, check, replicas)
+    # What is there now stays to the end: no step has to wait while it is looked through for garbage.
+    gc.freeze()
     interrupts.deferred = True
     if seat.service is None:
         return seat.follow()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -135,6 +137,19 @@ def open_model(args: Namespace, n_ranks: int) -> tuple[GGUFHeader, Model]:
     return header, Model(header.paths, cfg, tensors, n_ctx, n_ctx, n_ctx)
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep Python from looking for garbage among half a million tokens and merges, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collections()
 def load(
     args: Namespace, world: World, log: Log, make: Callable[[], tuple[Model, T]], replicas: bool = False
 ) -> tuple[Loaded, T | None]:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 BEAT = 0.25
 """Seconds between two beats of a rank's heart."""
 
@@ -117,6 +119,11 @@ class Board:
         """Write down where this rank is."""
         cells, mine = self._cells, self._mine
         cells[mine + _STEP], cells[mine + _CALL], cells[mine + _KIND] = step, call, kind
+
+    @property
+    def place(self) -> np.ndarray:
+        """What `note` writes, uint64 (3,), for native code that does so itself."""
+        return np.frombuffer(self._cells, np.uint64)[self._mine + _STEP : self._mine + _KIND + 1]
 
     def tick(self) -> None:
         """Let the others know that this rank is waiting."""

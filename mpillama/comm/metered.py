@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,19 +11,30 @@ from mpillama.comm.base import Group
 from mpillama.layout import Cut
 
 
-@dataclass
 class Traffic:
     """What a rank has spent in collectives.
 
     Attributes:
-        calls: collectives.
-        nbytes: bytes of their results, as the rank gets them.
-        ns: nanoseconds from call to return, waiting for slower ranks included.
+        counts: int64 (3,), that native code can add to: the three below.
     """
 
-    calls: int = 0
-    nbytes: int = 0
-    ns: int = 0
+    def __init__(self) -> None:
+        self.counts = np.zeros(3, np.int64)
+
+    @property
+    def calls(self) -> int:
+        """Collectives."""
+        return int(self.counts[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their results, as the rank gets them."""
+        return int(self.counts[1])
+
+    @property
+    def ns(self) -> int:
+        """Nanoseconds from call to return, waiting for slower ranks included."""
+        return int(self.counts[2])
 
 
 class MeteredGroup:
@@ -57,11 +68,13 @@ class MeteredGroup:
         began = time.perf_counter_ns()
         return self._counted(self._group.allgather(x, cut), began)
 
+    def native_allreduce(self, x: np.ndarray) -> Any:
+        """Return an allreduce that native code makes again and again, or None; see `SharedGroup`."""
+        make = getattr(self._group, "native_allreduce", None)
+        return make(x, self._traffic.counts) if make else None
+
     def _counted(self, result: np.ndarray, began: int) -> np.ndarray:
-        traffic = self._traffic
-        traffic.ns += time.perf_counter_ns() - began
-        traffic.calls += 1
-        traffic.nbytes += result.nbytes
+        self._traffic.counts += 1, result.nbytes, time.perf_counter_ns() - began
         return result
 
     @property
@@ -71,5 +84,7 @@ class MeteredGroup:
 
     def take(self) -> Traffic:
         """Return the traffic since the last call."""
-        traffic, self._traffic = self._traffic, Traffic()
-        return traffic
+        taken = Traffic()
+        taken.counts += self._traffic.counts
+        self._traffic.counts -= taken.counts
+        return taken

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from mpillama.comm.board import BEAT, Board
 from mpillama.errors import JobError
 
@@ -49,7 +51,7 @@ class Watch:
         hears: Sequence[int] = (),
     ) -> None:
         self.limit = limit
-        self.step, self._call, self._kind = 0, 0, 0
+        self.step = 0
         self._ranks, self._hosts, self._board = tuple(ranks), tuple(hosts), board
         self._others = [i for i in range(len(ranks)) if i != board.rank]
         self._root_elsewhere = hears_root and 0 not in self._ranks
@@ -65,23 +67,31 @@ class Watch:
     # -- where this rank is ----------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Note that a step begins."""
+        """Note that a step begins; every step begins with its plan."""
         self.step += 1
-        self._call = 0
+        self._board.note(self.step, 0, _CODES["plan"])
 
     def begin(self, kind: str) -> None:
         """Note that a collective begins, and that the time of waiting starts anew."""
-        self._kind = _CODES[kind]
-        self._call += self._kind in _COUNTED
+        code = _CODES[kind]
+        _, call, _ = self._board.where(self._board.rank)
+        self._board.note(self.step, call + (code in _COUNTED), code)
+        self.wait_anew()
+
+    def wait_anew(self) -> None:
+        """Note that the time of waiting starts anew, for a collective that native code has begun."""
         if self._ticks:
             self._ticks.clear()
         self._waited = self._looked = 0.0
-        self._board.note(self.step, self._call, self._kind)
+
+    def native(self, kind: str) -> tuple[np.ndarray, int]:
+        """Return where native code notes its collectives, `Board.place`, and what it notes for this kind."""
+        return self._board.place, _CODES[kind]
 
     @property
     def where(self) -> str:
         """Where this rank is, in words."""
-        return _place(self.step, self._call, self._kind)
+        return _place(*self._board.where(self._board.rank))
 
     # -- waiting inside a step -------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ the parallel file systems of clusters, and a file that is cut short while it is 
 
 from __future__ import annotations
 
+from array import array
 from struct import Struct
 from typing import Any, BinaryIO
 
@@ -129,13 +130,15 @@ class Cursor:
         except UnicodeDecodeError:
             raise self.error(f"{self.where} has a {kind} that is not UTF-8, {data[:40]!r}; {AGAIN}") from None
 
-    def strings(self, count: int) -> bytes:
-        """Return the bytes of ``count`` strings with their lengths, each length checked, none decoded."""
-        pos = self.pos
-        buffer, unpack = self._buffer, _U64.unpack_from
+    def strings(self, count: int) -> tuple[bytes, array[int]]:
+        """Return the bytes of ``count`` strings with their lengths, none decoded, and where each one ends in them."""
+        began = pos = self.pos
+        ends: list[int] = []
+        buffer, unpack, append = self._buffer, _U64.unpack_from, ends.append
         # A vocabulary has half a million strings: no calls in the loop while the bytes are there.
         for _ in range(count):
             if pos + 8 > len(buffer):
                 self._load(pos + 8)
             pos += 8 + unpack(buffer, pos)[0]
-        return self.take(pos - self.pos)
+            append(pos - began)
+        return self.take(pos - began), array("Q", ends)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from struct import Struct
@@ -25,7 +26,6 @@ _NUMBERS = {
 }
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_DEPTH = 4
-_U64 = Struct("<Q")
 
 
 class StringArray(Sequence[str]):
@@ -34,20 +34,20 @@ class StringArray(Sequence[str]):
     Bytes that are not UTF-8 become lone surrogates (PEP 383), so that different tokens stay different strings.
     """
 
-    def __init__(self, data: bytes, count: int) -> None:
-        self._data, self._count = data, count
+    def __init__(self, data: bytes, ends: array[int]) -> None:
+        """data: strings with their lengths in 8 bytes each before them; ends: where each ends."""
+        self._data, self._ends = data, ends
 
     @cached_property
     def _strings(self) -> list[str]:
-        data, pos, strings = self._data, 0, []
-        for _ in range(self._count):
-            start = pos + 8
-            pos = start + _U64.unpack_from(data, pos)[0]
-            strings.append(data[start:pos].decode("utf-8", "surrogateescape"))
-        return strings
+        data, places = self._data, list(zip((0, *self._ends), self._ends, strict=False))
+        try:
+            return [data[start + 8 : end].decode() for start, end in places]
+        except UnicodeDecodeError:
+            return [data[start + 8 : end].decode("utf-8", "surrogateescape") for start, end in places]
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._ends)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._strings)
@@ -66,7 +66,7 @@ class StringArray(Sequence[str]):
         return hash(self._data)
 
     def __repr__(self) -> str:
-        return f"StringArray of {self._count}"
+        return f"StringArray of {len(self)}"
 
 
 def read_value(cursor: Cursor) -> Any:
@@ -97,7 +97,7 @@ def _read_array(cursor: Cursor, depth: int) -> Any:
     type, count = cursor.u32(), cursor.u64()
     if type == _STRING:
         cursor.need_items(count, 8, "strings")
-        return StringArray(cursor.strings(count), count)
+        return StringArray(*cursor.strings(count))
     if type == _ARRAY:
         cursor.need_items(count, 12, "arrays")
         return [_read_array(cursor, depth + 1) for _ in range(count)]

@@ -155,7 +155,7 @@ def _ghost_weights(model: PlanModel, sharding: Sharding, rank: int, backend: Sha
         for info in model.by_block[source]:
             name = info.name if block < 0 else f"blk.{block}.{info.name.split('.', 2)[2]}"
             place, part = sharding.placement(info), sharding.slice_of(info, rank)
-            shape = (part.n_mats, part.row_stop - part.row_start, part.col_stop - part.col_start)
+            shape = (part.n_mats, part.n_rows, part.row_bytes)
             raw = RawWeight(name, info.type, np.broadcast_to(np.uint8(0), shape), part.n_in, part.pad)
             if name.endswith(".weight") and len(info.shape) > 1:
                 matrices[name] = Weight(name, backend.weight(raw), place.axis, place.cut)

@@ -22,12 +22,10 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, vocab: Vocabulary, merges: Sequence[str], pre: PreTokenizer) -> None:
         super().__init__(vocab)
-        pairs: dict[tuple[str, str], None] = {}  # a pair that comes twice keeps its first rank
-        for merge in merges:
-            space = merge.find(" ", 1)
-            pairs[merge[:space], merge[space + 1 :]] = None
+        unique = dict.fromkeys(merges)  # a pair that comes twice keeps its first rank
+        pairs = [(merge[:space], merge[space + 1 :]) for merge in unique for space in (merge.find(" ", 1),)]
         try:
-            model = models.BPE(vocab=dict(vocab.ids), merges=list(pairs), ignore_merges=pre.ignore_merges)
+            model = models.BPE(vocab=dict(vocab.ids), merges=pairs, ignore_merges=pre.ignore_merges)
         except Exception as error:  # the library raises nothing narrower
             odd = next((i for i, token in enumerate(vocab.tokens) if not _is_utf8(token)), None)
             if odd is not None:

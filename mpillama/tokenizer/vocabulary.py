@@ -28,6 +28,10 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
+# Plain numbers, since half a million types are compared with them.
+_SPECIAL = frozenset(map(int, (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)))
+_BYTE = int(TokenType.BYTE)
+
 # The metadata keys of special ids, "tokenizer.ggml." left off; a later key wins over an earlier one.
 _ID_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -195,7 +199,7 @@ def load_vocabulary(metadata: Mapping[str, Any], add_bos: bool) -> Vocabulary:
     if "tokenizer.ggml.token_type" in metadata:
         types = [int(type_) for type_ in per_token(metadata, "token_type", len(tokens))]
     for token, type_ in zip(tokens, types, strict=True):
-        if type_ == TokenType.BYTE and not _BYTE_TOKEN.fullmatch(token):
+        if type_ == _BYTE and not _BYTE_TOKEN.fullmatch(token):
             raise ModelError(
                 f"token '{token}' has the type of a byte but is not of the form <0x0A>: the file is broken"
             )
@@ -258,4 +262,4 @@ def _rstrip(metadata: Mapping[str, Any], ids: Mapping[str, int], types: Sequence
 
 def is_special(type_: int) -> bool:
     """Whether tokens of this type are cut out of a text before it is tokenized."""
-    return type_ in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    return type_ in _SPECIAL

@@ -1,5 +1,7 @@
 """Products with packed weights against the same products in float64, for every type, level and odd shape."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,24 @@ def test_linear(type, level, rng):
             assert y.shape == (n_tokens, n_rows)
             assert y.dtype == np.float32
             expect(y, x, floats[0], type, level, n_tokens)
+
+
+@pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
+def test_rows_in_pieces_and_any_order(type, rng):
+    backend = CpuBackend(2)
+    n_mats, n_rows, n_in = int(rng.integers(1, 4)), int(rng.integers(1, 90)), some_width(rng, type)
+    raw = random_blocks(rng, type, (n_mats, n_rows, n_in))
+    whole = backend.weight(RawWeight("w", type, raw, n_in, (0, 0)))
+    edges = [
+        mat * n_rows + row for mat in range(n_mats) for row in range(0, n_rows, 16) if not row or rng.random() < 0.6
+    ]
+    pieces = list(pairwise([*edges, n_mats * n_rows]))
+    w, rows = backend.new_weight(type, n_mats, n_rows, n_in, (0, 0)), raw.reshape(n_mats * n_rows, -1)
+    for i in rng.permutation(len(pieces)):
+        first, stop = pieces[i]
+        backend.fill(w, first, rows[first:stop])
+    x, experts = rng.standard_normal((n_mats, n_in)).astype(np.float32), np.arange(n_mats)[:, None]
+    np.testing.assert_array_equal(backend.expert_linear(x, w, experts), backend.expert_linear(x, whole, experts))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -191,10 +211,19 @@ def test_wrong_shapes_are_refused(rng):
         backend.expert_linear(x, w, np.zeros((3, 1), np.int64))
     with pytest.raises(ValueError, match="out has"):
         _cpu.linear(backend.pool, w.packed, x, 0, np.zeros((2, 21), np.float32))
+    no_codebook = np.zeros(0, np.uint16)
     with pytest.raises(ValueError, match="whole blocks"):
-        _cpu.pack(backend.pool, int(GGMLType.Q8_0), np.zeros((1, 4, 33), np.uint8), 32, np.zeros(0, np.uint16))
+        _cpu.PackedWeight(int(GGMLType.Q8_0), 1, 4, 33, no_codebook)
     with pytest.raises(ValueError, match="cannot be packed"):
-        _cpu.pack(backend.pool, int(GGMLType.I32), np.zeros((1, 4, 32), np.uint8), 8, np.zeros(0, np.uint16))
+        _cpu.PackedWeight(int(GGMLType.I32), 1, 4, 8, no_codebook)
+    with pytest.raises(ValueError, match="codebook"):
+        _cpu.PackedWeight(int(GGMLType.Q8_0), 1, 4, 32, np.zeros(5, np.uint16))
+    packed = _cpu.PackedWeight(int(GGMLType.Q8_0), 2, 20, 32, no_codebook)
+    with pytest.raises(ValueError, match="wrong size"):
+        _cpu.pack(backend.pool, packed, 0, np.zeros((16, 33), np.uint8))
+    for first, n in ((0, 15), (4, 16), (16, 22), (36, 16), (40, 1), (48, 0), (0, 41)):
+        with pytest.raises(ValueError, match="whole panels"):
+            _cpu.pack(backend.pool, packed, first, np.zeros((n, 34), np.uint8))
 
 
 @pytest.mark.parametrize("level", LEVELS)

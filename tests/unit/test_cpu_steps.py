@@ -1,5 +1,6 @@
 """Steps of the cpu backend that are recorded and played: the same bits as without, whatever comes between."""
 
+import datetime
 import threading
 import time
 from functools import partial
@@ -8,9 +9,13 @@ import numpy as np
 import pytest
 
 from mpillama.backends.base import KV_BLOCK
+from mpillama.comm.metered import MeteredGroup
+from mpillama.comm.shared import SharedGroup
 from mpillama.comm.threads import run_threads
+from mpillama.errors import JobError
 from mpillama.gguf.types import GGMLType
 from shared import shared
+from shared_ranks import run_shared
 from step_cases import schedule
 from tiny import open_runner, write_llama
 
@@ -21,19 +26,21 @@ from mpillama.backends.cpu.backend import CpuBackend
 N_BLOCKS = 48
 
 
-def same_bits(path, batches, weights, kv_type="f16", experts="off"):
-    """Run batches with and without recordings on ranks of these weights, and compare what each rank gets."""
+def same_bits(path, batches, weights, kv_type="f16", experts="off", run=None, join=None):
+    """Run batches with and without recordings on ranks of these weights, and compare what each rank gets.
 
-    def main(world):
+    ``run`` runs a function on all ranks, threads of their own by default; ``join`` makes their groups.
+    """
+
+    def main(world, graphs):
         n_ctx, make = N_BLOCKS * KV_BLOCK, partial(CpuBackend, 2)
-        plain, recorded = (
-            open_runner(world, path, weights, n_ctx, kv_type, make, experts=experts, graphs=graphs)[0]
-            for graphs in (False, True)
-        )
+        runner, _ = open_runner(world, path, weights, n_ctx, kv_type, make, None, experts, join, graphs)
         # Results are looked at in the end: they must not change with later steps.
-        return [[runner.run(batch) for batch in batches] for runner in (plain, recorded)]
+        return [runner.run(batch) for batch in batches]
 
-    for expected, got in run_threads(len(weights), main):
+    run = run or partial(run_threads, len(weights))
+    plain, recorded = (run(partial(main, graphs=graphs)) for graphs in (False, True))
+    for expected, got in zip(plain, recorded, strict=True):
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_array_equal(a.view("u4"), b.view("u4"))
 
@@ -72,6 +79,65 @@ def test_architectures_are_played(name, rng, calls):
     batches = schedule(rng, n_vocab, 30, N_BLOCKS, 230, some_rows=True)
     same_bits(path, batches, (1.0,))
     assert len(calls) < 2 * len(batches)
+
+
+@pytest.mark.parametrize("hosts", [[[0, 1]], [[0, 1, 2]], [[0, 1], [2]]], ids=str)
+def test_collectives_in_shared_memory(hosts, tmp_path, rng, calls, monkeypatch):
+    """Within a host native code makes them, and keeps account of them as Python does."""
+    path = write_llama(tmp_path / "m.gguf", rng, GGMLType.Q8_0, n_embd=192, n_head=6, n_head_kv=3, n_head_dim=32)
+    batches, n_ranks = schedule(rng, 96, 40, N_BLOCKS, 230), sum(map(len, hosts))
+    by_python, groups, allreduce = [], {}, SharedGroup.allreduce
+    monkeypatch.setattr(SharedGroup, "allreduce", lambda group, x: by_python.append(0) or allreduce(group, x))
+
+    def join(world, backend):
+        group = MeteredGroup(world.group())
+        groups.setdefault(world.rank, []).append(group)
+        return group
+
+    same_bits(path, batches, (1.0,) * n_ranks, run=partial(run_shared, hosts), join=join)
+    assert len(calls) < 1.8 * n_ranks * len(batches)
+    for plain, recorded in groups.values():
+        a, b = plain.traffic, recorded.take()
+        assert (b.calls, b.nbytes) == (a.calls, a.nbytes)
+        assert b.ns > 0
+        assert recorded.traffic.calls == recorded.traffic.ns == 0
+    n_all = sum(plain.traffic.calls for plain, _ in groups.values())
+    assert (len(by_python) < 1.6 * n_all) == (len(hosts) == 1)
+
+
+def played_allreduce(world, n):
+    """Play an allreduce of n ones on a rank, twice; returns the sums."""
+    calls, x = _cpu.Calls(), np.ones(n, np.float32)
+    call = world.group().native_allreduce(x)
+    calls.foreign(call.capsule)
+    world.watch.begin_step()
+    calls.play()
+    calls.play()
+    return x, world.watch.where
+
+
+def test_a_played_collective_that_some_rank_does_not_come_to():
+    for x, where in run_shared([[0, 1, 2]], lambda world: played_allreduce(world, 7)):
+        np.testing.assert_array_equal(x, 9)
+        assert where == "allreduce 2 of step 1"
+
+    def diverging(world):
+        with pytest.raises(JobError, match="allreduce 1 of step 1 with something else: the ranks have diverged"):
+            played_allreduce(world, 7 + world.rank)
+
+    run_shared([[0, 1]], diverging)
+
+    def late(world):
+        if world.rank:
+            world.group()
+            time.sleep(1.5)
+            return
+        with pytest.raises(JobError, match=r"rank 1 on host0 has not come to allreduce 1 of step 1 within 0\.2 s"):
+            played_allreduce(world, 7)
+
+    run_shared([[0, 1]], late, limit=0.2)
+    with pytest.raises(ValueError, match="incorrect name"):
+        _cpu.Calls().foreign(datetime.datetime_CAPI)
 
 
 @pytest.mark.parametrize("experts", ["off", "on"])

@@ -13,7 +13,7 @@ from mpillama.gguf.types import GGMLType
 from mpillama.grid import Grid
 from mpillama.reading import ReadWatch
 from mpillama.relay import cut_chunks, reading_ranks
-from relay_case import Case, Raw, assert_same
+from relay_case import Case, Raw, RawInPieces, assert_same
 from tiny import write_llama
 
 SHAPES = [
@@ -34,6 +34,7 @@ def test_same_weights_as_direct(sizes, grid, experts, type, tmp_path, rng, monke
     case = Case(path, grid, shares.tolist(), experts)
     # From chunks of one row to one of everything.
     chunk_bytes = int(2 ** rng.uniform(11, 22))
+    monkeypatch.setattr("mpillama.loader.PIECE", int(2 ** rng.uniform(8, 16)))
     hosts = tuple(rng.permutation([str(i % 2) for i in range(grid.size)]))
     counted = [0] * grid.size
 
@@ -43,11 +44,14 @@ def test_same_weights_as_direct(sizes, grid, experts, type, tmp_path, rng, monke
         def progress(n):
             counted[world.rank] += n
 
-        return case.direct(world), case.relay(world, chunk_bytes, progress)
+        alone, together = case.direct(world), case.relay(world, chunk_bytes, progress)
+        in_pieces = case.direct(world, backend=RawInPieces()), case.relay(world, chunk_bytes, backend=RawInPieces())
+        for weights, _ in (together, *in_pieces):
+            assert_same(weights, alone[0])
+        assert in_pieces[0][1] == alone[1]
+        return alone, together
 
     results = run_threads(grid.size, main)
-    for (alone, _), (together, _) in results:
-        assert_same(together, alone)
     assert counted == [case.partition.bytes_of(rank) for rank in range(grid.size)]
     n_file = sum(info.nbytes for info in {info.offset: info for info in case.tensors.values()}.values())
     n_read = sum(n for _, (_, n) in results)

@@ -50,8 +50,6 @@ class CpuBackend(AttentionOps, ElementwiseOps):
     """
 
     name = "cpu"
-    copies = True
-    """Raw weights are not kept: their memory can be used again."""
 
     def __init__(self, n_threads: int = 1, cores: Sequence[int] = (), level: str = "") -> None:
         super().__init__()
@@ -74,8 +72,18 @@ class CpuBackend(AttentionOps, ElementwiseOps):
 
     def weight(self, raw: RawWeight) -> Handle:
         """Pack the slice; its bytes are not kept."""
-        packed = _cpu.pack(self.pool, int(raw.type), np.ascontiguousarray(raw.raw), raw.n_in, codebook(raw.type))
-        return PackedMatrix(packed, raw.pad[0])
+        n_mats, n_rows, row_bytes = raw.raw.shape
+        w = self.new_weight(raw.type, n_mats, n_rows, raw.n_in, raw.pad)
+        self.fill(w, 0, np.ascontiguousarray(raw.raw).reshape(n_mats * n_rows, row_bytes))
+        return w
+
+    def new_weight(self, type: GGMLType, n_mats: int, n_rows: int, n_in: int, pad: tuple[int, int]) -> PackedMatrix:
+        """Return a weight for `fill`; see `mpillama.backends.base.Filling`."""
+        return PackedMatrix(_cpu.PackedWeight(int(type), n_mats, n_rows, n_in, codebook(type)), pad[0])
+
+    def fill(self, w: PackedMatrix, first: int, rows: np.ndarray) -> None:
+        """Pack rows of a weight."""
+        _cpu.pack(self.pool, w.packed, first, rows)
 
     def embedding(self, tokens: np.ndarray, w: PackedMatrix, first: int) -> np.ndarray:  # type: ignore[override]
         """Return rows of the embedding, zeros for those that are elsewhere."""

@@ -44,12 +44,21 @@ class Tape:
 
     def kernel(self, result: np.ndarray, name: str, *args: Any) -> np.ndarray:
         """Note the call of a kernel, see `note`."""
+        getattr(self._native(), name)(*args)
+        self._kept.append(args)
+        return self._added(result, args)
+
+    def foreign(self, result: np.ndarray, call: Any) -> np.ndarray:
+        """Note the call of another extension module, ``call.capsule``; see `note`."""
+        self._native().foreign(call.capsule)
+        self._kept.append((call,))
+        return self._added(result, ())
+
+    def _native(self) -> _cpu.Calls:
         if self._kernels is None:
             self._kernels = _cpu.Calls()
             self._calls.append((self._kernels.play, ()))
-        getattr(self._kernels, name)(*args)
-        self._kept.append(args)
-        return self._added(result, args)
+        return self._kernels
 
     def play(self) -> None:
         """Make all calls again."""

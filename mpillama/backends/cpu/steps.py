@@ -33,8 +33,8 @@ class Recording(Protocol):
         """Whether all ranks compute the same bits from the same input."""
         ...
 
-    def recorded_by(self, backend: Any, note: Callable[..., np.ndarray]) -> Any:
-        """Return a context in which ``backend`` does what is asked, and ``note`` gets the collectives."""
+    def recorded_by(self, backend: Any, tape: Any) -> Any:
+        """Return a context in which ``backend`` does what is asked, and ``tape`` gets the collectives."""
         ...
 
 
@@ -104,7 +104,7 @@ class CpuSteps:
         )
         _fill(own, batch)
         kept = None if residual is None else np.array(residual)
-        with self._ops.recorded_by(Recorder(self._backend, tape), tape.note):
+        with self._ops.recorded_by(Recorder(self._backend, tape), tape):
             result = self._work(own, kept)
         if not tape.complete:
             self._max_tokens = 0

@@ -3,8 +3,11 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <stdexcept>
+#include <utility>
 
+#include "foreign.h"
 #include "segment.h"
 
 namespace nb = nanobind;
@@ -73,6 +76,61 @@ void allgather(Segment& segment, const ConstBytes& x, size_t n_rows, const std::
   segment.allgather(x.data(), n_rows, widths, out.data(), look);
 }
 
+// An allreduce that native code makes again and again; it tells Python nothing but that somebody is late.
+class AllreduceCall {
+ public:
+  using Place = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+  using Counts = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+  AllreduceCall(Segment& segment, Numbers<float> x, size_t direct, nb::callable watch, Place place, uint64_t kind, Counts counts)
+      : segment_(segment), x_(std::move(x)), direct_(direct), watch_(std::move(watch)), place_(std::move(place)), kind_(kind),
+        counts_(std::move(counts)) {
+    check(place_.size() == 3 && counts_.size() == 3, "there are three numbers in a place, and three counts");
+  }
+
+  nb::capsule capsule() { return nb::capsule(&foreign_, foreign_call_name); }
+
+ private:
+  static int run(void* self) {
+    try {
+      static_cast<AllreduceCall*>(self)->run();
+      return 0;
+    } catch (nb::python_error& error) {
+      const nb::gil_scoped_acquire held;
+      error.restore();
+    } catch (const std::exception& error) {
+      const nb::gil_scoped_acquire held;
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return -1;
+  }
+
+  void run() {
+    using Clock = std::chrono::steady_clock;
+    const auto began = Clock::now();
+    place_.data()[1] += 1;
+    place_.data()[2] = kind_;
+    bool first = true;
+    const Watch look = [&](const std::vector<int>& late, bool differs) {
+      const nb::gil_scoped_acquire held;
+      watch_(late, differs, std::exchange(first, false));
+    };
+    segment_.allreduce(x_.data(), x_.size(), direct_, look);
+    counts_.data()[0] += 1;
+    counts_.data()[1] += int64_t(x_.size() * sizeof(float));
+    counts_.data()[2] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began).count();
+  }
+
+  Segment& segment_;
+  const Numbers<float> x_;
+  const size_t direct_;
+  const nb::callable watch_;
+  const Place place_;
+  const uint64_t kind_;
+  const Counts counts_;
+  ForeignCall foreign_{run, this};
+};
+
 template <class T>
 void bind_numbers(nb::class_<Segment>& c) {
   c.def("allreduce", &allreduce<T>, nb::arg("x").noconvert(), nb::arg("direct"), nb::arg("watch"));
@@ -99,5 +157,17 @@ NB_MODULE(_shm, m) {
   c.def_prop_ro("capacity", &Segment::capacity);
   bind_numbers<float>(c);
   bind_numbers<double>(c);
+  nb::class_<AllreduceCall>(m, "AllreduceCall", "An allreduce to be made again and again by native code.")
+      .def("__init__",
+           [](AllreduceCall* self, Segment& segment, const Numbers<float>& x, size_t direct, const nb::callable& watch,
+              const AllreduceCall::Place& place, uint64_t kind, const AllreduceCall::Counts& counts) {
+             new (self) AllreduceCall(segment, x, direct, watch, place, kind, counts);
+           },
+           nb::arg("segment"), nb::arg("x").noconvert(), nb::arg("direct"), nb::arg("watch"), nb::arg("place").noconvert(),
+           nb::arg("kind"), nb::arg("counts").noconvert(), nb::keep_alive<1, 2>(),
+           "x: replaced by its sum. watch: called with the late ranks, whether they differ, and whether it is the first time in\n"
+           "this call. place: see Board.place; kind: what is noted there. counts: int64 (3,), to which a call adds 1, its bytes\n"
+           "and its nanoseconds.")
+      .def_prop_ro("capsule", &AllreduceCall::capsule, "See foreign.h; valid as long as this is.");
   c.def("allgather", &allgather, nb::arg("x"), nb::arg("n_rows"), nb::arg("widths"), nb::arg("out"), nb::arg("watch"));
 }

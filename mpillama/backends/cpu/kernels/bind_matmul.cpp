@@ -1,10 +1,8 @@
 // Python's view of `packed.h` and `matmul.h`.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -21,7 +19,7 @@ using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ConstFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
 using Words = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Raw = nb::ndarray<const uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Raw = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void check(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
@@ -36,13 +34,19 @@ Input input_of(const ConstFloats& x, const PackedWeight& w, size_t pad) {
   return {x.data(), rows, width, pad};
 }
 
-std::unique_ptr<PackedWeight> pack(Pool& pool, int type, const Raw& raw, size_t n_in, const Words& codebook) {
+void make_weight(PackedWeight* self, int type, size_t n_mats, size_t n_rows, size_t n_in, const Words& codebook) {
   check(is_packed(type), "this type cannot be packed");
   const Format f = format_of(type);
-  check(n_in % size_t(f.block) == 0 && raw.shape(2) == file_row_bytes(f, n_in), "raw is not rows of whole blocks");
+  check(n_in % size_t(f.block) == 0, "rows are not whole blocks");
   check(codebook.size() == size_t(f.n_vectors), "this is not the codebook of the type");
-  const nb::gil_scoped_release released;
-  return std::make_unique<PackedWeight>(pool, type, raw.data(), raw.shape(0), raw.shape(1), n_in, codebook.data());
+  new (self) PackedWeight(type, n_mats, n_rows, n_in, codebook.data());
+}
+
+void pack(Pool& pool, PackedWeight& w, size_t first, const Raw& rows) {
+  check(rows.shape(1) == file_row_bytes(w.format, w.n_in), "rows have the wrong size");
+  check(w.are_panels(first, rows.shape(0)), "rows are not whole panels of the weight");
+  const Released released;
+  w.pack(pool, first, rows.data(), rows.shape(0));
 }
 
 void bind_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x, size_t pad, const Floats& out) {
@@ -101,6 +105,10 @@ void bind_embedding(Pool& pool, const PackedWeight& w, const Indices& index, con
 void bind_matmul(nb::module_& m, nb::class_<Calls>& calls);
 void bind_matmul(nb::module_& m, nb::class_<Calls>& calls) {
   nb::class_<PackedWeight>(m, "PackedWeight", "A stack of matrices, laid out for the kernels.")
+      .def("__init__", make_weight, nb::arg("type"), nb::arg("n_mats"), nb::arg("n_rows"), nb::arg("n_in"),
+           nb::arg("codebook"),
+           "Reserve memory for `pack`. codebook: uint16, empty for types without one.\n\n"
+           "Raises:\n    ValueError: the type cannot be packed, or rows or the codebook do not fit it.")
       .def_ro("n_mats", &PackedWeight::n_mats)
       .def_ro("n_rows", &PackedWeight::n_rows)
       .def_ro("n_in", &PackedWeight::n_in)
@@ -114,9 +122,10 @@ void bind_matmul(nb::module_& m, nb::class_<Calls>& calls) {
         return types;
       },
       "Numbers of the tensor types that `pack` takes.");
-  m.def("pack", pack, nb::arg("pool"), nb::arg("type"), nb::arg("raw"), nb::arg("n_in"), nb::arg("codebook"),
-        "Pack raw blocks, uint8 (n_mats, n_rows, row bytes), whose rows have n_in weights; nothing of the arguments is "
-        "kept. codebook: uint16, empty for types without one.");
+  m.def("pack", pack, nb::arg("pool"), nb::arg("w"), nb::arg("first"), nb::arg("rows"),
+        "Pack rows, uint8 (n, row bytes), of which the first has the number `first`, counted through all matrices; nothing "
+        "of the arguments is kept.\n\nRaises:\n    ValueError: they are not whole panels of 16 rows, or of the last of a "
+        "matrix.");
   bind_kernel(m, calls, "linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
         "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
   bind_kernel(m, calls, "linears", bind_linears, nb::arg("pool"), nb::arg("ws"), nb::arg("x"), nb::arg("pad"), nb::arg("outs"),

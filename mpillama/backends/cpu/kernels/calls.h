@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "foreign.h"
+
 namespace mpillama {
 
 // Lets other Python threads run while a kernel does; within `Calls::play` they run anyway.
@@ -31,6 +33,17 @@ class Calls {
  public:
   void add(std::function<void()> call) { calls_.push_back(std::move(call)); }
   size_t size() const { return calls_.size(); }
+
+  // A call of another module; see `foreign.h`.
+  void foreign(const nanobind::capsule& capsule) {
+    const auto* call = static_cast<const ForeignCall*>(PyCapsule_GetPointer(capsule.ptr(), foreign_call_name));
+    if (!call) throw nanobind::python_error();
+    add([call] {
+      if (call->run(call->self) == 0) return;
+      const nanobind::gil_scoped_acquire held;
+      throw nanobind::python_error();
+    });
+  }
 
   void play() const {
     const nanobind::gil_scoped_release released;

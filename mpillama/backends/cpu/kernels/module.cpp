@@ -44,7 +44,8 @@ NB_MODULE(_cpu, m) {
                           "which must stay.");
   calls.def(nb::init<>())
       .def("__len__", &Calls::size)
-      .def("play", &Calls::play, "Make all calls, in their order.\n\nRaises:\n    ValueError: as the kernel.");
+      .def("foreign", &Calls::foreign, nb::arg("capsule"), "Note a call of another extension module; see foreign.h.")
+      .def("play", &Calls::play, "Make all calls, in their order.\n\nRaises:\n    Whatever one of them raises.");
   bind_matmul(m, calls);
 #if MPILLAMA_BIND_ATTENTION
   bind_attention(m, calls);

@@ -143,6 +143,19 @@ void pack_panel(const uint8_t* rows, size_t n, size_t n_in, uint8_t* out) {
   } else if constexpr (f.n_vectors != 0) {
     for (size_t column = 0; column < n_in; column += block)
       for (size_t r = 0; r < n; r++) pack_codebook_block(type, raw(r, column), int(r), unit(column));
+  } else if constexpr (f.bits == 4 && f.block == 32) {
+    // A byte of the file has columns k and k + 16 of a group, and so has one of a panel.
+    for (size_t column = 0; column < n_in; column += block) {
+      uint8_t* codes = unit(column) + f.factor_bytes + column % unit_columns / 32 * group_bytes(f);
+      for (size_t r = 0; r < n; r++) {
+        const uint8_t* bytes = raw(r, column);
+        Block factors;
+        uint8_t apart[32];
+        read_block<type>(bytes, factors, apart);
+        write_factors<type>(factors, column, int(r), unit(column));
+        for (size_t j = 0; j < 4; j++) std::memcpy(codes + 64 * j + 4 * r, bytes + f.block_bytes - 16 + 4 * j, 4);
+      }
+    }
   } else {
     // Whole units, as many columns as the largest have: all of them go through one step before any goes through the next,
     // which would else wait for memory that was just written in pieces of another size.

@@ -25,9 +25,14 @@ class Pages {
 
 class PackedWeight {
  public:
-  // raw: n_mats x n_rows rows of whole blocks, as the file has them. codebook: the format's n_vectors words, which are
-  // copied; see `codec_codebook.h`.
-  PackedWeight(Pool& pool, int type, const uint8_t* raw, size_t n_mats, size_t n_rows, size_t n_in, const uint16_t* codebook);
+  // Without rows yet. codebook: the format's n_vectors words, which are copied; see `codec_codebook.h`.
+  PackedWeight(int type, size_t n_mats, size_t n_rows, size_t n_in, const uint16_t* codebook);
+
+  // Whether rows [first, first + n), counted through all matrices, are whole panels.
+  bool are_panels(size_t first, size_t n) const;
+
+  // Packs such rows: whole blocks, as the file has them.
+  void pack(Pool& pool, size_t first, const uint8_t* rows, size_t n);
 
   const int type;
   const Format format;
