@@ -22,11 +22,12 @@ from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.cache import user_cache
 from mpillama.backends.kv_codec import check_cache_type
 from mpillama.backends.reference import ReferenceBackend
-from mpillama.cli.devices import Kinds, choose_device, devices_of, kinds_of
+from mpillama.cli.devices import choose_device, devices_of, kinds_of
 from mpillama.cli.loading import choose_loading, read_watch
 from mpillama.cli.memory import fit_memory, fits_easily
-from mpillama.cli.progress import JointProgress, Log, format_bytes, format_rate
+from mpillama.cli.progress import JointProgress, Log
 from mpillama.cli.shares import choose_shares
+from mpillama.cli.words import layout_line, reading_lines
 from mpillama.comm.base import Group, Team, World, attempt, from_root, settle
 from mpillama.comm.metered import MeteredGroup, Traffic
 from mpillama.comm.nccl import device_group
@@ -181,10 +182,8 @@ def load(
         model = replace(model, grid=host_replicas(world.hosts))
     model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
     virtual = virtual_ranks(model.weights) if args.deterministic else None
-    if virtual:
-        partition = Partition(model.cfg, model.tensors, Grid(VIRTUAL_RANKS), (1.0,) * VIRTUAL_RANKS, args.ep)
-    else:
-        partition = Partition(model.cfg, model.tensors, model.grid, model.weights, args.ep)
+    grid, weights = (Grid(VIRTUAL_RANKS), (1.0,) * VIRTUAL_RANKS) if virtual else (model.grid, model.weights)
+    partition = Partition(model.cfg, model.tensors, grid, weights, args.ep)
     slices = virtual or [range(rank, rank + 1) for rank in range(world.size)]
     shares = [sum(partition.bytes_of(i) for i in here) for here in slices]
     kv_types = (args.cache_type_k, args.cache_type_v)
@@ -234,15 +233,10 @@ def load(
     n_read = sum(n for _, n in members)
     everyone = world.bcast(world.gather((n_read, peak_memory(), time.perf_counter() - start)))
     n_read, reading = sum(n for n, _, _ in everyone), max(seconds for _, _, seconds in everyone)
-    log.info(_layout_line(world, kinds, threads, model, partition, shares, kv))
-    for rank, (n_read_there, peak, _) in enumerate(everyone):
-        log.verbose(
-            f"rank {rank} on {world.hosts[rank]}: share {format_bytes(shares[rank])}, "
-            f"read {format_bytes(n_read_there)}, KV {format_bytes(kv[rank])}, peak memory {format_bytes(peak)}"
-        )
-    n_file = sum(info.nbytes for info in {(i.part, i.offset): i for i in model.tensors.values()}.values())
-    words = f"of {format_bytes(n_file)} of tensors in the file (--load {loading})"
-    log.verbose(f"read in all: {format_rate(reading, n_read)}, {words}")
+    hosts, read = world.hosts, [(n, peak) for n, peak, _ in everyone]
+    log.info(layout_line(hosts, kinds, threads, model.grid, model.weights, partition, shares, kv, model.n_kv))
+    for line in reading_lines(hosts, shares, kv, read, model.tensors.values(), reading, loading):
+        log.verbose(line)
     n_k = model.cfg.n_embd_head_k
     places = tuple(KVPlace.of(*partition.of(rank), n_k) for rank in range(0 if virtual else team.size))
     seconds = time.perf_counter() - began
@@ -339,35 +333,6 @@ def open_runner(
     sizes = (n_head_kv, model.n_kv, *kv_types)
     runner = Runner(model.cfg, weights, ops, *sizes, sharding.blocks, pipe, graphs=wants_graphs())
     return runner, source.bytes_read
-
-
-def _layout_line(
-    world: World, kinds: Kinds, threads: int, model: Model, partition: Partition, shares: list[int], kv: list[int]
-) -> str:
-    n_hosts = len(set(world.hosts))
-    total = sum(model.weights)
-    split = ",".join(f"{100 * weight / total:.3g}" for weight in model.weights)
-    low, high = min(shares), max(shares)
-    per_rank = format_bytes(high) if low == high else f"{format_bytes(low)} to {format_bytes(high)}"
-    each = " each" if world.size > 1 else ""
-    return (
-        f"layout: {_count(world.size, 'rank')} on {_count(n_hosts, 'host')}, {_grid_words(model.grid, partition)}"
-        f"{kinds} with {_count(threads, 'thread')}{each}, tensor split {split} %, "
-        f"weights {per_rank} per rank, KV {format_bytes(max(kv))} for {model.n_kv} tokens"
-    )
-
-
-def _grid_words(grid: Grid, partition: Partition) -> str:
-    words = f"{grid.dp} replicas of {_count(grid.replica_size, 'rank')}, " if grid.dp > 1 else ""
-    if grid.pp > 1:
-        blocks = "+".join(str(len(stage.blocks)) for stage in partition.stages)
-        words += f"{grid.pp} stages of {_count(grid.tp, 'rank')} with {blocks} blocks, "
-    whole = len(partition.whole_experts)
-    return words + (f"whole experts in {_count(whole, 'block')}, " if whole else "")
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def virtual_ranks(weights: tuple[float, ...]) -> list[range]:
