@@ -18,7 +18,7 @@ from mpillama.server.settings import Settings
 
 # How long answers may take to leave when everything else has ended.
 _FLUSH_SECONDS = 5
-_TRIM_SECONDS = 30
+_TRIM_SECONDS = 10
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
