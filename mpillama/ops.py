@@ -118,6 +118,16 @@ class Ops:
             return Value(self._leaders(x.data))
         return Value(self.whole(x))
 
+    def top(self, x: Value, k: int) -> Value:
+        """Return the k largest of each row, (L, 2 k), whole; see `Backend.top_k`. Only these travel."""
+        if not isinstance(x.layout, Shard):
+            return self.gather(Value(self.backend.top_k(self.whole(x), k, 0)))
+        cut, n_ranks = x.layout.cut, self._group.size
+        mine = self.backend.top_k(x.data, k, cut.ranges[self._group.rank][0])
+        if n_ranks == 1:
+            return Value(mine)
+        return Value(self.backend.merge_top_k(self._group.allgather(mine, _side_by_side(2 * k, n_ranks)), k))
+
     def _leaders(self, x: Array) -> Array:
         """Return the first rank's array on all ranks: of numbers that float32 can hold."""
         mine = x.astype("f4") if self._group.leader else self.backend.asarray(np.zeros(x.shape, np.float32))
@@ -366,6 +376,12 @@ def _copied(out: np.ndarray, collective: Callable[..., np.ndarray], *args: Any) 
 def _readers(n_head: int, n_per_kv: int, first: int, first_kv: int) -> tuple[int, ...]:
     """Return which KV head each query head from ``first`` on reads, counted from ``first_kv``."""
     return tuple((first + head) // n_per_kv - first_kv for head in range(n_head))
+
+
+@cache
+def _side_by_side(n: int, n_ranks: int) -> Cut:
+    """Return the cut of which each rank has n elements."""
+    return Cut(n * n_ranks, tuple((n * rank, n * rank + n) for rank in range(n_ranks)))
 
 
 @cache

@@ -86,7 +86,8 @@ class Runner:
     def run(self, batch: Batch) -> np.ndarray:
         """Return the logits of the wanted tokens, float32 (L, n_vocab), the same on every rank of the last stage.
 
-        With ``batch.embedding`` their final hidden states, (L, n_embd). In a pipeline the first rank has them too; on
+        With ``batch.n_top`` the largest of them, (L, 2 n_top), as `Backend.top_k` gives them; with ``batch.embedding``
+        their final hidden states, (L, n_embd). In a pipeline the first rank has them too; on
         the other ranks of earlier stages the result is the residual.
         """
         return self.begin(batch).wait()
@@ -109,7 +110,7 @@ class Runner:
         logits: Arrival = Here(result)
         if pipe.head is not None:
             # Expected before anything is sent that may have to wait, or the stages would wait for each other in a ring.
-            shape = (n_logits, self.cfg.n_embd if batch.embedding else self.cfg.n_vocab)
+            shape = (n_logits, self.cfg.n_embd if batch.embedding else 2 * batch.n_top or self.cfg.n_vocab)
             logits = pipe.head.expect(shape) if n_logits else Here(np.empty(shape, np.float32))
         if pipe.after is not None:
             pipe.after.send(result)
@@ -202,7 +203,7 @@ def kv_bytes(cfg: Config, sharding: Sharding, rank: int, n_ctx: int, type_k: str
 def pack(batch: Batch) -> np.ndarray:
     """Return a batch as one int32 array, for the wire."""
     n_seqs, n_table = batch.block_tables.shape
-    head = [len(batch.tokens), n_seqs, n_table, len(batch.logit_rows), len(batch.copies), batch.embedding]
+    head = [len(batch.tokens), n_seqs, n_table, len(batch.logit_rows), len(batch.copies), batch.embedding, batch.n_top]
     tables, copies = batch.block_tables.ravel(), batch.copies.ravel()
     parts = (batch.tokens, batch.positions, batch.seq_lens, tables, batch.logit_rows, copies)
     return np.concatenate([np.array(head, np.int32), *(part.astype(np.int32, copy=False) for part in parts)])
@@ -210,9 +211,8 @@ def pack(batch: Batch) -> np.ndarray:
 
 def unpack(message: np.ndarray) -> Batch:
     """Return the batch that `pack` made ``message`` of."""
-    n_tokens, n_seqs, n_table, n_rows, n_copies, embedding = message[:6].tolist()
+    n_tokens, n_seqs, n_table, n_rows, n_copies, embedding, n_top = message[:7].tolist()
     sizes = (n_tokens, n_tokens, n_seqs, n_seqs * n_table, n_rows, 2 * n_copies)
-    tokens, positions, seq_lens, tables, rows, copies = np.split(message[6:], np.cumsum(sizes)[:-1])
-    return Batch(
-        tokens, positions, seq_lens, tables.reshape(n_seqs, n_table), rows, copies.reshape(-1, 2), bool(embedding)
-    )
+    tokens, positions, seq_lens, tables, rows, copies = np.split(message[7:], np.cumsum(sizes)[:-1])
+    tables, copies = tables.reshape(n_seqs, n_table), copies.reshape(-1, 2)
+    return Batch(tokens, positions, seq_lens, tables, rows, copies, bool(embedding), n_top)

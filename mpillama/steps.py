@@ -45,6 +45,9 @@ class Leader:
     def __init__(self, world: Team, runner: Runner, max_in_flight: int = 1) -> None:
         self._world, self._runner = world, runner
         self.max_in_flight = max_in_flight
+        # For greedy sampling, for the default of 40, and for most else. Each comes to steps of another shape, which are
+        # recorded by themselves. Of a small vocabulary all logits are as cheap.
+        self.n_tops: tuple[int, ...] = (1, 64, 128) if runner.cfg.n_vocab >= 1024 else ()
         self._in_flight: deque[Arrival] = deque()
 
     @property
@@ -65,7 +68,7 @@ class Leader:
         self._in_flight.append(_begin(self._world, self._runner, message, batch))
 
     def collect(self) -> np.ndarray:
-        """Return the logits (L, n_vocab) of the batch that began first; one without logits is not waited for."""
+        """Return the logits of the batch that began first, see `Runner.run`; one without logits is not waited for."""
         return self._in_flight.popleft().wait()
 
     def run(self, batch: Batch) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 
 from mpillama.backends.gpu.attention import attention_unit
 from mpillama.backends.gpu.device import Unit
+from mpillama.backends.gpu.elementwise import TOP_K
 from mpillama.backends.gpu.matmul import unit_of
 from mpillama.backends.gpu.source import assemble
 from mpillama.backends.kv_codec import CACHE_TYPES
@@ -31,7 +32,7 @@ CUDA = ("75", "80", "86", "89", "90", "100", "120")
 # hipRTC of Debian 12 aborts on those that it does not know; clang 19 knows the rest.
 HIPRTC = ("gfx906", "gfx90a", "gfx1030")
 CLANG = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1201")
-PLAIN = (Unit("elementwise.cu"), Unit("experts.cu"))
+PLAIN = (Unit("elementwise.cu"), Unit("experts.cu"), TOP_K)
 
 
 def warp_of(arch: str) -> int:

@@ -18,7 +18,7 @@ def schedule(rng, n_vocab, n_steps, n_blocks, longest, some_rows=False):
         longest: a prompt has fewer tokens.
         some_rows: logits are wanted of some sequences, or of none, and not of all.
     """
-    blocks = rng.permutation(n_blocks).reshape(3, -1)
+    blocks, n_top = rng.permutation(n_blocks).reshape(3, -1), int(rng.choice([0, 7]))
     lengths, batches = np.zeros(3, int), []
     for step in range(n_steps):
         if step < 3:
@@ -37,5 +37,6 @@ def schedule(rng, n_vocab, n_steps, n_blocks, longest, some_rows=False):
         if some_rows:
             rows = rows[: rng.integers(0, len(parts) + 1)]
         tokens = rng.integers(0, n_vocab, len(positions)).astype("i4")
-        batches.append(Batch(tokens, positions, counts, np.array([blocks[i, :width] for i, _ in parts], "i4"), rows))
+        tables = np.array([blocks[i, :width] for i, _ in parts], "i4")
+        batches.append(Batch(tokens, positions, counts, tables, rows, n_top=n_top))
     return batches

@@ -26,7 +26,7 @@ def make_backend(
         n_threads: of the process, the calling one included; NumPy's are the caller's to limit.
         cores: that the threads are pinned to, in turn; empty: they are not.
         level: instruction sets of the cpu backend (scalar, avx2, avx512, amx); empty: the best of this
-            machine below amx.
+            machine.
         device: number of the GPU, among those that the process sees.
 
     Raises:

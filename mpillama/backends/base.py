@@ -54,6 +54,7 @@ class Batch:
         copies: int32 (C, 2), KV blocks to copy before the step, source and destination. No block is both, and no
             destination is named twice, so they can be made in any order.
         embedding: whether the final hidden states of ``logit_rows`` are wanted in place of their logits.
+        n_top: how many of the largest logits are wanted, as `Backend.top_k` gives them; 0: all.
     """
 
     tokens: np.ndarray
@@ -63,6 +64,7 @@ class Batch:
     logit_rows: np.ndarray
     copies: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
     embedding: bool = False
+    n_top: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,18 @@ class Backend(Protocol):
 
         ``gating`` is ``softmax`` (over all experts, before choosing) or ``softmax_weight`` (over the chosen logits).
         """
+        ...
+
+    def top_k(self, x: Array, k: int, first: int) -> Array:
+        """Return the largest k of each row of x (L, V), largest first, among equals the first: (L, 2 k).
+
+        A row has the k values, then their columns, counted from ``first``, as numbers. NaN counts as the largest; -inf
+        does not count, and stands with column -1 where nothing else is left. Columns are below 2^24.
+        """
+        ...
+
+    def merge_top_k(self, x: Array, k: int) -> Array:
+        """Return the same, (L, 2 k), from several such results side by side, (L, P * 2 k)."""
         ...
 
     def rope_table(self, positions: np.ndarray, rope: Rope, factors: Array | None) -> Handle:

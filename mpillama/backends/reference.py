@@ -180,6 +180,17 @@ class ReferenceBackend:
             weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), np.float32(6.103515625e-5))
         return experts, weights
 
+    def top_k(self, x: np.ndarray, k: int, first: int) -> np.ndarray:
+        """Return the largest of each row and their columns."""
+        columns = np.broadcast_to(np.arange(first, first + x.shape[1]), x.shape)
+        return _largest(x, columns.astype(np.float32), k)
+
+    def merge_top_k(self, x: np.ndarray, k: int) -> np.ndarray:
+        """Return the largest of several results of `top_k`."""
+        parts = x.reshape(len(x), x.shape[1] // (2 * k), 2, k)
+        values, columns = (parts[:, :, i].reshape(len(x), -1) for i in (0, 1))
+        return _largest(values, columns, k)
+
     def rope_table(self, positions: np.ndarray, rope: Rope, factors: np.ndarray | None) -> RopeTable:
         """Return cosines and sines of the step's tokens."""
         return rope_table(positions, rope, factors)
@@ -232,3 +243,13 @@ def _slots(blocks: np.ndarray) -> np.ndarray:
 def _softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
+
+
+def _largest(values: np.ndarray, columns: np.ndarray, k: int) -> np.ndarray:
+    """Return the k largest values of each row (L, N), among equals those of the lowest columns, and their columns."""
+    order = np.lexsort((columns, -values, ~np.isnan(values)))[:, :k]
+    out = np.full((len(values), 2, k), -np.inf, np.float32)
+    out[:, 0, : order.shape[1]] = np.take_along_axis(values, order, 1)
+    out[:, 1, : order.shape[1]] = np.take_along_axis(columns, order, 1)
+    out[:, 1][out[:, 0] == -np.inf] = -1
+    return out.reshape(len(values), 2 * k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from mpillama.engine.embedding import Pooling
 from mpillama.engine.executor import Executor, Flight, OneByOne
 from mpillama.engine.logprobs import read_prompt
 from mpillama.engine.request import Logprob, Output, Request, Timings, Usage
-from mpillama.engine.scheduler import Scheduler
+from mpillama.engine.sampling.candidates import Candidates
+from mpillama.engine.scheduler import Plan, Scheduler
 from mpillama.engine.writer import Writer
 from mpillama.errors import UsageError, UserError
 from mpillama.tokenizer.base import Tokenizer
@@ -255,12 +256,27 @@ class Engine(EngineLike):
             branch.advance(self._blocks, n)
             branch.in_flight += 1
         began = self._clock()
-        self._executor.submit(plan.batch)
+        n_top = self._n_top(plan)
+        self._executor.submit(replace(plan.batch, n_top=n_top))
         counters.run_seconds += self._clock() - began
         counters.steps += 1
         counters.copied_blocks += len(plan.batch.copies)
-        self._flights.append(Flight(plan, starts, ends))
+        self._flights.append(Flight(plan, starts, ends, n_top))
         return True
+
+    def _n_top(self, plan: Plan) -> int:
+        """Return how many of the largest logits of each row are enough for this step; 0 if all are needed."""
+        most = 1
+        for (branch, _), n_rows in zip(plan.parts, plan.n_rows, strict=True):
+            if not n_rows:
+                continue
+            wanted = 0
+            if not branch.all_rows and not plan.embedding:
+                wanted = self._active[branch.request.id].writers[branch.index].n_top()
+            if not wanted:
+                return 0
+            most = max(most, wanted)
+        return next((n for n in self._executor.n_tops if n >= most), 0)
 
     def _collect(self) -> list[Output]:
         """Wait for the step that began first, and return what it has added."""
@@ -283,7 +299,7 @@ class Engine(EngineLike):
             if flight.plan.embedding:
                 outputs += self._embed(active, branch, rows, start, ends)
             else:
-                outputs += self._write(active, branch, rows, start, ends, now)
+                outputs += self._write(active, branch, rows, start, ends, now, flight.n_top)
         return outputs
 
     def _embed(self, active: _Active, branch: Branch, hidden: np.ndarray, start: int, ends: bool) -> list[Output]:
@@ -297,7 +313,7 @@ class Engine(EngineLike):
         return self._finish(active, branch, output)
 
     def _write(
-        self, active: _Active, branch: Branch, logits: np.ndarray, start: int, ends: bool, now: float
+        self, active: _Active, branch: Branch, logits: np.ndarray, start: int, ends: bool, now: float, n_top: int
     ) -> list[Output]:
         if branch.all_rows:
             read_prompt(active.prompt_logprobs, branch.request, start, logits)
@@ -307,10 +323,11 @@ class Engine(EngineLike):
         if active.prompt_done is None:
             active.prompt_done = now
         outputs: list[Output] = []
+        last = Candidates.of_top(logits[-1]) if n_top else logits[-1]
         for each in [branch, *self._fork(active, branch)]:
             writer = active.writers[each.index]
             spent, n_sampled = writer.sample_seconds, writer.n_sampled
-            output = writer.write(logits[-1], each.n_past)
+            output = writer.write(last, each.n_past)
             output.prompt_logprobs = list(active.prompt_logprobs) if read else None
             self._counters.sample_seconds += writer.sample_seconds - spent
             self._counters.generated_tokens += writer.n_sampled - n_sampled

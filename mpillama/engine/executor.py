@@ -17,9 +17,11 @@ class Executor(Protocol):
 
     Attributes:
         max_in_flight: batches that may be submitted and not collected.
+        n_tops: how many of the largest logits a batch may ask for, in ascending order; none: it has to take all.
     """
 
     max_in_flight: int
+    n_tops: tuple[int, ...]
 
     def submit(self, batch: Batch) -> None:
         """Begin a batch."""
@@ -34,6 +36,7 @@ class OneByOne:
     """A function that runs a batch, as an executor."""
 
     max_in_flight = 1
+    n_tops: tuple[int, ...] = ()
 
     def __init__(self, run: Callable[[Batch], np.ndarray]) -> None:
         self._run = run
@@ -56,8 +59,10 @@ class Flight:
         plan: of the step.
         starts: tokens of each part's branch that were computed before.
         ends: whether each part is the last of what its branch had, so that a next token is wanted.
+        n_top: how many of the largest logits come of each row, 0: all.
     """
 
     plan: Plan
     starts: tuple[int, ...]
     ends: tuple[bool, ...]
+    n_top: int

@@ -11,6 +11,7 @@ import numpy as np
 from mpillama.engine.logprobs import logprob_of
 from mpillama.engine.reasoning import ReasoningLimit
 from mpillama.engine.request import Constraint, Output, Request
+from mpillama.engine.sampling.candidates import Candidates
 from mpillama.engine.sampling.chain import Sampler
 from mpillama.engine.sampling.params import RANDOM_SEED, SamplingParams
 from mpillama.engine.stops import StopStrings
@@ -55,12 +56,16 @@ class Writer:
             if tokenizer and limited
             else None
         )
-        self._ranked = params.n_branches > params.n
+        self._scored = params.logprobs is not None or params.n_branches > params.n
         self._n_written = 0
         self.n_sampled, self.sample_seconds, self.total_logprob = 0, 0.0, 0.0
 
-    def write(self, logits: np.ndarray, n_past: int) -> Output:
-        """Choose the next token from float32 (n_vocab,); ``n_past`` tokens are in the KV cache.
+    def n_top(self) -> int:
+        """Return how many of the largest logits are enough for the next token; 0 if all are needed."""
+        return 0 if self._scored or self._constraint is not None else self._sampler.n_top()
+
+    def write(self, logits: np.ndarray | Candidates, n_past: int) -> Output:
+        """Choose the next token from float32 (n_vocab,), or from the largest; ``n_past`` tokens are in the KV cache.
 
         The token is in the output unless it ended the text; the text goes on if there is no finish_reason.
         """
@@ -81,12 +86,12 @@ class Writer:
             output.finish_reason, output.stop_reason = "error", error.line
         return output
 
-    def _sample(self, output: Output, logits: np.ndarray) -> int:
+    def _sample(self, output: Output, logits: np.ndarray | Candidates) -> int:
         began = time.perf_counter()
         token = self._choose(logits)
         self._sampler.accept(token)
         self.n_sampled += 1
-        if self.params.logprobs is not None or self._ranked:
+        if self._scored and isinstance(logits, np.ndarray):
             logprob = logprob_of(logits, token, self.params.logprobs or 0)
             self.total_logprob += logprob.logprob
             if self.params.logprobs is not None:
@@ -116,12 +121,14 @@ class Writer:
         if output.finish_reason:
             output.text += self._rest()
 
-    def _choose(self, logits: np.ndarray) -> int:
+    def _choose(self, logits: np.ndarray | Candidates) -> int:
         forced = self._reasoning.forced() if self._reasoning is not None else None
         if forced is not None:
             return forced
         mask = self._constraint.mask() if self._constraint is not None else None
         if mask is not None:
+            if isinstance(logits, Candidates):
+                raise AssertionError("a grammar needs all logits")
             if mask.dtype != np.bool_:
                 mask = np.unpackbits(mask.view(np.uint8), bitorder="little", count=self._n_vocab).view(np.bool_)
             if not mask.any():

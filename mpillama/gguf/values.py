@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from struct import Struct
 from typing import Any, overload
 
@@ -40,7 +41,7 @@ class StringArray(Sequence[str]):
 
     @cached_property
     def _strings(self) -> list[str]:
-        data, places = self._data, list(zip((0, *self._ends), self._ends, strict=False))
+        data, places = self._data, list(pairwise((0, *self._ends)))
         try:
             return [data[start + 8 : end].decode() for start, end in places]
         except UnicodeDecodeError:

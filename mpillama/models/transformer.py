@@ -51,8 +51,9 @@ def forward(
         h: the residual (T, n_embd) that the block before ``blocks`` has left; not for the first block.
 
     Returns:
-        The logits (L, V) of the tokens in ``batch.logit_rows``, with ``batch.embedding`` their hidden states after the
-        last norm, (L, n_embd); or the residual (T, n_embd) after ``blocks`` if the last block is not among them.
+        The logits (L, V) of the tokens in ``batch.logit_rows``, with ``batch.n_top`` the largest of them, (L, 2 n_top),
+        with ``batch.embedding`` the hidden states after the last norm, (L, n_embd); or the residual (T, n_embd) after
+        ``blocks`` if the last block is not among them.
         Whole on every rank.
     """
     blocks = range(cfg.n_layer) if blocks is None else blocks
@@ -62,15 +63,16 @@ def forward(
     for il, cache in zip(blocks, caches, strict=True):
         wanted = batch.logit_rows if il == cfg.n_layer - 1 else None
         h = _block(ops, h, w.block(il), cfg, il, cache, step, wanted)
-    return ops.gather(h if blocks.stop < cfg.n_layer else _head(ops, h, w, cfg, batch.embedding))
+    return ops.gather(h) if blocks.stop < cfg.n_layer else _head(ops, h, w, cfg, batch)
 
 
-def _head(ops: Ops, h: Value, w: Weights, cfg: Config, embedding: bool) -> Value:
+def _head(ops: Ops, h: Value, w: Weights, cfg: Config, batch: Batch) -> Value:
     h = ops.norm(h, w.vector("output_norm.weight"), cfg.norm_eps)
-    if embedding:
-        return h
+    if batch.embedding:
+        return ops.gather(h)
     logits = ops.scale(project(ops, h, w, "output"), 1.0 / cfg.logit_scale)
-    return ops.softcap(logits, cfg.final_softcap)
+    logits = ops.softcap(logits, cfg.final_softcap)
+    return ops.top(logits, batch.n_top) if batch.n_top else ops.gather(logits)
 
 
 def _block(

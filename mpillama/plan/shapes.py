@@ -258,6 +258,14 @@ class ShapeBackend:
         shape = (logits.shape[0], n_used)
         return self._light("route", shape, logits, flops=logits.shape[1]), self._out(shape)
 
+    def top_k(self, x: Shaped, k: int, first: int) -> Shaped:
+        """Find the largest of each row."""
+        return self._light("top_k", (x.shape[0], 2 * k), x)
+
+    def merge_top_k(self, x: Shaped, k: int) -> Shaped:
+        """Merge what ranks have found."""
+        return self._light("merge_top_k", (x.shape[0], 2 * k), x)
+
     def attn_temperature(self, positions: np.ndarray, span: float, scale: float) -> Shaped:
         """Make factors of positions."""
         return self._light("attn_temperature", (len(positions), 1))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
+from starlette.requests import ClientDisconnect
+
 from mpillama.engine.base import EngineLike, Stats
 from mpillama.engine.request import Output, Request
 from mpillama.errors import UserError
@@ -62,7 +64,7 @@ class Ticket:
     def __init__(self, bridge: Bridge, call: Call) -> None:
         self.call = call
         self.n_generated = 0
-        self._bridge = bridge
+        self._bridge, self._closed = bridge, False
         self._open = {request.id for request in call.requests}
         self._events: asyncio.Queue[Output | ApiError] = asyncio.Queue()
 
@@ -84,7 +86,11 @@ class Ticket:
 
         Raises:
             ApiError: the engine has not taken the call, or has failed it.
+            ClientDisconnect: it is closed.
         """
+        # Before Python 3.12 `wait_for` loses a cancellation that meets the end of what it waits for.
+        if self._closed:
+            raise ClientDisconnect
         events = [await self._events.get()]
         while not self._events.empty():
             events.append(self._events.get_nowait())
@@ -97,6 +103,7 @@ class Ticket:
 
     def close(self) -> None:
         """Forget the call; what of it still runs is cancelled."""
+        self._closed = True
         self._bridge.forget(self, self._open)
 
 

@@ -67,7 +67,7 @@ class Answer:
     """
 
     def __init__(self, ticket: Ticket, settings: Settings) -> None:
-        self._ticket, self._settings, self._over = ticket, settings, False
+        self._ticket, self._settings = ticket, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request, whose body has been read."""
@@ -76,8 +76,6 @@ class Answer:
         try:
             await asyncio.wait((writer, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            # A cancellation is lost where, before Python 3.12, it meets the end of what `wait_for` waits for.
-            self._over = True
             self._ticket.close()
             for task in (writer, gone):
                 task.cancel()
@@ -109,8 +107,6 @@ class Answer:
                     data = b"".join(call.frame(chunk) for chunk in chunks)
                 except asyncio.TimeoutError:
                     data = b":\n\n"
-                if self._over:
-                    return
                 if data:
                     begun = begun or await self._begin(send)
                     await self._send_part(send, data)

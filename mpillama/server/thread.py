@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import socket
 import threading
 from pathlib import Path
@@ -18,7 +17,6 @@ from mpillama.server.settings import Settings
 
 # How long answers may take to leave when everything else has ended.
 _FLUSH_SECONDS = 5
-_TRIM_SECONDS = 10
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
@@ -93,17 +91,6 @@ class _Connection(H11Protocol):
             self.transport.abort()
 
 
-async def _give_memory_back() -> None:
-    """Let the C library return freed memory now and then: bodies of all sizes leave holes between what stays."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):  # glibc has it
-        return
-    while True:
-        await asyncio.sleep(_TRIM_SECONDS)
-        await asyncio.to_thread(trim, 0)
-
-
 class HttpThread:
     """Serves an application on a socket, on a thread of its own.
 
@@ -146,9 +133,7 @@ class HttpThread:
     async def _serve(self) -> None:
         self._bridge.open()
         self._began.set()
-        trimming = asyncio.create_task(_give_memory_back())
         await self._server.serve([self._sock])
-        trimming.cancel()
 
     def stop(self) -> None:
         """Let answers that are under way leave, and end."""

@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 
+from mpillama import _cpu
 from mpillama.data import demo_model_path
 from mpillama.gguf.reader import read_header
 from server import Server
@@ -135,7 +136,9 @@ def test_embeddings(client, server):
     np.testing.assert_allclose(x[0], x[2], atol=1e-5)
     assert x[0] @ x[1] < 0.999
     raw = server.ask("/v1/embeddings", {"input": texts[1], "encoding_format": "base64"})[1]["data"][0]["embedding"]
-    np.testing.assert_allclose(np.frombuffer(base64.b64decode(raw), "<f4"), x[1], atol=1e-5)
+    # Alone it has too few tokens for AMX, which rounds in another way.
+    rounding = 2e-2 if "amx" in _cpu.levels() else 1e-5
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(raw), "<f4"), x[1], atol=rounding)
 
 
 def test_responses(client):
@@ -378,11 +381,19 @@ def test_ranks_do_not_outlive_their_launcher():
         for pid in helpers:
             os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
-        while any(is_running(pid) for pid in ranks):
+        # A process may seem to have ended while one of its threads has not.
+        while any(is_running(pid) for pid in ranks) or listens(server):
             assert time.monotonic() - began < 10
             time.sleep(0.05)
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((server.host, server.port), timeout=1)
+
+
+def listens(server):
+    """Whether somebody takes connections where a server was."""
+    try:
+        socket.create_connection((server.host, server.port), timeout=1).close()
+    except ConnectionError:
+        return False
+    return True
 
 
 def is_running(pid):

@@ -68,7 +68,9 @@ def test_make_backend():
     assert type(make_backend("reference")) is ReferenceBackend
     cpu = make_backend("cpu", 2, level="scalar")
     assert (cpu.name, cpu.pool.level, cpu.pool.n_threads) == ("cpu", "scalar", 2)
-    assert make_backend().pool.level == _cpu.levels()[-1]
+    # Elsewhere, since tests may have trapped tiles here.
+    best = "from mpillama import _cpu, backends; assert backends.make_backend().pool.level == _cpu.levels()[-1]"
+    subprocess.run([sys.executable, "-c", best], check=True)
     with pytest.raises(UsageError, match="no backend vulkan"):
         make_backend("vulkan")
     with pytest.raises(UsageError, match=r"CPU level sse9 is not available; this machine has scalar"):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mpillama.backends.base import Batch
+from mpillama.backends.reference import ReferenceBackend
 from mpillama.engine.engine import Engine
 from mpillama.engine.request import Output, Request, RequestParams
 from mpillama.engine.sampling.chain import Sampler
@@ -99,13 +100,15 @@ class FakeModel:
 class Pipeline:
     """Gives results late: several batches may be under way."""
 
-    def __init__(self, model: FakeModel, max_in_flight: int) -> None:
-        self.model, self.max_in_flight = model, max_in_flight
+    def __init__(self, model: FakeModel, max_in_flight: int, n_top: int) -> None:
+        self.model, self.max_in_flight, self.n_tops = model, max_in_flight, tuple(range(1, n_top + 1))
         self.results: deque[np.ndarray] = deque()
 
     def submit(self, batch: Batch) -> None:
         assert len(self.results) < self.max_in_flight
-        self.results.append(self.model(batch))
+        logits = self.model(batch)
+        assert batch.n_top in (0, *self.n_tops)
+        self.results.append(ReferenceBackend().top_k(logits, batch.n_top, 0) if batch.n_top else logits)
 
     def collect(self) -> np.ndarray:
         return self.results.popleft()
@@ -171,7 +174,7 @@ class Schedule:
         self.now = 0.0
         self.depth = int(rng.integers(1, 4))
         self.engine = Engine(
-            Pipeline(self.model, self.depth),
+            Pipeline(self.model, self.depth, int(rng.integers(0, 4))),
             None,
             N_VOCAB,
             n_ctx,
@@ -204,7 +207,10 @@ class Schedule:
         n_best = int(rng.integers(1, self.engine.n_parallel + 1)) if rng.random() < 0.4 and not embedding else 1
         greedy = rng.random() < 0.5
         sampling = SamplingParams(
-            seed=int(rng.integers(1 << 30)), temp=0.0 if greedy else 1.0, samplers=("temperature",) if greedy else ()
+            seed=int(rng.integers(1 << 30)),
+            temp=0.0 if greedy else 1.0,
+            top_k=int(rng.integers(0, 4)),
+            samplers=("temperature",) if greedy else ("top_k",),
         )
         params = RequestParams(
             sampling=sampling,

@@ -117,6 +117,10 @@ def test_ops_of_rows_and_heads_in_every_order(warp, order, rng):
     np.testing.assert_array_equal(index, np.argsort(-logits, -1, kind="stable")[:, :n_used])
     powers = np.exp(logits.astype("f8"))
     np.testing.assert_allclose(weights, np.take_along_axis(powers / powers.sum(-1, keepdims=True), index, 1), rtol=1e-5)
+    k, rows = int(rng.integers(1, 130)), rng.standard_normal((2, long + 1000)).astype("f4")
+    columns = np.argsort(-rows, -1, kind="stable")[:, :k]
+    expected = np.concatenate([np.take_along_axis(rows, columns, 1), columns], 1)
+    np.testing.assert_array_equal(backend.top_k(rows, k, 0), expected.astype("f4"))
     answers = rng.standard_normal((n_tokens, n_used, short)).astype("f4")
     exact = np.einsum("tkn,tk->tn", answers.astype("f8"), weights)
     np.testing.assert_allclose(backend.sum_experts(answers, weights), exact, atol=1e-5, rtol=1e-5)
@@ -167,6 +171,7 @@ pair = Pair(rng, backend, (6, 2, 64, 32), ("f16", "q8_0"), n_blocks=6, sinks=Tru
 for n in (33, 1, 100):
     pair.step(n)
 backend.route(rng.standard_normal((5, 7)).astype("f4"), 3, "softmax", True)
+backend.top_k(rng.standard_normal((2, 2500)).astype("f4"), 7, 0)
 backend.rms_norm(rng.standard_normal((3, 2000)).astype("f4"), np.ones(2000, "f4"), 1e-5)
 backend.rope(rng.standard_normal((3, 2, 10)).astype("f4"), backend.rope_table(np.arange(3, dtype="i4"), {rope}, None))
 print("clean", flush=True)

@@ -49,7 +49,7 @@ def model(tmp_path, rng, experts, types=_TYPES):
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_recorded_steps_give_the_same_bits(experts, tmp_path, rng, calls):
-    path, batches = model(tmp_path, rng, experts), schedule(rng, 96, 50, N_BLOCKS, 40)
+    path, batches = model(tmp_path, rng, experts), schedule(rng, 96, 60, N_BLOCKS, 40)
 
     def main(world):
         plain, recorded = open_on(world, path, graphs=False), open_on(world, path)
@@ -61,7 +61,7 @@ def test_recorded_steps_give_the_same_bits(experts, tmp_path, rng, calls):
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(a.view("u4"), b.view("u4"))
     # What was not run as text was started from a graph.
-    assert len(calls) < 1.7 * len(batches)
+    assert len(calls) < 1.9 * len(batches)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,8 +83,8 @@ def test_golden_logits_from_graphs(name, rng, calls):
 
     result = run_threads(1, main)[0]
     assert nmse(result, reference["logits"][n_prompt:]) <= 1e-6
-    # The prompt, and two for each bound that is met.
-    assert len(calls) <= 5
+    # The prompt, and for each bound that is met once as usual, and twice to be recorded.
+    assert len(calls) <= 7
 
 
 def test_stages_of_a_pipeline_record_their_part(tmp_path, rng, calls):
@@ -96,7 +96,7 @@ def test_stages_of_a_pipeline_record_their_part(tmp_path, rng, calls):
     calls.clear()
     staged_logits = run_on(path, tokens, [1.0] * 2, 1, make=gpu_backend, grid=Grid(tp=1, pp=2))
     np.testing.assert_allclose(staged_logits[0], plain, rtol=2e-4, atol=2e-4 * np.abs(plain).max())
-    assert len(calls) == 4
+    assert len(calls) == 6
 
 
 class QueuedNccl:
@@ -140,7 +140,7 @@ class QueuedNccl:
 def test_collectives_are_recorded_too(experts, tmp_path, rng, monkeypatch, calls):
     monkeypatch.setattr(DeviceArray, "data", property(lambda x: SimpleNamespace(ptr=x.ctypes.data)), raising=False)
     monkeypatch.setattr(EmulatedDevice, "stream", 1, raising=False)
-    path, batches = model(tmp_path, rng, experts == "on"), schedule(rng, 96, 30, N_BLOCKS, 40)
+    path, batches = model(tmp_path, rng, experts == "on"), schedule(rng, 96, 45, N_BLOCKS, 40)
     n_ranks = 2
     devices = [None] * n_ranks
     nccl = QueuedNccl(devices)
@@ -159,7 +159,7 @@ def test_collectives_are_recorded_too(experts, tmp_path, rng, monkeypatch, calls
     for logits in run_threads(n_ranks, lambda world: main(world, group)):
         for a, b in zip(logits, staged_logits[0], strict=True):
             np.testing.assert_array_equal(a, b)
-    assert len(calls) < 1.8 * n_ranks * len(batches)
+    assert len(calls) < 1.95 * n_ranks * len(batches)
 
 
 @only_emulated

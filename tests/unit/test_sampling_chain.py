@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from mpillama.backends.reference import ReferenceBackend
+from mpillama.engine.sampling.candidates import Candidates
 from mpillama.engine.sampling.chain import Sampler
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.errors import UsageError, UserError
@@ -255,6 +257,54 @@ def test_a_whole_vocabulary_gives_what_the_plain_formulas_do(n_vocab, given, rng
         np.testing.assert_array_equal(logits, before)
         s.accept(token)
         seen.append(token)
+
+
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [
+        ({}, 40),
+        ({"temp": 0.0}, 1),
+        ({"temp": 0.0, "top_k": 0}, 1),
+        ({"top_k": 100, "min_p": 0.0, "typical": 0.8, "xtc_probability": 0.5}, 100),
+        ({"repeat_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1}, 104),
+        ({"logit_bias": ((7, -math.inf), (11, -2.5)), "repeat_penalty": 1.1}, 106),
+        ({"logit_bias": ((7, -math.inf), (11, -2.5)), "temp": 0.0}, 3),
+        ({"dynatemp_range": 0.5, "adaptive_target": 0.3, "samplers": ("top_k", "temperature", "adaptive_p")}, 40),
+        # What these need is more than the largest.
+        ({"top_k": 0}, 0),
+        ({"mirostat": 2}, 0),
+        ({"top_n_sigma": 1.0}, 0),
+        ({"dry_multiplier": 0.5}, 0),
+        ({"logit_bias": ((7, 0.5),)}, 0),
+        ({"repeat_penalty": 0.9}, 0),
+        ({"samplers": ("top_p", "top_k")}, 0),
+    ],
+)
+def test_the_largest_logits_are_enough(given, most, rng):
+    n_vocab, seed = int(rng.integers(150, 3000)), int(rng.integers(2**31))
+    whole, few = (sampler(n_vocab, seed=seed, **given) for _ in range(2))
+    needed = []
+    for i in range(60 if most else 1):
+        logits = rng.normal(0, 3, n_vocab).astype(np.float32)
+        if i % 3 == 1:
+            logits = np.round(logits)  # ties
+        elif i % 3 == 2:
+            logits[rng.permutation(n_vocab)[: n_vocab - 12]] = -np.inf
+        needed.append(few.n_top())
+        token = whole.sample(logits)
+        if needed[-1]:
+            top = Candidates.of_top(ReferenceBackend().top_k(logits[None], needed[-1], 0)[0])
+            assert few.sample(top) == token
+        for s in (whole, few):
+            s.accept(token)
+    assert max(needed) <= most
+    assert min(needed) >= min(most, 1)
+    if most:
+        with pytest.raises(UserError, match="a logit of -inf"):
+            few.sample(Candidates.of_top(ReferenceBackend().top_k(np.full((1, n_vocab), -np.inf, np.float32), 9, 0)[0]))
+        logits[5] = np.nan
+        with pytest.raises(UserError, match="first at token 5;"):
+            few.sample(Candidates.of_top(ReferenceBackend().top_k(logits[None], 9, 0)[0]))
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])

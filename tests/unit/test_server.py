@@ -162,6 +162,36 @@ def test_what_ends_with_the_server_is_still_told():
         Stand(step_seconds=0.01).play(scenario, grace=30)
 
 
+def test_a_client_that_goes_while_something_comes_for_it(rng):
+    """Streams end with it at once, also where its going meets an output."""
+
+    async def scenario(stand):
+        async def come_and_go():
+            gone, n, fed = asyncio.Event(), int(rng.integers(1, 6)), False
+
+            async def receive():
+                nonlocal fed
+                if fed:
+                    await gone.wait()
+                    return {"type": "http.disconnect"}
+                fed = True
+                return {"type": "http.request", "body": json.dumps(ENDLESS).encode(), "more_body": False}
+
+            async def send(message):
+                nonlocal n
+                n -= message["type"] == "http.response.body"
+                if not n:
+                    gone.set()
+
+            await stand.ask("/v1/completions", send=send, receive=receive)
+
+        for _ in range(40):
+            await asyncio.wait_for(asyncio.gather(*(come_and_go() for _ in range(6))), 5)
+        await stand.until_free()
+
+    Stand().play(scenario)
+
+
 def test_a_sender_that_stops_is_told_so():
     async def scenario(stand):
         fed = False

@@ -21,6 +21,7 @@ class AttentionOps:
     """
 
     pool: _cpu.Pool
+    kernels: Any
 
     def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> Any:
         """Reserve the KV cache of one block of the model, for n_blocks * KV_BLOCK tokens.
@@ -75,24 +76,8 @@ class AttentionOps:
     ) -> np.ndarray:
         """Rotate q and k, store k and v of the step's tokens, then attend; see `Backend.attention`."""
         out = np.empty((q.shape[0], q.shape[1], v.shape[2]), np.float32)
-        _cpu.attention(*attention_args(self.pool, q, k, v, cache, batch, params, sinks, rope, out))
+        rotation = (rope.cos, rope.sin, rope.neox) if rope else (None, None, False)
+        where = (batch.positions, batch.seq_lens, batch.block_tables)
+        scores = (params.kv_heads, params.scale, params.softcap, params.window, sinks)
+        self.kernels.attention(self.pool, cache, q, k, v, *where, *scores, *rotation, out)
         return out
-
-
-def attention_args(
-    pool: _cpu.Pool,
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    cache: Any,
-    batch: Batch,
-    params: AttentionParams,
-    sinks: np.ndarray | None,
-    rope: CpuRopeTable | None,
-    out: np.ndarray,
-) -> tuple[Any, ...]:
-    """Return what the kernel takes for `AttentionOps.attention` with its result in ``out``."""
-    rotation = (rope.cos, rope.sin, rope.neox) if rope else (None, None, False)
-    where = (batch.positions, batch.seq_lens, batch.block_tables)
-    scores = (params.kv_heads, params.scale, params.softcap, params.window, sinks)
-    return (pool, cache, q, k, v, *where, *scores, *rotation, out)

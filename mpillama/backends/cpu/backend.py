@@ -40,6 +40,8 @@ class CpuBackend(AttentionOps, ElementwiseOps):
     relative error about 5e-3); with many tokens on AMX, weights and activations are rounded to bfloat16 (about
     2.4e-3). Products of F32 weights, and of F16 and BF16 weights without AMX, are float32 throughout.
 
+    What an op makes of its arguments it leaves to ``kernels`` altogether, or altogether to NumPy; see `recorder`.
+
     Args:
         n_threads: the calling thread included.
         cores: thread i is pinned to ``cores[i % len(cores)]``; empty: nothing is pinned.
@@ -53,6 +55,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
 
     def __init__(self, n_threads: int = 1, cores: Sequence[int] = (), level: str = "") -> None:
         super().__init__()
+        self.kernels = _cpu
         try:
             self.pool = _cpu.Pool(n_threads, list(cores), level)
         except ValueError as error:
@@ -88,13 +91,13 @@ class CpuBackend(AttentionOps, ElementwiseOps):
     def embedding(self, tokens: np.ndarray, w: PackedMatrix, first: int) -> np.ndarray:  # type: ignore[override]
         """Return rows of the embedding, zeros for those that are elsewhere."""
         out = np.empty((len(tokens), w.packed.n_in), np.float32)
-        _cpu.embedding(self.pool, w.packed, tokens.astype(np.int64) - first, out)
+        self.kernels.embedding(self.pool, w.packed, tokens, first, out)
         return out
 
     def linear(self, x: np.ndarray, w: PackedMatrix) -> np.ndarray:  # type: ignore[override]
         """Return x W^T."""
         out = np.empty((x.shape[0], w.packed.n_rows), np.float32)
-        _cpu.linear(self.pool, w.packed, np.ascontiguousarray(x), w.pad, out)
+        self.kernels.linear(self.pool, w.packed, x, w.pad, out)
         return out
 
     def linears(self, x: np.ndarray, ws: Sequence[PackedMatrix]) -> list[np.ndarray]:
@@ -103,7 +106,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
             return [self.linear(x, w) for w in ws]
         n_tokens = x.shape[0]
         outs = [np.empty((n_tokens, w.packed.n_rows), np.float32) for w in ws]
-        _cpu.linears(self.pool, [w.packed for w in ws], np.ascontiguousarray(x), ws[0].pad, outs)
+        self.kernels.linears(self.pool, [w.packed for w in ws], x, ws[0].pad, outs)
         return outs
 
     def gated_linear(self, activation: str, x: np.ndarray, gate: PackedMatrix, up: PackedMatrix) -> np.ndarray:
@@ -112,7 +115,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
             return self.gated(activation, self.linear(x, gate), self.linear(x, up))
         out = np.empty((x.shape[0], gate.packed.n_rows), np.float32)
         index = ACTIVATIONS.index(activation)
-        _cpu.gated_linear(self.pool, index, gate.packed, up.packed, np.ascontiguousarray(x), gate.pad, out)
+        self.kernels.gated_linear(self.pool, index, gate.packed, up.packed, x, gate.pad, out)
         return out
 
     def expert_linear(self, x: np.ndarray, w: PackedMatrix, experts: np.ndarray) -> np.ndarray:  # type: ignore[override]
@@ -125,8 +128,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
                 out[at] = self.expert_linear(x[at] if x.ndim == 3 else x[at[0]], w, experts[at][:, None])[:, 0]
             return out
         out = np.empty((*experts.shape, w.packed.n_rows), np.float32)
-        index = np.ascontiguousarray(experts, np.int64)
-        _cpu.expert_linear(self.pool, w.packed, np.ascontiguousarray(x), w.pad, index, out)
+        self.kernels.expert_linear(self.pool, w.packed, x, w.pad, experts, out)
         return out
 
     def stream_gbps(self, n_threads: int) -> float:

@@ -14,8 +14,6 @@ from mpillama.config import Rope
 
 ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
 """In the order of the native kernels."""
-# NumPy is as fast for arrays of fewer elements.
-_MANY = 16384
 
 
 @dataclass(frozen=True)
@@ -31,32 +29,33 @@ class ElementwiseOps(ReferenceBackend):
     """The ops of `Backend` that look at each element, row or head by itself, on a pool of threads."""
 
     pool: _cpu.Pool
+    kernels: Any
 
     def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return a + b."""
         if a.size < b.size:
             a, b = b, a
-        if a.size < _MANY or not _repeats(a, b):
+        if not _repeats(a, b):
             return a + b
         out = np.empty(a.shape, np.float32)
-        _cpu.add(self.pool, a, b, out)
+        self.kernels.add(self.pool, a, b, out)
         return out
 
     def mul(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
         """Return a * b."""
-        if a.size < _MANY or not (isinstance(b, float) or _repeats(a, b)):
+        if not isinstance(b, float) and not _repeats(a, b):
             return super().mul(a, b)
         out = np.empty(a.shape, np.float32)
         if isinstance(b, float):
-            _cpu.scale(self.pool, a, b, out)
+            self.kernels.scale(self.pool, a, b, out)
         else:
-            _cpu.mul(self.pool, a, b, out)
+            self.kernels.mul(self.pool, a, b, out)
         return out
 
     def sum_experts(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Return the weighted sum over the chosen experts."""
         out = np.empty((x.shape[0], x.shape[2]), np.float32)
-        _cpu.sum_experts(self.pool, x, weights, out)
+        self.kernels.sum_experts(self.pool, x, weights, out)
         return out
 
     def rms_norm(self, x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
@@ -64,53 +63,58 @@ class ElementwiseOps(ReferenceBackend):
         if w.size != x.shape[-1]:
             return super().rms_norm(x, w, eps)
         out = np.empty(x.shape, np.float32)
-        _cpu.rms_norm(self.pool, x, w, eps, out)
+        self.kernels.rms_norm(self.pool, x, w, eps, out)
         return out
 
     def gated(self, activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         """Return act(gate) * up."""
         out = np.empty(gate.shape, np.float32)
-        _cpu.gated(self.pool, ACTIVATIONS.index(activation), gate, up, out)
+        self.kernels.gated(self.pool, ACTIVATIONS.index(activation), gate, up, out)
         return out
 
     def sigmoid(self, x: np.ndarray) -> np.ndarray:
         """Return 1 / (1 + exp(-x))."""
         out = np.empty(x.shape, np.float32)
-        _cpu.sigmoid(self.pool, x, out)
+        self.kernels.sigmoid(self.pool, x, out)
         return out
 
     def softcap(self, x: np.ndarray, cap: float) -> np.ndarray:
         """Return cap * tanh(x / cap)."""
         out = np.empty(x.shape, np.float32)
-        _cpu.softcap(self.pool, x, cap, out)
+        self.kernels.softcap(self.pool, x, cap, out)
         return out
 
     def route(self, logits: np.ndarray, n_used: int, gating: str, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
         """Choose the ``n_used`` likeliest experts of each token; among equals the first."""
         experts = np.empty((logits.shape[0], n_used), np.int64)
         weights = np.empty(experts.shape, np.float32)
-        _cpu.route(self.pool, logits, gating == "softmax", normalize, experts, weights)
+        self.kernels.route(self.pool, logits, gating == "softmax", normalize, experts, weights)
         return experts, weights
+
+    def top_k(self, x: np.ndarray, k: int, first: int) -> np.ndarray:
+        """Return the largest of each row and their columns."""
+        out = np.empty((x.shape[0], 2 * k), np.float32)
+        self.kernels.top_k(self.pool, x, first, out)
+        return out
+
+    def merge_top_k(self, x: np.ndarray, k: int) -> np.ndarray:
+        """Return the largest of several results of `top_k`."""
+        out = np.empty((x.shape[0], 2 * k), np.float32)
+        self.kernels.merge_top_k(self.pool, x, out)
+        return out
 
     def rope_table(self, positions: np.ndarray, rope: Rope, factors: np.ndarray | None) -> CpuRopeTable:  # type: ignore[override]
         """Return cosines and sines of the step's tokens."""
         cos, sin = np.empty((2, len(positions), rope.n_rot), np.float32)
-        table = CpuRopeTable(cos, sin, rope.neox)
-        _cpu.rope_table(*rope_table_args(self.pool, positions, rope, factors, table))
-        return table
+        theta = frequencies(rope, factors)
+        self.kernels.rope_table(self.pool, positions, theta, rope.attn_factor, rope.neox, cos, sin)
+        return CpuRopeTable(cos, sin, rope.neox)
 
     def rope(self, x: np.ndarray, table: CpuRopeTable) -> np.ndarray:  # type: ignore[override]
         """Rotate heads."""
         out = np.empty(x.shape, np.float32)
-        _cpu.rope(self.pool, x, table.cos, table.sin, table.neox, out)
+        self.kernels.rope(self.pool, x, table.cos, table.sin, table.neox, out)
         return out
-
-
-def rope_table_args(
-    pool: _cpu.Pool, positions: np.ndarray, rope: Rope, factors: np.ndarray | None, table: CpuRopeTable
-) -> tuple[Any, ...]:
-    """Return what the kernel takes that fills a table."""
-    return pool, positions, frequencies(rope, factors), rope.attn_factor, rope.neox, table.cos, table.sin
 
 
 def _repeats(a: np.ndarray, b: np.ndarray) -> bool:

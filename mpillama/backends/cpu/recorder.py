@@ -6,16 +6,13 @@ what it does alone: about a tenth of a small model's step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpillama import _cpu
-from mpillama.backends.base import AttentionParams, Batch
-from mpillama.backends.cpu.attention import attention_args
-from mpillama.backends.cpu.elementwise import ACTIVATIONS, CpuRopeTable, rope_table_args
-from mpillama.config import Rope
 
 if TYPE_CHECKING:
     from mpillama.backends.cpu.backend import CpuBackend, PackedMatrix
@@ -26,7 +23,6 @@ class Tape:
 
     Attributes:
         complete: whether everything was noted.
-        nbytes: of the results that it keeps.
     """
 
     def __init__(self) -> None:
@@ -34,25 +30,41 @@ class Tape:
         self._calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self._kernels: _cpu.Calls | None = None
         self._kept: list[tuple[Any, ...]] = []
-        self.complete, self.nbytes = True, 0
+        self._arrays: dict[int, np.ndarray] = {}
+        self.complete = True
+
+    @property
+    def n_calls(self) -> int:
+        """Calls that were noted so far."""
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that the calls work on, weights not counted."""
+        return sum(array.nbytes for array in self._arrays.values())
 
     def note(self, result: np.ndarray, call: Callable[..., object], *args: Any) -> np.ndarray:
         """Note the call that has given ``result``, and would give it again in the same place; returns it."""
         self._kernels = None
         self._calls.append((call, args))
-        return self._added(result, args)
+        self._keep(args)
+        return result
 
-    def kernel(self, result: np.ndarray, name: str, *args: Any) -> np.ndarray:
-        """Note the call of a kernel, see `note`."""
+    def kernel(self, name: str, *args: Any) -> None:
+        """Note the call of a kernel, which fills some of its arguments."""
         getattr(self._native(), name)(*args)
-        self._kept.append(args)
-        return self._added(result, args)
+        self._keep(args)
 
     def foreign(self, result: np.ndarray, call: Any) -> np.ndarray:
         """Note the call of another extension module, ``call.capsule``; see `note`."""
         self._native().foreign(call.capsule)
-        self._kept.append((call,))
-        return self._added(result, ())
+        self._keep((call,))
+        return result
+
+    def play(self) -> None:
+        """Make all calls again."""
+        for call, args in self._calls:
+            call(*args)
 
     def _native(self) -> _cpu.Calls:
         if self._kernels is None:
@@ -60,23 +72,37 @@ class Tape:
             self._calls.append((self._kernels.play, ()))
         return self._kernels
 
-    def play(self) -> None:
-        """Make all calls again."""
-        for call, args in self._calls:
-            call(*args)
+    def _keep(self, args: tuple[Any, ...]) -> None:
+        self._kept.append(args)
+        for arg in args:
+            for array in arg if isinstance(arg, list) else (arg,):
+                if isinstance(array, np.ndarray):
+                    self._arrays[id(array)] = array
+                    # The kernel was given a copy of what is not contiguous.
+                    self.complete &= array.flags.c_contiguous
 
-    def _added(self, result: np.ndarray, args: tuple[Any, ...]) -> np.ndarray:
-        # The kernels were given a copy of what is not contiguous.
-        if not all(arg.flags.c_contiguous for arg in args if isinstance(arg, np.ndarray)):
-            self.complete = False
-        self.nbytes += result.nbytes
-        return result
+
+class _NotedKernels:
+    """The kernels, each of which is noted when it is called."""
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        kernel = getattr(_cpu, name)
+
+        def call(*args: Any) -> None:
+            kernel(*args)
+            self._tape.kernel(name, *args)
+
+        return call
 
 
 class Recorder:
     """Stands for a backend while a step is run, and notes on a tape what is asked of it.
 
-    Only ops whose results depend on nothing but the arrays that they are given are noted.
+    The kernels that an op of the backend calls are noted as they are. Ops by NumPy come here or are not known; then the
+    tape is not complete, nor is it where the input of an op is not that of the op before.
 
     Args:
         backend: does the work.
@@ -84,139 +110,68 @@ class Recorder:
     """
 
     def __init__(self, backend: CpuBackend, tape: Tape) -> None:
-        self._backend, self._pool, self._tape = backend, backend.pool, tape
+        self._backend, self._tape = copy.copy(backend), tape
+        self._backend.kernels = _NotedKernels(tape)
         # Experts and weights as the router has left them.
         self._routes: list[np.ndarray] = []
 
     def __getattr__(self, name: str) -> Any:
-        self._tape.complete = False
-        return getattr(self._backend, name)
+        op = getattr(self._backend, name)
+        if not callable(op):
+            return op
 
-    def embedding(self, tokens: np.ndarray, w: PackedMatrix, first: int) -> np.ndarray:
-        """Note `CpuBackend.embedding`."""
-        out, index = self._backend.embedding(tokens, w, first), np.empty(len(tokens), np.int64)
-        self._tape.note(index, _subtract, tokens, first, index)
-        return self._tape.kernel(out, "embedding", self._pool, w.packed, index, out)
+        def noted(*args: Any) -> Any:
+            before = self._tape.n_calls
+            result = op(*args)
+            if self._tape.n_calls == before:
+                self._tape.complete = False
+            return result
 
-    def linear(self, x: np.ndarray, w: PackedMatrix) -> np.ndarray:
-        """Note `CpuBackend.linear`."""
-        out = self._backend.linear(x, w)
-        return self._tape.kernel(out, "linear", self._pool, w.packed, x, w.pad, out)
+        return noted
 
-    def linears(self, x: np.ndarray, ws: Sequence[PackedMatrix]) -> list[np.ndarray]:
-        """Note `CpuBackend.linears`."""
-        if any(w.pad != ws[0].pad or w.packed.n_in != ws[0].packed.n_in for w in ws):
-            return [self.linear(x, w) for w in ws]
-        outs = self._backend.linears(x, ws)
-        self._tape.kernel(outs[0], "linears", self._pool, [w.packed for w in ws], x, ws[0].pad, outs)
-        self._tape.nbytes += sum(out.nbytes for out in outs[1:])
-        return outs
+    def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Note `CpuBackend.add`."""
+        return self._kernel_or(np.add, self._backend.add, a, b)
 
-    def gated_linear(self, activation: str, x: np.ndarray, gate: PackedMatrix, up: PackedMatrix) -> np.ndarray:
-        """Note `CpuBackend.gated_linear`."""
-        if gate.pad != up.pad or gate.packed.n_in != up.packed.n_in:
-            return self.gated(activation, self.linear(x, gate), self.linear(x, up))
-        out, index = self._backend.gated_linear(activation, x, gate, up), ACTIVATIONS.index(activation)
-        return self._tape.kernel(out, "gated_linear", self._pool, index, gate.packed, up.packed, x, gate.pad, out)
+    def mul(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
+        """Note `CpuBackend.mul`."""
+        return self._kernel_or(np.multiply, self._backend.mul, a, b)
+
+    def _kernel_or(self, plain: np.ufunc, op: Callable[..., np.ndarray], a: np.ndarray, b: Any) -> np.ndarray:
+        before = self._tape.n_calls
+        out = op(a, b)
+        return out if self._tape.n_calls > before else self._tape.note(out, plain, a, b, out)
+
+    def rows(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Note `CpuBackend.rows`."""
+        out = self._backend.rows(x, index)
+        return self._tape.note(out, _take, x, index, out)
+
+    def take(self, table: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Note `CpuBackend.take`."""
+        self._check_route(index)
+        return self.rows(table, index)
 
     def route(self, logits: np.ndarray, n_used: int, gating: str, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
         """Note `CpuBackend.route`."""
-        experts, weights = self._backend.route(logits, n_used, gating, normalize)
-        self._tape.kernel(weights, "route", self._pool, logits, gating == "softmax", normalize, experts, weights)
-        self._routes += experts, weights
-        return experts, weights
+        self._routes += self._backend.route(logits, n_used, gating, normalize)
+        return self._routes[-2], self._routes[-1]
 
     def expert_linear(self, x: np.ndarray, w: PackedMatrix, experts: np.ndarray) -> np.ndarray:
         """Note `CpuBackend.expert_linear`."""
         self._check_route(experts)
-        out = self._backend.expert_linear(x, w, experts)
-        return self._tape.kernel(out, "expert_linear", self._pool, w.packed, x, w.pad, experts, out)
+        return self._backend.expert_linear(x, w, experts)
 
     def sum_experts(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Note `CpuBackend.sum_experts`."""
         self._check_route(weights)
-        out = self._backend.sum_experts(x, weights)
-        return self._tape.kernel(out, "sum_experts", self._pool, x, weights, out)
-
-    def take(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Note `CpuBackend.take`."""
-        self._check_route(index)
-        out = self._backend.take(rows, index)
-        return self._tape.note(out, _take_rows, rows, index, out)
+        return self._backend.sum_experts(x, weights)
 
     def _check_route(self, array: np.ndarray) -> None:
         """See that it is the router's own: what was made of that elsewhere is not on the tape."""
         if not any(array is known for known in self._routes):
             self._tape.complete = False
 
-    def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Note `CpuBackend.add`."""
-        out = self._backend.add(a, b)
-        if a.shape == b.shape:
-            return self._tape.kernel(out, "add", self._pool, a, b, out)
-        return self._tape.note(out, np.add, a, b, out)
 
-    def mul(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
-        """Note `CpuBackend.mul`."""
-        out = self._backend.mul(a, b)
-        if isinstance(b, float):
-            return self._tape.kernel(out, "scale", self._pool, a, b, out)
-        return self._tape.note(out, np.multiply, a, b, out)
-
-    def rows(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Note `CpuBackend.rows`."""
-        out = self._backend.rows(x, index)
-        return self._tape.note(out, _take_rows, x, index, out)
-
-    def rms_norm(self, x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
-        """Note `CpuBackend.rms_norm`."""
-        if w.size != x.shape[-1]:
-            self._tape.complete = False
-        out = self._backend.rms_norm(x, w, eps)
-        return self._tape.kernel(out, "rms_norm", self._pool, x, w, eps, out)
-
-    def gated(self, activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        """Note `CpuBackend.gated`."""
-        out, index = self._backend.gated(activation, gate, up), ACTIVATIONS.index(activation)
-        return self._tape.kernel(out, "gated", self._pool, index, gate, up, out)
-
-    def sigmoid(self, x: np.ndarray) -> np.ndarray:
-        """Note `CpuBackend.sigmoid`."""
-        out = self._backend.sigmoid(x)
-        return self._tape.kernel(out, "sigmoid", self._pool, x, out)
-
-    def softcap(self, x: np.ndarray, cap: float) -> np.ndarray:
-        """Note `CpuBackend.softcap`."""
-        out = self._backend.softcap(x, cap)
-        return self._tape.kernel(out, "softcap", self._pool, x, cap, out)
-
-    def rope_table(self, positions: np.ndarray, rope: Rope, factors: np.ndarray | None) -> CpuRopeTable:
-        """Note `CpuBackend.rope_table`."""
-        table = self._backend.rope_table(positions, rope, factors)
-        args = rope_table_args(self._pool, positions, rope, factors, table)
-        self._tape.kernel(table.cos, "rope_table", *args)
-        return table
-
-    def attention(
-        self,
-        q: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        cache: Any,
-        batch: Batch,
-        params: AttentionParams,
-        sinks: np.ndarray | None,
-        rope: CpuRopeTable | None = None,
-    ) -> np.ndarray:
-        """Note `CpuBackend.attention`."""
-        out = self._backend.attention(q, k, v, cache, batch, params, sinks, rope)
-        args = attention_args(self._pool, q, k, v, cache, batch, params, sinks, rope, out)
-        return self._tape.kernel(out, "attention", *args)
-
-
-def _subtract(tokens: np.ndarray, first: int, out: np.ndarray) -> None:
-    np.subtract(tokens, first, out=out, dtype=np.int64)
-
-
-def _take_rows(x: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
+def _take(x: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
     np.take(x, index, axis=0, out=out)

@@ -71,7 +71,7 @@ class CpuSteps:
         n_blocks = _LEAST_BLOCKS
         while n_blocks < batch.block_tables.shape[1]:
             n_blocks *= 2
-        key = n, len(batch.logit_rows), n_blocks
+        key = n, len(batch.logit_rows), n_blocks, batch.n_top
         # Those used last are last; what was used least recently goes first.
         shape = self._shapes.pop(key, None)
         if shape is None:
@@ -101,6 +101,7 @@ class CpuSteps:
             seq_lens=np.empty(n, np.int32),
             block_tables=np.empty((n, n_blocks), np.int32),
             logit_rows=np.empty(len(batch.logit_rows), np.int32),
+            n_top=batch.n_top,
         )
         _fill(own, batch)
         kept = None if residual is None else np.array(residual)

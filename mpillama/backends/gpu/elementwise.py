@@ -15,6 +15,9 @@ from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
 
 EXPERTS = Unit("experts.cu")
+# Values that a block of threads sorts at a time.
+_TOP_CHUNK = 2048
+TOP_K = Unit("top_k.cu", (("TOP_CHUNK", _TOP_CHUNK),))
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "swiglu_oai": 2}
 # Shorter rows have a warp each.
 _LONG_ROW = 1024
@@ -180,6 +183,27 @@ class ElementwiseOps:
         if n_tokens:
             self.device.launch(EXPERTS, "route", (n_tokens,), self.device.warp, args, shared=4 * n_expert)
         return experts, weights
+
+    def top_k(self, x: Array, k: int, first: int) -> Array:
+        """Return the largest of each row and their columns."""
+        return self._sort_chunks(x, x.shape[1], k, first, merge=False)
+
+    def merge_top_k(self, x: Array, k: int) -> Array:
+        """Return the largest of several results of `top_k`."""
+        return self._sort_chunks(x, x.shape[1] // 2, k, 0, merge=True)
+
+    def _sort_chunks(self, x: Array, n: int, k: int, first: int, merge: bool) -> Array:
+        """Leave the k largest of every chunk, until they are one chunk."""
+        n_rows = x.shape[0]
+        while True:
+            n_chunks = max(1, -(-n // _TOP_CHUNK))
+            out = self.device.empty((n_rows, n_chunks * 2 * k))
+            if n_rows:
+                sizes = np.int32(n), np.int32(k), np.int32(first), np.int32(merge)
+                self.device.launch(TOP_K, "top_k", (n_chunks, n_rows), 256, (x, *sizes, out), shared=8 * _TOP_CHUNK)
+            if n_chunks == 1:
+                return out
+            x, n, merge = out, n_chunks * k, True
 
 
 def _steps(shape: tuple[int, ...], out: tuple[int, ...]) -> list[int]:

@@ -23,12 +23,12 @@ _MAX_GRAPHS = 64
 # More sequences fill a device with each kernel.
 _MAX_TOKENS = 256
 
-_Key = tuple[int, int, int, int]
+_Key = tuple[int, ...]
 
 
 @dataclass
 class _Shape:
-    """Batches that look alike, and what is kept for them; ``graph`` and ``result`` once the second of them was run."""
+    """Batches that look alike, and what is kept for them; ``graph`` and ``result`` from the second of them on."""
 
     inputs: StepInputs
     residual: Array | None
@@ -57,7 +57,8 @@ class Steps:
         if not self.captures or not self._fits(batch):
             self._backend.begin_step(StepInputs(self._device, batch))
             return self._work(batch, None if residual is None else self._device.upload(residual))
-        key = len(batch.tokens), len(batch.logit_rows), seen_bound(batch), 0 if residual is None else residual.shape[1]
+        width = 0 if residual is None else residual.shape[1]
+        key = len(batch.tokens), len(batch.logit_rows), batch.n_top, seen_bound(batch), width
         # Those used last are last; what was used least recently goes first.
         shape = self._shapes.pop(key, None)
         if shape is None:
@@ -66,14 +67,16 @@ class Steps:
             shape = _Shape(StepInputs(self._device, batch), None if residual is None else self._device.upload(residual))
             self._shapes[key] = shape
             self._backend.begin_step(shape.inputs)
-            # Compiles kernels, and leaves as much memory as the recording will need.
-            with self._device.graph_memory():
-                return self._work(batch, shape.residual)
+            return self._work(batch, shape.residual)
         self._shapes[key] = shape
         shape.inputs.update(batch)
         if residual is not None:
             self._device.write(shape.residual, residual)
         if shape.graph is None:
+            # Done once now, it leaves as much memory as the recording will need, beside what other graphs keep.
+            self._backend.begin_step(shape.inputs)
+            with self._device.graph_memory():
+                self._work(batch, shape.residual)
             self._backend.begin_step(shape.inputs)
             shape.graph, shape.result = self._device.capture(lambda: self._work(batch, shape.residual))
         shape.graph.launch()

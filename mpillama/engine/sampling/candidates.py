@@ -17,7 +17,8 @@ class Candidates:
     """Tokens that may still be chosen. Filters return new candidates and never write into the arrays of old ones.
 
     logits: float32 (n,); -inf excludes a token although it is still counted
-    ids: int64 (n,), all different, or None while every token of the vocabulary is there: then the position is the id
+    ids: int64 (n,), all different but for -1, or None while every token of the vocabulary is there: then the position
+        is the id
     descending: whether the logits are known to be sorted, largest first
     peaks: of the logits' columns, where they are known: see `column_peaks`
     owned: whether the logits are a copy that nobody else has, so that `editable` need not make another
@@ -29,8 +30,18 @@ class Candidates:
     peaks: np.ndarray | None = None
     owned: bool = False
 
+    @classmethod
+    def of_top(cls, row: np.ndarray) -> Candidates:
+        """The largest logits of a vocabulary, from a row of `Backend.top_k`; tokens of -inf are counted, as -1."""
+        k = len(row) // 2
+        return cls(row[:k], row[k:].astype(np.int64), descending=True)
+
     def __len__(self) -> int:
         return len(self.logits)
+
+    def by_id(self) -> Candidates:
+        """The same in the order of the vocabulary."""
+        return self if self.ids is None else self.take(np.argsort(self.ids))
 
     def token(self, position: int) -> int:
         """The token id at a position."""

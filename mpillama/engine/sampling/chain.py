@@ -59,8 +59,10 @@ class Sampler:
         self._mirostat = Mirostat(p.mirostat, p.mirostat_ent, p.mirostat_lr, n_vocab) if p.mirostat else None
         self._adaptive = AdaptiveP(p.adaptive_target, p.adaptive_decay) if "adaptive_p" in p.samplers else None
         self._bias = _sum_biases(p.logit_bias, n_vocab)
+        self._forced = np.array([token for token, bias in self._bias.items() if bias == math.inf], np.int64)
         self._greedy = self._is_greedy()
         self._steps, self._last_steps = self._plan()
+        self._enough = self._plan_top()
         self.reset()
 
     def reset(self) -> None:
@@ -79,28 +81,41 @@ class Sampler:
         if generated and self._adaptive is not None:
             self._adaptive.accept(token)
 
-    def sample(self, logits: np.ndarray) -> int:
-        """The next token. logits: float32 (n_vocab,), left as they are.
+    def n_top(self) -> int:
+        """How many of the largest logits are enough for the next token, which is then the same; 0 if all are needed."""
+        lowers = self._penalties.lowers
+        return self._enough + lowers if self._enough and lowers is not None else 0
+
+    def sample(self, logits: np.ndarray | Candidates) -> int:
+        """The next token.
+
+        logits: float32 (n_vocab,), left as they are, or at least the `n_top` largest of them.
 
         Raises UserError if they contain NaN or +inf, or if no token is left to choose from.
         """
-        if logits.shape != (self.n_vocab,) or logits.dtype != np.float32:
+        if isinstance(logits, Candidates):
+            # The order of the vocabulary decides between tokens that a bias or penalty has made equal.
+            c = logits.by_id() if self._bias or self._penalties.active else logits
+        elif logits.shape == (self.n_vocab,) and logits.dtype == np.float32:
+            c = Candidates(logits)
+        else:
             raise ValueError(f"logits must be float32 ({self.n_vocab},), got {logits.dtype} {logits.shape}")
         # Raw bits, because NumPy promises them to stay the same in later versions; the top 53 make a float64 in [0, 1).
         first, second = self._bits.random_raw(2).tolist()
         u_xtc, u = (first >> 11) * 2.0**-53, (second >> 11) * 2.0**-53
         if self._greedy and not self._bias:
             # NaN, if there is one anywhere, counts as the largest.
-            likeliest = int(logits.argmax())
-            _check(logits, float(logits[likeliest]))
-            return likeliest
-        whole = Candidates(logits, peaks=column_peaks(logits))
-        _check(logits, whole.peak)
-        c = self._biased(whole)
-        if self._greedy and c.ids is None:
+            likeliest = int(c.logits.argmax())
+            _check(c, float(c.logits[likeliest]))
+            return c.token(likeliest)
+        if c.ids is None:
+            c = Candidates(c.logits, peaks=column_peaks(c.logits))
+        _check(c, c.peak)
+        c = self._biased(c)
+        if self._greedy and not len(self._forced):
             likeliest = int(c.logits.argmax())
             if c.logits[likeliest] > -math.inf:
-                return likeliest
+                return c.token(likeliest)
         if self._mirostat is not None:
             return self._mirostat.sample(filters.temperature(c, self.params.temp), u)
         for name in self._steps:
@@ -135,6 +150,16 @@ class Sampler:
             n -= 1
         plain = p.temp >= filters.GREEDY_TEMPERATURE and p.dynatemp_range <= 0 and self._adaptive is None
         return (steps[:n], steps[n:]) if plain else (steps, ())
+
+    def _plan_top(self) -> int:
+        """How many of the largest logits are enough while nothing is penalized; 0 if all are needed."""
+        if self._mirostat is not None or any(bias > 0 for bias in self._bias.values()):
+            return 0
+        steps = [name for name in (*self._steps, *self._last_steps) if name != "penalties"]
+        if self._greedy:
+            return 1 + len(self._bias)
+        # What comes before this must not look at the rest, nor make anything likelier; see `Penalties.lowers`.
+        return self.params.top_k + len(self._bias) if steps and steps[0] == "top_k" else 0
 
     def _is_greedy(self) -> bool:
         """Whether the samplers only narrow down to the likeliest token, so that there is no need to run them."""
@@ -171,16 +196,15 @@ class Sampler:
         raise ValueError(f"no sampler {name!r}")
 
     def _biased(self, c: Candidates) -> Candidates:
-        """The whole vocabulary with the biases added; where some are +inf, only the tokens that have it."""
+        """The candidates with the biases added; where some are +inf, only the tokens that have it."""
         if not self._bias:
             return c
+        if len(self._forced):
+            return c.take(self._forced)
+        at, found = c.find(np.fromiter(self._bias.keys(), np.int64))
         logits = c.editable()
-        for token, bias in self._bias.items():
-            if bias < math.inf:
-                logits[token] += np.float32(bias)
-        forced = np.array([token for token, bias in self._bias.items() if bias == math.inf], dtype=np.int64)
-        c = c.with_logits(logits, owned=True)
-        return c.take(forced) if len(forced) else c
+        logits[at] += np.fromiter(self._bias.values(), np.float32)[found]
+        return c.with_logits(logits, owned=True)
 
 
 def _sum_biases(logit_bias: tuple[tuple[int, float], ...], n_vocab: int) -> dict[int, float]:
@@ -194,7 +218,7 @@ def _sum_biases(logit_bias: tuple[tuple[int, float], ...], n_vocab: int) -> dict
     return total
 
 
-def _check(logits: np.ndarray, peak: float) -> None:
+def _check(c: Candidates, peak: float) -> None:
     """Raises UserError for logits nothing can be drawn from; ``peak`` is the largest, NaN if there is one anywhere."""
     if math.isfinite(peak):
         return
@@ -202,9 +226,9 @@ def _check(logits: np.ndarray, peak: float) -> None:
         raise UserError(
             "the model gave every token a logit of -inf; check that the file is intact and the model supported"
         )
-    bad = np.flatnonzero(np.isnan(logits) | (logits == np.inf))
+    bad = np.flatnonzero(np.isnan(c.logits) | (c.logits == np.inf))
     kind = "NaN" if math.isnan(peak) else "+inf"
     raise UserError(
-        f"the model produced {kind} at {len(bad)} of {len(logits)} logits, first at token {bad[0]}; "
+        f"the model produced {kind} at {len(bad)} of {len(c)} logits, first at token {c.token(bad[0])}; "
         "check that the file is intact, or try another backend or precision"
     )

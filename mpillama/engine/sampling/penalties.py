@@ -24,6 +24,13 @@ class Penalties:
         self._window: deque[int] = deque(maxlen=max(last_n, 0))
         self._counts: dict[int, int] = {}
 
+    @property
+    def lowers(self) -> int | None:
+        """How many tokens it makes less likely now; None if it may make some likelier."""
+        if self.repeat < 1 or self.frequency < 0 or self.presence < 0:
+            return None
+        return len(self._counts)
+
     def accept(self, token: int) -> None:
         """Adds a token to the window; the oldest leaves it when it is full."""
         if not self.active:

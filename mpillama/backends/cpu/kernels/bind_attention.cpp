@@ -1,4 +1,4 @@
-// Python's view of `attention_cache.h` and `elementwise_ops.h`.
+// Python's view of `attention_cache.h`, `elementwise_ops.h` and `top_k.h`.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -14,6 +14,7 @@
 #include "attention_cache.h"
 #include "calls.h"
 #include "elementwise_ops.h"
+#include "top_k.h"
 
 namespace nb = nanobind;
 using namespace mpillama;
@@ -151,6 +152,27 @@ void bind_sum_experts(Pool& pool, const ConstFloats& x, const ConstFloats& weigh
   sum_experts(pool, x.data(), weights.data(), out.data(), x.shape(0), x.shape(1), x.shape(2));
 }
 
+// k of each row, by the size of what it is written to.
+size_t top_size(const ConstFloats& x, const Floats& out) {
+  check(x.ndim() == 2 && out.ndim() == 2 && x.shape(0) == out.shape(0), "out has other rows than x");
+  check(out.shape(1) > 0 && out.shape(1) % 2 == 0, "out has no pairs");
+  return out.shape(1) / 2;
+}
+
+void bind_top_k(Pool& pool, const ConstFloats& x, uint32_t first, const Floats& out) {
+  const size_t k = top_size(x, out);
+  check(first + x.shape(1) <= size_t(1) << 24, "columns cannot be numbers");
+  const Released released;
+  top_k(pool, x.data(), x.shape(0), x.shape(1), k, first, out.data());
+}
+
+void bind_merge_top_k(Pool& pool, const ConstFloats& x, const Floats& out) {
+  const size_t k = top_size(x, out);
+  check(x.shape(1) % (2 * k) == 0, "x is not made of results of top_k");
+  const Released released;
+  merge_top_k(pool, x.data(), x.shape(0), x.shape(1) / (2 * k), k, out.data());
+}
+
 void bind_route(Pool& pool, const ConstFloats& logits, bool softmax_of_all, bool normalize, const Indices& experts,
                 const Floats& weights) {
   check(logits.ndim() == 2 && experts.ndim() == 2 && weights.ndim() == 2, "wrong number of axes");
@@ -189,26 +211,35 @@ void bind_attention(nb::module_& m, nb::class_<Calls>& calls) {
   m.def("copy_blocks", bind_copy_blocks, nb::arg("cache"), nb::arg("copies"),
         "Copy blocks of keys and values, int32 (C, 2): source, destination; see Batch.copies.\n\n"
         "Raises:\n    ValueError: there is no such block.");
-  bind_kernel(m, calls, "attention", bind_attend, pool, nb::arg("cache"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("positions"),
-        nb::arg("seq_lens"), nb::arg("tables"), nb::arg("kv_heads"), nb::arg("scale"), nb::arg("softcap"),
-        nb::arg("window"), nb::arg("sinks").none(), nb::arg("cos").none(), nb::arg("sin").none(),
-        nb::arg("neox"), out,
-        "Rotate q and k by cos and signed sin (T, n_rot) if these are given, store k and v, then attend; see "
-        "Backend.attention.");
+  bind_kernel(m, calls, "attention", bind_attend, pool, nb::arg("cache"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
+              nb::arg("positions"), nb::arg("seq_lens"), nb::arg("tables"), nb::arg("kv_heads"), nb::arg("scale"),
+              nb::arg("softcap"), nb::arg("window"), nb::arg("sinks").none(), nb::arg("cos").none(), nb::arg("sin").none(),
+              nb::arg("neox"), out,
+              "Rotate q and k by cos and signed sin (T, n_rot) if these are given, store k and v, then attend; see "
+              "Backend.attention.");
   bind_kernel(m, calls, "gated", bind_gated, pool, nb::arg("activation"), nb::arg("gate"), nb::arg("up"), out,
-        "out = act(gate) * up; activation 0: silu, 1: gelu, 2: swiglu_oai.");
+              "out = act(gate) * up; activation 0: silu, 1: gelu, 2: swiglu_oai.");
   bind_kernel(m, calls, "sigmoid", bind_sigmoid, pool, x, out, "out = 1 / (1 + exp(-x)).");
   bind_kernel(m, calls, "softcap", bind_softcap, pool, x, nb::arg("cap"), out, "out = cap * tanh(x / cap).");
-  bind_kernel(m, calls, "add", bind_binary<Binary::add>, pool, nb::arg("a"), nb::arg("b"), out, "out = a + b, b repeated along the first axes.");
-  bind_kernel(m, calls, "mul", bind_binary<Binary::mul>, pool, nb::arg("a"), nb::arg("b"), out, "out = a * b, b repeated along the first axes.");
+  bind_kernel(m, calls, "add", bind_binary<Binary::add>, pool, nb::arg("a"), nb::arg("b"), out,
+              "out = a + b, b repeated along the first axes.");
+  bind_kernel(m, calls, "mul", bind_binary<Binary::mul>, pool, nb::arg("a"), nb::arg("b"), out,
+              "out = a * b, b repeated along the first axes.");
   bind_kernel(m, calls, "scale", bind_scale, pool, nb::arg("a"), nb::arg("factor"), out, "out = factor * a.");
-  bind_kernel(m, calls, "rms_norm", bind_rms_norm, pool, x, nb::arg("w"), nb::arg("eps"), out, "Each run of w.size elements over its rms, times w.");
+  bind_kernel(m, calls, "rms_norm", bind_rms_norm, pool, x, nb::arg("w"), nb::arg("eps"), out,
+              "Each run of w.size elements over its rms, times w.");
   bind_kernel(m, calls, "rope", bind_rope, pool, x, nb::arg("cos"), nb::arg("sin"), nb::arg("neox"), out,
-        "Rotate heads x (T, H, D) by cos and signed sin (T, n_rot).");
+              "Rotate heads x (T, H, D) by cos and signed sin (T, n_rot).");
   bind_kernel(m, calls, "rope_table", bind_rope_table, pool, nb::arg("positions"), nb::arg("theta"), nb::arg("factor"),
               nb::arg("neox"), nb::arg("cos").noconvert(), nb::arg("sin").noconvert(),
               "Cosines and signed sines (T, 2 P), times factor, of positions (T,) times theta (P,), for `rope`.");
-  bind_kernel(m, calls, "sum_experts", bind_sum_experts, pool, x, nb::arg("weights"), out, "out (T, N) = sum over K of weights (T, K) * x (T, K, N).");
+  bind_kernel(m, calls, "sum_experts", bind_sum_experts, pool, x, nb::arg("weights"), out,
+              "out (T, N) = sum over K of weights (T, K) * x (T, K, N).");
+  bind_kernel(m, calls, "top_k", bind_top_k, pool, x, nb::arg("first"), out,
+              "out (L, 2 k) = the largest of each row of x (L, V) and their columns; see Backend.top_k.");
+  bind_kernel(m, calls, "merge_top_k", bind_merge_top_k, pool, x, out,
+              "out (L, 2 k) = the largest of x (L, P * 2 k), several results of top_k.");
   bind_kernel(m, calls, "route", bind_route, pool, nb::arg("logits"), nb::arg("softmax_of_all"), nb::arg("normalize"),
-        nb::arg("experts").noconvert(), nb::arg("weights").noconvert(), "Choose experts: logits (T, E) to experts and weights (T, K).");
+              nb::arg("experts").noconvert(), nb::arg("weights").noconvert(),
+              "Choose experts: logits (T, E) to experts and weights (T, K).");
 }

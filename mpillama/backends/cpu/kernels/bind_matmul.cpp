@@ -18,6 +18,7 @@ namespace {
 using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ConstFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int64_t, nb::c_contig, nb::device::cpu>;
+using Tokens = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
 using Words = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Raw = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -93,11 +94,11 @@ void bind_expert_linear(Pool& pool, const PackedWeight& w, const ConstFloats& x,
   expert_linear(pool, w, input, n_tokens, n_used, experts.data(), out.data());
 }
 
-void bind_embedding(Pool& pool, const PackedWeight& w, const Indices& index, const Floats& out) {
+void bind_embedding(Pool& pool, const PackedWeight& w, const Tokens& tokens, int64_t first, const Floats& out) {
   check(w.n_mats > 0, "there is no matrix");
-  check(out.size() == index.size() * w.n_in, "out has the wrong size");
+  check(out.size() == tokens.size() * w.n_in, "out has the wrong size");
   const Released released;
-  embedding(pool, w, index.data(), index.size(), out.data());
+  embedding(pool, w, tokens.data(), first, tokens.size(), out.data());
 }
 
 }  // namespace
@@ -126,18 +127,20 @@ void bind_matmul(nb::module_& m, nb::class_<Calls>& calls) {
         "Pack rows, uint8 (n, row bytes), of which the first has the number `first`, counted through all matrices; nothing "
         "of the arguments is kept.\n\nRaises:\n    ValueError: they are not whole panels of 16 rows, or of the last of a "
         "matrix.");
-  bind_kernel(m, calls, "linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
-        "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
-  bind_kernel(m, calls, "linears", bind_linears, nb::arg("pool"), nb::arg("ws"), nb::arg("x"), nb::arg("pad"), nb::arg("outs"),
-        "linear with each of several matrices whose rows have the same size; outs are filled.");
-  bind_kernel(m, calls, "gated_linear", bind_gated_linear, nb::arg("pool"), nb::arg("activation"), nb::arg("gate"), nb::arg("up"),
-        nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
-        "out (T, n_rows) = act(x times gate) * (x times up); activations as in `gated`.");
+  bind_kernel(m, calls, "linear", bind_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),
+              nb::arg("out").noconvert(),
+              "out (T, n_rows) = x (T, width) times the first matrix; x meets its columns [pad, pad + width).");
+  bind_kernel(m, calls, "linears", bind_linears, nb::arg("pool"), nb::arg("ws"), nb::arg("x"), nb::arg("pad"),
+              nb::arg("outs"), "linear with each of several matrices whose rows have the same size; outs are filled.");
+  bind_kernel(m, calls, "gated_linear", bind_gated_linear, nb::arg("pool"), nb::arg("activation"), nb::arg("gate"),
+              nb::arg("up"), nb::arg("x"), nb::arg("pad"), nb::arg("out").noconvert(),
+              "out (T, n_rows) = act(x times gate) * (x times up); activations as in `gated`.");
   bind_kernel(m, calls, "expert_linear", bind_expert_linear, nb::arg("pool"), nb::arg("w"), nb::arg("x"), nb::arg("pad"),
-        nb::arg("experts"), nb::arg("out").noconvert(),
-        "out (T, K, n_rows) = x (T, width) or (T, K, width) times matrices experts (T, K), int64.");
-  bind_kernel(m, calls, "embedding", bind_embedding, nb::arg("pool"), nb::arg("w"), nb::arg("index"), nb::arg("out").noconvert(),
-        "out (T, n_in) = rows index (T,), int64, of the first matrix; zeros where there is no such row.");
+              nb::arg("experts"), nb::arg("out").noconvert(),
+              "out (T, K, n_rows) = x (T, width) or (T, K, width) times matrices experts (T, K), int64.");
+  bind_kernel(m, calls, "embedding", bind_embedding, nb::arg("pool"), nb::arg("w"), nb::arg("tokens"),
+              nb::arg("first"), nb::arg("out").noconvert(),
+              "out (T, n_in) = rows tokens - first, int32 (T,), of the first matrix; zeros where there is no such row.");
   m.def("stream_gbps", stream_gbps, nb::arg("pool"), nb::arg("n_bytes"), nb::arg("seconds"),
         nb::call_guard<nb::gil_scoped_release>(),
         "Measure how fast all threads together read n_bytes of memory, sequentially, in 1e9 bytes/s (the median of the "

@@ -24,6 +24,8 @@ struct ElementwiseKernels {
   // One head of n, of which n_rot are rotated: element i times cos[i], plus its partner times sin[i], which has the sign.
   // Partners are n_rot / 2 apart (neox), or next to each other.
   void (*rope)(const float* x, const float* cos, const float* sin, size_t n_rot, bool neox, float* out, size_t n);
+  // The place of the first element that is above a bar, or no number; n if there is none.
+  size_t (*first_above)(const float* x, size_t n, float bar);
 };
 
 const ElementwiseKernels& elementwise_kernels_of(Level level);

@@ -110,8 +110,17 @@ void op_rope(const float* x, const float* cos, const float* sin, size_t n_rot, b
   for (size_t i = n_rot; i < n; i++) out[i] = x[i];
 }
 
-constexpr ElementwiseKernels elementwise_kernels{op_gated, op_sigmoid,    op_softcap,  op_add, op_mul,
-                                                 op_scale, op_accumulate, op_rms_norm, op_rope};
+size_t op_first_above(const float* x, size_t n, float bar) {
+  constexpr size_t width = Simd::width;
+  const F bars = Simd::all(bar);
+  size_t i = 0;
+  while (i + width <= n && Simd::at_most(Simd::load(x + i), bars)) i += width;
+  while (i < n && x[i] <= bar) i++;
+  return i;
+}
+
+constexpr ElementwiseKernels elementwise_kernels{op_gated, op_sigmoid,    op_softcap,  op_add,  op_mul,
+                                                 op_scale, op_accumulate, op_rms_norm, op_rope, op_first_above};
 
 }  // namespace
 }  // namespace mpillama

@@ -68,6 +68,7 @@ struct Simd {
   // Each pair of lanes exchanged.
   static F swap_pairs(F a) { return _mm512_permute_ps(a, 0xb1); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static bool at_most(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ) == 0xffff; }
   static float max_of(F a) { return _mm512_reduce_max_ps(a); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };

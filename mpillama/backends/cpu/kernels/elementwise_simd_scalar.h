@@ -78,6 +78,11 @@ struct Simd {
   static float sum(const F& a) {
     return (a.v[0] + a.v[4] + (a.v[2] + a.v[6])) + (a.v[1] + a.v[5] + (a.v[3] + a.v[7]));
   }
+  static bool at_most(const F& a, const F& b) {
+    int n = 0;
+    for (int i = 0; i < width; i++) n += a.v[i] <= b.v[i];
+    return n == width;
+  }
   static float max_of(const F& a) {
     float top = a.v[0];
     for (int i = 1; i < width; i++) top = a.v[i] > top ? a.v[i] : top;

@@ -10,17 +10,25 @@ namespace {
 constexpr int values_of_tile = 512;
 constexpr size_t ahead = 2048;
 
+// Floats whose upper halves are x in bf16, rounded to nearest. AVX512_BF16 has an instruction for it, which takes longer
+// than this, and then still a permutation.
+inline __m512i rounded(__m512 x) { return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)); }
+
+inline __m256i to_bf16(const float* x) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(_mm512_loadu_ps(x)), 16));
+}
+
 void tile_row(const float* x, size_t n_groups, int row, uint16_t* tiles) {
-  for (size_t g = 0; g < n_groups; g++)
-    _mm512_storeu_si512(tiles + g * values_of_tile + 32 * row,
-                        to_bf16(_mm512_loadu_ps(x + 32 * g), _mm512_loadu_ps(x + 32 * g + 16)));
+  for (size_t g = 0; g < n_groups; g++) {
+    __m256i* out = reinterpret_cast<__m256i*>(tiles + g * values_of_tile + 32 * row);
+    _mm256_storeu_si256(out, to_bf16(x + 32 * g));
+    _mm256_storeu_si256(out + 1, to_bf16(x + 32 * g + 16));
+  }
 }
 
 // Two columns as 16 pairs.
 inline void store_pairs(uint16_t* out, __m512 first, __m512 second) {
-  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(order), to_bf16(first, second)));
+  _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(first), 16), rounded(second)));
 }
 
 template <int type>

@@ -6,9 +6,11 @@
 #if MPILLAMA_X86
 #include <cpuid.h>
 #endif
-#if MPILLAMA_AMX && !MPILLAMA_EMULATE_AMX
+#if MPILLAMA_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "tile_trap.h"
 #endif
 
 namespace mpillama {
@@ -35,10 +37,8 @@ uint64_t enabled_state() {
 }
 
 bool amx_usable([[maybe_unused]] const Registers& seven, [[maybe_unused]] uint64_t state) {
-#if MPILLAMA_EMULATE_AMX
-  return true;
-#elif MPILLAMA_AMX
-  if (!bit(seven.d, 22) || !bit(seven.d, 24) || (state & 0x60000) != 0x60000 || !bit(cpuid(7, 1).a, 5)) return false;
+#if MPILLAMA_AMX
+  if (!bit(seven.d, 22) || !bit(seven.d, 24) || (state & 0x60000) != 0x60000) return false;
   // Tile data (state 18) is given to processes that ask: Documentation/arch/x86/xstate.rst of Linux.
   constexpr long arch_req_xcomp_perm = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, tile_data) == 0;
@@ -48,9 +48,7 @@ bool amx_usable([[maybe_unused]] const Registers& seven, [[maybe_unused]] uint64
 }
 #endif
 
-}  // namespace
-
-std::vector<Level> available_levels() {
+std::vector<Level> machine_levels() {
   std::vector<Level> levels{Level::scalar};
 #if MPILLAMA_X86
   const Registers one = cpuid(1, 0), seven = cpuid(7, 0);
@@ -67,6 +65,16 @@ std::vector<Level> available_levels() {
   return levels;
 }
 
+}  // namespace
+
+std::vector<Level> available_levels() {
+  std::vector<Level> levels = machine_levels();
+#if MPILLAMA_AMX
+  if (levels.back() == Level::avx512 && tiles_trapped()) levels.push_back(Level::amx);
+#endif
+  return levels;
+}
+
 const char* level_name(Level level) {
   switch (level) {
     case Level::scalar: return "scalar";
@@ -78,9 +86,8 @@ const char* level_name(Level level) {
 }
 
 Level choose_level(const std::string& name) {
+  if (name.empty()) return machine_levels().back();
   const std::vector<Level> levels = available_levels();
-  // The tile kernels are proven by emulation only, not on a machine that has tiles; until then they must be asked for.
-  if (name.empty()) return levels.back() == Level::amx ? Level::avx512 : levels.back();
   std::string have;
   for (Level level : levels) {
     if (name == level_name(level)) return level;

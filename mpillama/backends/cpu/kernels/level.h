@@ -8,12 +8,13 @@ namespace mpillama {
 // Each level includes those before it. avx2: AVX2, FMA, F16C. avx512: F, BW, VL, DQ, VNNI. amx: AMX tiles of bf16.
 enum class Level { scalar, avx2, avx512, amx };
 
-// The levels that this machine and this build have, in ascending order. Asks the kernel for the use of AMX tiles.
+// The levels that this machine and this build have, in ascending order. Asks the kernel for the use of AMX tiles, which are
+// there too if they are trapped (tile_trap.h).
 std::vector<Level> available_levels();
 
 const char* level_name(Level level);
 
-// "" means the highest available. Throws std::invalid_argument for an unknown name or a level that is not available.
+// "" means the highest that the machine itself has. Throws std::invalid_argument for an unknown name or a level that is not available.
 Level choose_level(const std::string& name);
 
 }  // namespace mpillama

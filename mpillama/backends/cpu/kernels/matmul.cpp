@@ -275,14 +275,15 @@ void expert_linear(Pool& pool, const PackedWeight& w, const Input& x, size_t n_t
   multiply(pool, w, x, plan, y);
 }
 
-void embedding(Pool& pool, const PackedWeight& w, const int64_t* index, size_t n, float* y) {
+void embedding(Pool& pool, const PackedWeight& w, const int32_t* tokens, int64_t first, size_t n, float* y) {
   const auto lock = pool.lock();
   const RowFn read_row = kernels_of(pool.level()).row[w.type];
   pool.parallel_for(n, 8, [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; i++) {
       float* row = y + i * w.n_in;
-      if (index[i] >= 0 && size_t(index[i]) < w.n_rows) {
-        read_row(w.codebook(), w.panel(0, size_t(index[i]) / 16), int(index[i] % 16), w.n_in, row);
+      const int64_t index = tokens[i] - first;
+      if (index >= 0 && size_t(index) < w.n_rows) {
+        read_row(w.codebook(), w.panel(0, size_t(index) / 16), int(index % 16), w.n_in, row);
       } else {
         std::fill(row, row + w.n_in, 0.0f);
       }

@@ -35,7 +35,7 @@ void gated_linear(Pool& pool, Activation activation, const PackedWeight& gate, c
 void expert_linear(Pool& pool, const PackedWeight& w, const Input& x, size_t n_tokens, size_t n_used,
                    const int64_t* experts, float* y);
 
-// Rows of matrix 0; zeros for an index outside of it.
-void embedding(Pool& pool, const PackedWeight& w, const int64_t* index, size_t n, float* y);
+// Rows tokens - first of matrix 0; zeros where there is no such row.
+void embedding(Pool& pool, const PackedWeight& w, const int32_t* tokens, int64_t first, size_t n, float* y);
 
 }  // namespace mpillama

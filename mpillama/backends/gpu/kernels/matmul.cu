@@ -46,18 +46,23 @@ typedef const float* X;
 #define X_ARGS const int *xq, const float *xd, const float *xs
 #define X_CALL xq, xd, xs
 
-// What 32 weights add to the product with one token's activations.
+// What 32 weights add to the product with one token's activations, given the products of their codes: where halves differ in
+// scale those of each half. d and sums are the token's.
+MPL_INLINE float scaled(int low, int high, const float* scale, const float* min, float d, const float* sums) {
+  float v = scale[0] * (float)low;
+  if (kHalves) v += scale[1] * (float)high;
+  v *= d;
+  if (kMin) v -= min[0] * sums[0] + min[1] * sums[1];
+  return v;
+}
+
 MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums) {
   int low = 0, high = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) low = dot4(s.q[i], a[i], low);
 #pragma unroll
   for (int i = 4; i < 8; i++) (kHalves ? high : low) = dot4(s.q[i], a[i], kHalves ? high : low);
-  float v = s.scale[0] * (float)low;
-  if (kHalves) v += s.scale[1] * (float)high;
-  v *= d;
-  if (kMin) v -= s.min[0] * sums[0] + s.min[1] * sums[1];
-  return v;
+  return scaled(low, high, s.scale, s.min, d, sums);
 }
 #endif
 
@@ -126,8 +131,19 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 MPL_EXPORT(matvec_experts)
 
-// -- many tokens: 256 threads, each with 4 rows and 2 tokens of a tile.
+// -- many tokens: 256 threads, each with 8 sums of a tile: 4 rows by 2 tokens, or 2 by 4 as matrix units have them.
 constexpr int kRows = 64, kTokens = 32;
+constexpr bool kMma = MPL_MMA && !MPL_FLOAT;
+
+// Where sum i of a thread lies in the tile.
+MPL_INLINE int row_of(int i) {
+  const int t = threadIdx.x;
+  return kMma ? t / 32 % 4 * 16 + t % 32 / 4 + i % 4 / 2 * 8 : t % 16 + i / 2 * 16;
+}
+MPL_INLINE int token_of(int i) {
+  const int t = threadIdx.x;
+  return kMma ? t / 128 * 16 + i / 4 * 8 + t % 4 * 2 + i % 2 : t / 16 + i % 2 * 16;
+}
 
 // `tiles` (n, 3): expert, first, count; `order`: the pairs, by expert; the answer of a negative expert is zero. Without them,
 // tile y is tokens 32 y to 32 y + 31.
@@ -143,8 +159,8 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
     n = tile[2];
     if (n == 0) return;
   }
-  const int t = threadIdx.x, row0 = blockIdx.x * kRows, my_row = t % 16, my_token = t / 16;
-  float sum[4][2] = {};
+  const int t = threadIdx.x, row0 = blockIdx.x * kRows;
+  float sum[8] = {};
 #if MPL_FLOAT
   constexpr int kDepth = 32;
   MPL_DYN_SHARED(float, shared);
@@ -165,10 +181,7 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
     __syncthreads();
     for (int i = 0; i < depth; i++)
 #pragma unroll
-      for (int a = 0; a < 4; a++)
-#pragma unroll
-        for (int b = 0; b < 2; b++)
-          sum[a][b] += ws[(my_row + 16 * a) * (kDepth + 1) + i] * xs[(my_token + 16 * b) * (kDepth + 1) + i];
+      for (int k = 0; k < 8; k++) sum[k] += ws[row_of(k) * (kDepth + 1) + i] * xs[token_of(k) * (kDepth + 1) + i];
     __syncthreads();
   }
 #else
@@ -196,41 +209,57 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
       af[t * 3] = here ? xd[at] : 0.f, af[t * 3 + 1] = here ? xs[at * 2] : 0.f, af[t * 3 + 2] = here ? xs[at * 2 + 1] : 0.f;
     }
     __syncthreads();
-    for (int i = 0; i < kSubs; i++)
+    for (int i = 0; i < kSubs; i++) {
+#if MPL_MMA
+      const int g = t % 32 / 4, word = t % 4;
+      const int *upper = wq + ((t / 32 % 4 * 16 + g) * kSubs + i) * 9, *lower = upper + 8 * kSubs * 9;
+      const int a[4] = {upper[word], lower[word], upper[4 + word], lower[4 + word]};
 #pragma unroll
-      for (int a = 0; a < 4; a++) {
+      for (int tile = 0; tile < 2; tile++) {
+        const int* column = aq + ((t / 128 * 16 + tile * 8 + g) * kSubs + i) * 9;
+        const int b[2] = {column[word], column[4 + word]};
+        int low[4] = {}, high[4] = {};
+        if (kHalves) mma<16>(low, a, b), mma<16>(high, a + 2, b + 1);
+        else mma<32>(low, a, b);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float *f = wf + (row_of(k) * kSubs + i) * 4, *x = af + (token_of(4 * tile + k) * kSubs + i) * 3;
+          sum[4 * tile + k] += scaled(low[k], high[k], f, f + 2, x[0], x + 1);
+        }
+      }
+#else
+#pragma unroll
+      for (int a = 0; a < 8; a += 2) {
         Sub s;
-        const int at = (my_row + 16 * a) * kSubs + i;
+        const int at = row_of(a) * kSubs + i;
 #pragma unroll
         for (int j = 0; j < 8; j++) s.q[j] = wq[at * 9 + j];
         s.scale[0] = wf[at * 4], s.scale[1] = wf[at * 4 + 1], s.min[0] = wf[at * 4 + 2], s.min[1] = wf[at * 4 + 3];
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
-          const int to = (my_token + 16 * b) * kSubs + i;
-          sum[a][b] += dot_sub(s, aq + to * 9, af[to * 3], af + to * 3 + 1);
+        for (int k = a; k < a + 2; k++) {
+          const int to = token_of(k) * kSubs + i;
+          sum[k] += dot_sub(s, aq + to * 9, af[to * 3], af + to * 3 + 1);
         }
       }
+#endif
+    }
     __syncthreads();
   }
 #endif
 #pragma unroll
-  for (int b = 0; b < 2; b++) {
-    const int token = my_token + 16 * b;
-    if (token >= n) continue;
-    float* to = y + (i64)(order ? order[first + token] : first + token) * n_rows;
-#pragma unroll
-    for (int a = 0; a < 4; a++)
-      if (row0 + my_row + 16 * a < n_rows) to[row0 + my_row + 16 * a] = sum[a][b];
+  for (int k = 0; k < 8; k++) {
+    const int token = token_of(k), row = row0 + row_of(k);
+    if (token < n && row < n_rows) y[(i64)(order ? order[first + token] : first + token) * n_rows + row] = sum[k];
   }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     matmul_tokens(const u8* w, i64 row_bytes, X_ARGS, float* y, int n_rows, int n_in, int n_tokens) {
   matmul(w, row_bytes, 0, nullptr, nullptr, 1, X_CALL, y, n_rows, n_in, n_tokens);
 }
 MPL_EXPORT(matmul_tokens)
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     matmul_experts(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, X_ARGS, float* y,
                    int n_rows, int n_in) {
   matmul(w, row_bytes, mat_bytes, tiles, order, share, X_CALL, y, n_rows, n_in, 0);
