@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +17,8 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
 _HISTORY_LINES = 1000
 # A launcher passes on a Ctrl-C that the terminal has delivered already.
 _SAME_CTRL_C = 0.3
+# How long a signal may go unnoticed that came just before the terminal was read.
+_UNNOTICED = 0.2
 
 
 def history_path(environ: Mapping[str, str]) -> Path:
@@ -109,15 +113,16 @@ class Console:
             return "\n".join([*lines, line])
 
     def _line(self, prompt: str) -> str | None:
-        if self._terminal:
-            try:
-                return input(prompt)
-            except EOFError:
-                return None
-        if self._asks:
-            self.write(prompt)
-        line = sys.stdin.readline()
-        return line.rstrip("\r\n") if line else None
+        with _noticing_signals():
+            if self._terminal:
+                try:
+                    return input(prompt)
+                except EOFError:
+                    return None
+            if self._asks:
+                self.write(prompt)
+            line = sys.stdin.readline()
+            return line.rstrip("\r\n") if line else None
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -144,3 +149,19 @@ class Console:
         """Write a remark that is no part of an answer."""
         stream: TextIO = sys.stdout if self._asks else sys.stderr
         print(f"{_DIM}{text}{_PLAIN}" if self._dims and self._asks else text, file=stream, flush=True)
+
+
+@contextmanager
+def _noticing_signals() -> Iterator[None]:
+    """Let what waits for input be interrupted now and then.
+
+    Python handles a signal between two of its own instructions, or when it interrupts a system call: one that comes
+    after the last instruction before such a call would have to wait until somebody types.
+    """
+    # Never taken back: an alarm that is still on its way would end the process.
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, _UNNOTICED, _UNNOTICED)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -22,7 +22,8 @@ def on_both(hosts: Hosts, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_text_over_two_hosts_is_that_of_one(hosts: Hosts) -> None:
-    arguments = ["generate", "-p", "Once upon a time", "-n", "32", "--temp", "0", "-t", "1"]
+    # Without --deterministic, words that are about as likely may change places.
+    arguments = ["generate", "-p", "Once upon a time", "-n", "32", "--temp", "0", "-t", "1", "--deterministic"]
     alone = subprocess.run(
         [*MPILLAMA.split(), *arguments], capture_output=True, text=True, cwd=ROOT, env=clean_environment()
     )
@@ -85,6 +86,7 @@ def test_each_host_answers_requests_of_its_own(hosts: Hosts) -> None:
     lines = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(40)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = ["batch", "-i", str(source), "-o", str(target), "-c", "1024", "-np", "4", "-t", "1", "-v"]
+    arguments += ["--deterministic"]
     told = on_both(hosts, *arguments)
     assert told.returncode == 0, told.stderr
     assert "4 ranks on 2 hosts, 2 replicas of 2 ranks" in told.stderr

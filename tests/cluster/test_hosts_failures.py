@@ -49,7 +49,7 @@ def assert_ended(hosts: Hosts, job: Job, *words: str, launcher_too: bool = True)
 
 def test_a_link_that_is_down_for_a_while_only_delays(hosts: Hosts) -> None:
     """TCP repeats what was lost, up to as long again after the link is back."""
-    arguments = [*TELL, "-n", "150"]
+    arguments = [*TELL, "-n", "150", "--deterministic"]
     alone = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=clean_environment())
     launch = [ROOT / "launch" / "hostfile.sh", hosts.file, 1]
     with hosts.started("hA", [*launch, *arguments, "--timeout", "30"]) as job:
@@ -84,5 +84,5 @@ def test_a_rank_that_is_killed_ends_the_job(hosts: Hosts, telling: Job) -> None:
     (victim,) = hosts.processes("hB", RANK)
     os.kill(victim, signal.SIGKILL)
     assert_ended(hosts, telling)
-    # The launcher says which one it was.
-    assert "hB" in telling.out.read_text() + telling.err.read_text()
+    # The launcher says which one it was; Open MPI's only if it hears of that before the library ends the other rank.
+    assert is_open_mpi() or "hB" in telling.out.read_text() + telling.err.read_text()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +81,12 @@ def run(arguments: Sequence[object], n_ranks: int = 0, limit: float = 60.0, **op
 
 
 def ranks_of(job: subprocess.Popen[str], n_ranks: int, limit: float = 20.0) -> list[int]:
-    """Return the process ids of a job's ranks, once all are there."""
+    """Return the process ids of a job's ranks in their order, once all are there."""
     began = time.monotonic()
     while time.monotonic() - began < limit:
         found = [pid for pid in _descendants(job.pid) if _is_rank(pid)]
         if len(found) == n_ranks:
-            return sorted(found)
+            return sorted(found, key=_rank_of)
         time.sleep(0.05)
     pytest.fail(f"{n_ranks} ranks did not appear within {limit} s")
 
@@ -108,3 +109,13 @@ def _is_rank(pid: int) -> bool:
     except OSError:
         return False
     return b"python" in words[0] and b"mpillama" in words
+
+
+def _rank_of(pid: int) -> int:
+    """Return the rank that a process is; their ids are in the same order until these begin anew at a small number."""
+    with suppress(OSError):
+        for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            name, _, value = word.partition(b"=")
+            if name in (b"PMI_RANK", b"OMPI_COMM_WORLD_RANK"):
+                return int(value)
+    return 0
