@@ -53,7 +53,7 @@ test-unit: $(VENV)/.test
 	$(PY) -m pytest tests/unit -n auto --maxprocesses 8 $(ARGS)
 
 test-jobs: $(VENV)/.test
-	$(PY) -m pytest $(JOBS) $(ARGS)
+	$(PY) -m pytest $(JOBS) -n 3 --dist loadfile $(ARGS)
 
 test-mpi: $(VENV)/.test
 	@failed=; for n in $(RANKS); do \
@@ -63,7 +63,7 @@ test-mpi: $(VENV)/.test
 	if [ -n "$$failed" ]; then echo "MPI tests failed on these numbers of ranks:$$failed"; exit 1; fi
 
 test-cluster: $(VENV)/.test
-	$(PY) -m pytest tests/cluster $(ARGS)
+	$(PY) -m pytest tests/cluster -n 2 --dist loadfile $(ARGS)
 
 # The jobs whose start, end and signals are the launcher's business; what ranks compute does not depend on it.
 OPENMPI_JOBS = $(patsubst %,tests/jobs/test_%.py,batch failures generate mixed replica_jobs serve stuck)

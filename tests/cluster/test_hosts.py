@@ -85,8 +85,8 @@ def test_each_host_answers_requests_of_its_own(hosts: Hosts) -> None:
     body = {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0}
     lines = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(40)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    arguments = ["batch", "-i", str(source), "-o", str(target), "-c", "1024", "-np", "4", "-t", "1", "-v"]
-    arguments += ["--deterministic"]
+    # Matrix units, which round otherwise, take products of many tokens: two prompts are few.
+    arguments = ["batch", "-i", str(source), "-o", str(target), "-c", "1024", "-np", "2", "-t", "1", "-v"]
     told = on_both(hosts, *arguments)
     assert told.returncode == 0, told.stderr
     assert "4 ranks on 2 hosts, 2 replicas of 2 ranks" in told.stderr

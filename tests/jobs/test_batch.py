@@ -61,6 +61,7 @@ def test_killed_again_and_again(tmp_path):
     ended = run(command(source, target), 2, limit=60 + N_LINES)
     assert ended.code == 0, ended.err
     assert "complete" in ended.err
+    assert all(line.startswith("mpillama batch: ") for line in ended.err.splitlines()), ended.err
     found = answers(target)
     assert set(found) == {f"r{i}" for i in range(N_LINES)}
     assert all(line["response"]["status_code"] == 200 for line in found.values())

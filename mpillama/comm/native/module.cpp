@@ -142,6 +142,8 @@ void bind_numbers(nb::class_<Segment>& c) {
 
 NB_MODULE(_shm, m) {
   m.doc() = "Collectives of the ranks of one host, through shared memory.";
+  // A process may end while threads of it still hold objects, of which users need not hear.
+  nb::set_leak_warnings(false);
   nb::class_<Segment> c(m, "Segment", "One rank's view of the memory that the ranks of a group on one host share.");
   c.def("__init__",
         [](Segment* self, const Bytes& memory, int rank, int size, size_t capacity, int spins) {

@@ -19,6 +19,8 @@ void bind_attention(nb::module_& m, nb::class_<Calls>& calls);
 
 NB_MODULE(_cpu, m) {
   m.doc() = "Native kernels of the CPU backend.";
+  // A process may end while threads of it still hold objects, of which users need not hear.
+  nb::set_leak_warnings(false);
   m.def(
       "levels",
       [] {
