@@ -10,6 +10,7 @@ import numpy as np
 
 from mpillama.backends.base import Batch
 from mpillama.backends.cpu.recorder import Recorder, Tape
+from mpillama.backends.recent import Recent
 
 if TYPE_CHECKING:
     from mpillama.backends.cpu.backend import CpuBackend
@@ -59,7 +60,7 @@ class CpuSteps:
 
     def __init__(self, backend: CpuBackend, ops: Recording, work: Work) -> None:
         self._backend, self._ops, self._work = backend, ops, work
-        self._shapes: dict[tuple[int, ...], _Shape] = {}
+        self._shapes: Recent[tuple[int, ...], _Shape] = Recent(_MAX_SHAPES)
         # Sequences of a step that is worth keeping; 0 if the model's cannot be recorded.
         self._max_tokens = _MAX_TOKENS
 
@@ -72,15 +73,11 @@ class CpuSteps:
         while n_blocks < batch.block_tables.shape[1]:
             n_blocks *= 2
         key = n, len(batch.logit_rows), n_blocks, batch.n_top
-        # Those used last are last; what was used least recently goes first.
-        shape = self._shapes.pop(key, None)
+        shape = self._shapes.get(key)
         if shape is None:
             # A shape that comes once is not worth it.
-            if len(self._shapes) >= _MAX_SHAPES:
-                del self._shapes[next(iter(self._shapes))]
-            self._shapes[key] = _Shape()
+            self._shapes.put(key, _Shape())
             return self._work(batch, residual)
-        self._shapes[key] = shape
         if shape.tape is None:
             return self._record(shape, batch, residual, n_blocks)
         assert shape.batch is not None

@@ -16,14 +16,13 @@ from mpillama.backends.base import Batch
 from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.device import Array, Graph
 from mpillama.backends.gpu.inputs import StepInputs, seen_bound
+from mpillama.backends.recent import Recent
 
 Work = Callable[[Batch, "Array | None"], Array]
 
 _MAX_GRAPHS = 64
 # More sequences fill a device with each kernel.
 _MAX_TOKENS = 256
-
-_Key = tuple[int, ...]
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Steps:
     def __init__(self, backend: GpuBackend, work: Work, capture: bool) -> None:
         self._backend, self._device, self._work = backend, backend.device, work
         self.captures = capture and self._device.can_capture
-        self._shapes: dict[_Key, _Shape] = {}
+        self._shapes: Recent[tuple[int, ...], _Shape] = Recent(_MAX_GRAPHS)
 
     def __call__(self, batch: Batch, residual: np.ndarray | None) -> Array:
         """Run a batch. The result is good until the next one."""
@@ -59,16 +58,12 @@ class Steps:
             return self._work(batch, None if residual is None else self._device.upload(residual))
         width = 0 if residual is None else residual.shape[1]
         key = len(batch.tokens), len(batch.logit_rows), batch.n_top, seen_bound(batch), width
-        # Those used last are last; what was used least recently goes first.
-        shape = self._shapes.pop(key, None)
+        shape = self._shapes.get(key)
         if shape is None:
-            if len(self._shapes) >= _MAX_GRAPHS:
-                del self._shapes[next(iter(self._shapes))]
             shape = _Shape(StepInputs(self._device, batch), None if residual is None else self._device.upload(residual))
-            self._shapes[key] = shape
+            self._shapes.put(key, shape)
             self._backend.begin_step(shape.inputs)
             return self._work(batch, shape.residual)
-        self._shapes[key] = shape
         shape.inputs.update(batch)
         if residual is not None:
             self._device.write(shape.residual, residual)
