@@ -86,13 +86,7 @@ struct Simd {
     t = _mm_max_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
   }
-  static void prefetch(const void* p) {
-    if (lookahead.first_level) {
-      _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-    } else {
-      _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-    }
-  }
+  static void prefetch(const void* p) { fetch_line(p); }
 };
 
 using F = Simd::F;

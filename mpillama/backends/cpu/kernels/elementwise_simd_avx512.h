@@ -71,13 +71,7 @@ struct Simd {
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static bool at_most(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ) == 0xffff; }
   static float max_of(F a) { return _mm512_reduce_max_ps(a); }
-  static void prefetch(const void* p) {
-    if (lookahead.first_level) {
-      _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-    } else {
-      _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-    }
-  }
+  static void prefetch(const void* p) { fetch_line(p); }
 };
 
 using F = Simd::F;

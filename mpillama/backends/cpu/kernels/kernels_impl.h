@@ -14,12 +14,7 @@ constexpr int parts = 16 / Vec::lanes;
 
 // Asks for memory that will be read after the n bytes at p.
 inline void fetch_ahead(const uint8_t* p, size_t n) {
-  p += lookahead.bytes;
-  if (lookahead.first_level) {
-    for (size_t i = 0; i < n; i += 64) Vec::prefetch(p + i);
-  } else {
-    for (size_t i = 0; i < n; i += 64) Vec::prefetch_second_level(p + i);
-  }
+  for (size_t i = 0; i < n; i += 64) Vec::prefetch(p + lookahead.bytes + i);
 }
 
 inline float load_float(const uint8_t* p) {

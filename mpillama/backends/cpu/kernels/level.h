@@ -26,4 +26,13 @@ struct Lookahead {
 };
 extern const Lookahead lookahead;
 
+// Asks for the line of memory at p, in that way.
+static inline void fetch_line(const void* p) {
+  if (lookahead.first_level) {
+    __builtin_prefetch(p, 0, 3);
+  } else {
+    __builtin_prefetch(p, 0, 2);
+  }
+}
+
 }  // namespace mpillama

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "level.h"
+
 namespace mpillama {
 namespace {
 
@@ -117,8 +119,7 @@ struct Vec {
     }
   }
   static void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
-  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-  static void prefetch_second_level(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch(const uint8_t* p) { fetch_line(p); }
 
   static float quantize(const float* x, int8_t* q, int32_t* sums) {
     const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);

@@ -127,7 +127,6 @@ struct Vec {
   static void store(float* p, const Float& a, int n) { std::memcpy(p, a.v, size_t(n) * 4); }
   static void store_bytes(uint8_t* p, const Bytes& a) { std::memcpy(p, a.v, 64); }
   static void prefetch(const uint8_t*) {}
-  static void prefetch_second_level(const uint8_t*) {}
 
   // 32 values of x as int8 with one factor; the sums of the first and the last 16.
   static float quantize(const float* x, int8_t* q, int32_t* sums) {
