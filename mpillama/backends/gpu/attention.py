@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
 from mpillama.backends.gpu.device import Array, Device, Unit
+from mpillama.backends.gpu.elementwise import GpuRopeTable
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.gpu.launcher import int32
 from mpillama.backends.gpu.matmul import MatmulOps
@@ -98,13 +99,16 @@ class AttentionOps(MatmulOps):
         batch: Batch,
         params: AttentionParams,
         sinks: Array | None,
+        rope: GpuRopeTable | None = None,
     ) -> Array:
-        """Store k and v of the step's tokens, then attend; see `Backend.attention`.
+        """Rotate q and k, store k and v of the step's tokens, then attend; see `Backend.attention`.
 
         Raises:
             ValueError: sizes or indices do not fit together; a mistake of the caller.
         """
         _check(q, k, v, cache, batch, params)
+        if rope is not None:
+            q, k = self.rope(q, rope), self.rope(k, rope)
         if self.inputs is None or self.inputs.batch is not batch:
             self.inputs = StepInputs(self.device, batch)
         self.inputs.check(int(cache.keys.shape[0]), params.window)

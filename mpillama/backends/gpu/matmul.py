@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,14 @@ class MatmulOps(ElementwiseOps):
             grid = (-(-w.n_rows // _TILE_ROWS), -(-n_tokens // _TILE_TOKENS))
             self.device.launch(w.unit, "matmul_tokens", grid, 256, (*args, np.int32(n_tokens)), self._shared(w))
         return out
+
+    def linears(self, x: Array, ws: Sequence[GpuMatrix]) -> list[Array]:
+        """Return `linear` of each of several matrices."""
+        return [self.linear(x, w) for w in ws]
+
+    def gated_linear(self, activation: str, x: Array, gate: GpuMatrix, up: GpuMatrix) -> Array:
+        """Return `gated` of two `linear`."""
+        return self.gated(activation, self.linear(x, gate), self.linear(x, up))
 
     def expert_linear(self, x: Array, w: GpuMatrix, experts: Array) -> Array:
         """Multiply each token by the matrices of its experts."""
