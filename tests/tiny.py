@@ -55,8 +55,13 @@ _F16_AT = {
 }
 
 
-def random_blocks(rng: np.random.Generator, type: GGMLType, shape: Sequence[int], size: float = 0.02) -> np.ndarray:
-    """Return the bytes of a random tensor, uint8 (..., row bytes); ``shape`` has its in axis last."""
+def random_blocks(
+    rng: np.random.Generator, type: GGMLType, shape: Sequence[int], size: float = 0.02, byte: int | None = None
+) -> np.ndarray:
+    """Return the bytes of a random tensor, uint8 (..., row bytes); ``shape`` has its in axis last.
+
+    Of quantized types all bytes may be the same one, but for the factors of blocks.
+    """
     *lead, n_in = shape
     if type in (GGMLType.F32, GGMLType.F16, GGMLType.BF16):
         x = (rng.standard_normal((*lead, n_in)) * size * 4).astype(np.float32)
@@ -65,7 +70,8 @@ def random_blocks(rng: np.random.Generator, type: GGMLType, shape: Sequence[int]
         if type == GGMLType.BF16:
             return (x.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
         return x.view(np.uint8)
-    raw = rng.integers(0, 256, (*lead, row_bytes(type, n_in)), dtype=np.uint8)
+    low, high = (0, 256) if byte is None else (byte, byte + 1)
+    raw = rng.integers(low, high, (*lead, row_bytes(type, n_in)), dtype=np.uint8)
     blocks = raw.reshape(-1, type.block_bytes)
     for at in _F16_AT.get(type, ()):
         factor = rng.uniform(0.2, 1.0, len(blocks)) * size / (16 if type.block_size == 256 else 4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpillama.backends.base import RawWeight
-from mpillama.backends.quants import SUPPORTED
+from mpillama.backends.quants import SUPPORTED, dequantize
 from mpillama.gguf.types import GGMLType, row_bytes
 from products import error, make_weight
 from tiny import random_blocks
@@ -62,6 +62,22 @@ def test_linear(type, level, rng):
             assert y.shape == (n_tokens, n_rows)
             assert y.dtype == np.float32
             expect(y, x, floats[0], type, level, n_tokens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("type", [type for type in TYPES if type not in FLOATS], ids=lambda t: t.name)
+def test_the_largest_codes_and_activations(type, level, rng):
+    """Sums of 16 bits hold what they are given, whatever the codes."""
+    backend = CpuBackend(1, (), level)
+    n_in = 2 * type.block_size
+    for byte in (0x00, 0x0F, 0x7F, 0x80, 0xF0, 0xFF):
+        raw = random_blocks(rng, type, (1, 16, n_in), byte=byte)
+        w = backend.weight(RawWeight("w", type, raw, n_in))
+        floats = dequantize(raw, type).astype(np.float64)
+        for n_tokens in (1, 2, 16):
+            x = np.repeat(rng.choice([-1.0, 1.0], (n_tokens, 1)), n_in, axis=1).astype(np.float32)
+            reference, size = rounded(x) @ floats[0].T, np.linalg.norm(np.abs(x) @ np.abs(floats[0].T))
+            assert error(backend.linear(x, w), reference, size) < 2e-6
 
 
 @pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)

@@ -155,4 +155,19 @@ constexpr Entries entries(Table table) {
   return {};
 }
 
+// The largest code; of codes of 8 bits and of entries the largest size, once 128 is taken from them.
+constexpr int largest_code(int type) {
+  const Format f = format_of(type);
+  if (f.table != Table::none) {
+    int largest = 0;
+    for (int entry : entries(f.table).values) {
+      const int size = entry < 128 ? 128 - entry : entry - 128;
+      if (entry && size > largest) largest = size;
+    }
+    return largest;
+  }
+  // A single bit stands for 2, and digits are up to 2.
+  return f.bits == 8 ? 128 : f.bits == 1 ? 2 : (1 << f.bits) - 1;
+}
+
 }  // namespace mpillama

@@ -1,5 +1,7 @@
 #include "vec_avx512.h"
 // After the vectors.
+#include "panel_impl.h"
+// After the products.
 #include "kernels_impl.h"
 
 namespace mpillama {

@@ -1,86 +1,14 @@
-// The kernels of `kernels.h` over whichever `Vec` was included before. Everything has internal linkage: what is compiled
+// The kernels of `kernels.h` over whichever `Vec`, and whichever product of quantized weights, was included before. Everything has internal linkage: what is compiled
 // for one instruction set must never be taken for that of another.
 #pragma once
 #include <cstring>
 
 #include "codec.h"
 #include "kernels.h"
-#include "level.h"
+#include "panel.h"
 
 namespace mpillama {
 namespace {
-
-constexpr int parts = 16 / Vec::lanes;
-
-// Asks for memory that will be read after the n bytes at p.
-inline void fetch_ahead(const uint8_t* p, size_t n) {
-  for (size_t i = 0; i < n; i += 64) Vec::prefetch(p + lookahead.bytes + i);
-}
-
-inline float load_float(const uint8_t* p) {
-  float value;
-  std::memcpy(&value, p, 4);
-  return value;
-}
-
-inline int32_t load_int(const uint8_t* p) {
-  int32_t value;
-  std::memcpy(&value, p, 4);
-  return value;
-}
-
-template <int type, int n>
-void quantized_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_units, const uint8_t* x, float* const* y, int n_rows) {
-  constexpr Format f = format_of(type);
-  constexpr bool wide = f.bits == 8 || f.table != Table::none;
-  constexpr int offset = wide && Vec::signed_codes ? f.offset - 128 : f.offset;
-  constexpr size_t d_at = 32 * n, sum_at = 36 * n, dsum_at = 40 * n, sums_at = 44 * n, dsums_at = 52 * n;
-  Vec::Float acc[parts][n];
-  for (int part = 0; part < parts; part++)
-    for (int i = 0; i < n; i++) acc[part][i] = Vec::all(0.0f);
-  for (size_t u = 0; u < n_units; u++, unit += unit_bytes(f)) {
-    fetch_ahead(unit, size_t(f.factor_bytes));
-    for (int g = 0; g < f.unit / 32; g++, x += int_group_bytes(n)) {
-      const uint8_t* group = unit + f.factor_bytes + size_t(g) * group_bytes(f);
-      fetch_ahead(group, group_bytes(f));
-      for (int part = 0; part < parts; part++) {
-        Vec::Bytes w[8];
-        unpack<type>(codebook, unit, g, part, w);
-        const FactorVecs fv = factors<type>(unit, g, part);
-#pragma GCC unroll 16
-        for (int i = 0; i < n; i++) {
-          const size_t at = size_t(i);
-          const int8_t* q = reinterpret_cast<const int8_t*>(x) + 32 * at;
-          const Vec::Float d = Vec::all(load_float(x + d_at + 4 * at));
-          Vec::Float& a = acc[part][i];
-          if constexpr (has_halves(f)) {
-            Vec::Int first = Vec::times<offset>(load_int(x + sums_at + 8 * at));
-            Vec::Int second = Vec::times<offset>(load_int(x + sums_at + 8 * at + 4));
-            for (int j = 0; j < 4; j++) {
-              first = Vec::dot<wide>(first, w[j], q + 4 * j);
-              second = Vec::dot<wide>(second, w[j + 4], q + 16 + 4 * j);
-            }
-            const Vec::Float v = Vec::mul(Vec::to_float(first), fv.s0);
-            a = Vec::fma(Vec::fma(Vec::to_float(second), fv.s1, v), d, a);
-            if constexpr (has_min(f)) {
-              a = Vec::fnma(fv.m0, Vec::all(load_float(x + dsums_at + 8 * at)), a);
-              a = Vec::fnma(fv.m1, Vec::all(load_float(x + dsums_at + 8 * at + 4)), a);
-            }
-          } else {
-            Vec::Int all = Vec::times<offset>(load_int(x + sum_at + 4 * at));
-            for (int j = 0; j < 8; j++) all = Vec::dot<wide>(all, w[j], q + 4 * j);
-            a = Vec::fma(Vec::mul(Vec::to_float(all), fv.s0), d, a);
-            if constexpr (has_min(f)) a = Vec::fnma(fv.m0, Vec::all(load_float(x + dsum_at + 4 * at)), a);
-          }
-        }
-      }
-    }
-  }
-  for (int part = 0; part < parts; part++) {
-    const int rest = n_rows - part * Vec::lanes;
-    for (int i = 0; i < n && rest > 0; i++) Vec::store(y[i] + part * Vec::lanes, acc[part][i], rest < Vec::lanes ? rest : Vec::lanes);
-  }
-}
 
 // Column k of a group of 32.
 template <int type>
@@ -113,14 +41,12 @@ void float_panel(const uint16_t*, const uint8_t* group, size_t n_groups, const u
         }
       }
   }
-  for (int part = 0; part < parts; part++) {
-    const int rest = n_rows - part * Vec::lanes;
-    for (int i = 0; i < n && rest > 0; i++) {
+  for (int part = 0; part < parts; part++)
+    store_rows(y, n, part, n_rows, [&](int i) {
       Vec::Float sum = acc[part][i][0];
       for (int c = 1; c < chains; c++) sum = Vec::add(sum, acc[part][i][c]);
-      Vec::store(y[i] + part * Vec::lanes, sum, rest < Vec::lanes ? rest : Vec::lanes);
-    }
-  }
+      return sum;
+    });
 }
 
 template <int type, int log>

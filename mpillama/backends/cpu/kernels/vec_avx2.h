@@ -15,7 +15,7 @@ struct Vec {
   // vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits: codes above 127 would not fit, so that codes
   // of 8 bits are made signed, and their sign moved over to x.
   static constexpr bool signed_codes = true;
-  static constexpr int block_sizes = 1 | 2 | 4;  // for how many tokens there are kernels
+  static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16;  // for how many tokens there are kernels
 
   using Bytes = __m256i;
   struct Int { __m256i v; };
@@ -76,16 +76,41 @@ struct Vec {
     if (!factor) return {_mm256_setzero_si256()};
     return {_mm256_slli_epi32(_mm256_set1_epi32(value), __builtin_ctz(unsigned(factor)))};
   }
-  template <bool wide> static Int dot(Int a, Bytes w, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    const __m256i xs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-    if (wide) {
-      const __m256i value = _mm256_xor_si256(w, _mm256_set1_epi8(char(0x80)));
-      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(xs, value));
-      return {_mm256_add_epi32(a.v, _mm256_madd_epi16(pairs, ones))};
+  // Codes as they are unpacked, and as vpmaddubsw wants them: unsigned, or as sizes and what has the signs.
+  struct Raw {
+    __m256i codes;
+    Raw() = default;
+    explicit Raw(Bytes codes) : codes(codes) {}
+  };
+  template <bool wide> struct Codes {
+    __m256i size, value;
+    Codes() = default;
+    explicit Codes(Bytes codes) : size(codes) {
+      if (!wide) return;
+      value = _mm256_xor_si256(codes, _mm256_set1_epi8(char(0x80)));
+      size = _mm256_abs_epi8(value);
     }
-    return {_mm256_add_epi32(a.v, _mm256_madd_epi16(_mm256_maddubs_epi16(w, xs), ones))};
+    explicit Codes(Raw raw) : Codes(raw.codes) {}
+  };
+  // Four values of x, for each lane of 32 bits.
+  static Bytes four(const int8_t* x) {
+    int32_t values;
+    std::memcpy(&values, x, 4);
+    return _mm256_set1_epi32(values);
+  }
+  // Products with codes, neighbours added up in 16 bits; the sum of such; and neighbours of such added to a.
+  template <bool wide> static Bytes products(const Codes<wide>& w, Bytes x) {
+    return _mm256_maddubs_epi16(w.size, wide ? _mm256_sign_epi8(x, w.value) : x);
+  }
+  static Int add(Int a, Int b) { return {_mm256_add_epi32(a.v, b.v)}; }
+  static Bytes add16(Bytes a, Bytes b) { return at_once(_mm256_add_epi16(a, b)); }
+  static Int add_pairs(Int a, Bytes pairs) {
+    return {at_once(_mm256_add_epi32(a.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))))};
+  }
+  // Compilers like to put off all sums until there are more products than registers.
+  static __m256i at_once(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
   }
 
   static Float all(float value) { return _mm256_set1_ps(value); }

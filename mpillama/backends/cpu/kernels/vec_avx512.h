@@ -78,10 +78,13 @@ struct Vec {
     if (!factor) return {_mm512_setzero_si512()};
     return {_mm512_slli_epi32(_mm512_set1_epi32(value), __builtin_ctz(unsigned(factor)))};
   }
-  template <bool> static Int dot(Int a, Bytes w, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return {_mm512_dpbusd_epi32(a.v, w, _mm512_set1_epi32(four))};
+  template <bool, int, int n> static Int dots(Int a, const Bytes* w, const int8_t* x) {
+    for (int j = 0; j < n; j++) {
+      int32_t four;
+      std::memcpy(&four, x + 4 * j, 4);
+      a.v = _mm512_dpbusd_epi32(a.v, w[j], _mm512_set1_epi32(four));
+    }
+    return a;
   }
 
   static Float all(float value) { return _mm512_set1_ps(value); }

@@ -77,9 +77,10 @@ struct Vec {
     return each<uint16_t>(index, [&](uint16_t i) { return table[i]; });
   }
   template <int factor> static Int times(int32_t value) { Int r; for (int32_t& i : r.v) i = factor * value; return r; }
-  template <bool> static Int dot(Int a, const Bytes& w, const int8_t* x) {
-    for (int i = 0; i < 16; i++)
-      a.v[i] += w.v[4 * i] * x[0] + w.v[4 * i + 1] * x[1] + w.v[4 * i + 2] * x[2] + w.v[4 * i + 3] * x[3];
+  template <bool, int, int n> static Int dots(Int a, const Bytes* w, const int8_t* x) {
+    for (int j = 0; j < n; j++, w++, x += 4)
+      for (int i = 0; i < 16; i++)
+        a.v[i] += w->v[4 * i] * x[0] + w->v[4 * i + 1] * x[1] + w->v[4 * i + 2] * x[2] + w->v[4 * i + 3] * x[3];
     return a;
   }
 
