@@ -32,6 +32,9 @@ void quantized_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_uni
     fetch_ahead(unit, size_t(f.factor_bytes));
     for (int g = 0; g < f.unit / 32; g++, x += int_group_bytes(n)) {
       fetch_ahead(unit + f.factor_bytes + size_t(g) * group_bytes(f), group_bytes(f));
+      // Tokens come round for each panel, often from beyond the second cache, and nobody else asks for them in time.
+      if (n > 1)
+        for (size_t i = 0; i < int_group_bytes(n); i += 64) __builtin_prefetch(x + 2 * int_group_bytes(n) + i);
 #pragma GCC unroll 2
       for (int first = 0; first < parts; first += width) {
         using Kept = std::conditional_t<n == 1, Vec::Raw, Vec::Codes<wide>>;
