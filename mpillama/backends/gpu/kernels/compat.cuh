@@ -198,3 +198,60 @@ MPL_INLINE float block_sum(float v, float* scratch) {
   __syncthreads();
   return v;
 }
+
+// -- bytes on their way
+
+struct __align__(16) Quad { u32 x, y, z, w; };
+MPL_INLINE u32 word_of(Quad q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+
+// 32 of 64 bits, from bit 0 <= shift < 32 on.
+MPL_INLINE u32 shift_pair(u32 low, u32 high, int shift) {
+#if defined(MPL_HIP)
+  return __builtin_amdgcn_alignbit(high, low, shift);
+#elif defined(MPL_EMULATE)
+  return (u32)(((u64)high << 32 | low) >> shift);
+#else
+  return __funnelshift_r(low, high, shift);
+#endif
+}
+
+// Copies of 16 bytes from global to shared memory that go on while the thread does other things (PTX ISA, "cp.async"). Those
+// started since the last `commit` are a group; wait<N> returns when all of this thread's groups but the last N are there, for
+// this thread: others of the warp need a __syncwarp too.
+#if defined(MPL_EMULATE)
+#define MPL_ASYNC (MPL_WARP == 32)
+#elif defined(MPL_HIP) || !defined(__CUDA_ARCH__)
+#define MPL_ASYNC 0
+#else
+#define MPL_ASYNC (__CUDA_ARCH__ >= 800)
+#endif
+
+#if MPL_ASYNC
+#if defined(MPL_EMULATE)
+// The bytes come as late as they may, and what was there before is gone at once.
+struct Copies {
+  struct Copy { void* to; const void* from; int group; };
+  std::vector<Copy> open;
+  int group = 0;
+
+  void start(void* to, const void* from) {
+    memset(to, 0xFD, 16);
+    open.push_back({to, from, group});
+  }
+  void commit() { group++; }
+  template <int N> void wait() {
+    size_t n = 0;
+    for (; n < open.size() && open[n].group < group - N; n++) memcpy(open[n].to, open[n].from, 16);
+    open.erase(open.begin(), open.begin() + n);
+  }
+};
+#else
+struct Copies {
+  __device__ __forceinline__ void start(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+  }
+  __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+};
+#endif
+#endif

@@ -2,9 +2,8 @@
 //
 // Quantized weights meet activations rounded to 8 bits (`quantize`, below): xq (T, subs, 8) words of four, xd (T, subs) their
 // scales, xs (T, subs, 2) the scaled sums of 16, which minima need. Floating-point weights meet float32.
-// A product for few tokens reads each weight once and gives a row to a warp; one for many works on tiles of 64 rows and 32
-// tokens. With experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
-#include "decode.cuh"
+// A product for few tokens (matvec.cuh) reads each weight once; one for many works on tiles of 64 rows and 32 tokens. With experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
+#include "matvec.cuh"
 
 // Rows as floats: out (n, 32 n_sub) of rows index[i] - first, or i where index is null; zeros for rows outside of [0, n_rows).
 #define DEQUANTIZE(name, T, STORE)                                                                                     \
@@ -38,14 +37,7 @@ MPL_INLINE void floats_of(const u8* row, int unit, bool here, float* v) {
 DEQUANTIZE(dequantize_f32, float, )
 DEQUANTIZE(dequantize_f16, u16, float_to_half)
 
-#if MPL_FLOAT
-typedef const float* X;
-#define X_ARGS const float* x
-#define X_CALL x
-#else
-#define X_ARGS const int *xq, const float *xd, const float *xs
-#define X_CALL xq, xd, xs
-
+#if !MPL_FLOAT
 // What 32 weights add to the product with one token's activations, given the products of their codes: where halves differ in
 // scale those of each half. d and sums are the token's.
 MPL_INLINE float scaled(int low, int high, const float* scale, const float* min, float d, const float* sums) {
@@ -65,71 +57,6 @@ MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums)
   return scaled(low, high, s.scale, s.min, d, sums);
 }
 #endif
-
-// -- few tokens: one row to a warp, NT tokens at once. With `experts`, blockIdx.y is a pair, whose activations are row
-// pair / share of x, and whose answer is zero where the expert is negative; else it is NT tokens.
-template <int NT>
-MPL_INLINE void matvec(const u8* w, i64 row_bytes, i64 mat_bytes, const int* experts, int share, X_ARGS, float* y, int n_rows,
-                       int n_in, int n_tokens) {
-  const int row = blockIdx.x * (blockDim.x / MPL_WARP) + threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP;
-  if (row >= n_rows) return;
-  const int first = blockIdx.y * NT, n = min(NT, n_tokens - first);
-  const int expert = experts ? experts[first] : 0;
-  if (expert < 0) {
-    if (lane == 0) y[(i64)first * n_rows + row] = 0.f;
-    return;
-  }
-  const u8* r = w + (i64)row * row_bytes + expert * mat_bytes;
-  float sum[NT];
-#pragma unroll
-  for (int t = 0; t < NT; t++) sum[t] = 0.f;
-#if MPL_FLOAT
-  for (int i = lane; i < n_in; i += MPL_WARP) {
-    const float v = weight_at(r, i);
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-      if (t < n) sum[t] += v * x[(i64)((first + t) / share) * n_in + i];
-  }
-#else
-  const int n_sub = n_in / 32;
-  for (int i = lane; i < n_sub; i += MPL_WARP) {
-    Sub s;
-    decode(r, i, s);
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-      if (t < n) {
-        const i64 at = (i64)((first + t) / share) * n_sub + i;
-        int a[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) a[j] = xq[at * 8 + j];
-        sum[t] += dot_sub(s, a, xd[at], xs + at * 2);
-      }
-  }
-#endif
-#pragma unroll
-  for (int t = 0; t < NT; t++) {
-    const float v = lanes_sum<MPL_WARP>(sum[t]);
-    if (lane == 0 && t < n) y[(i64)(first + t) * n_rows + row] = v;
-  }
-}
-
-#define MATVEC(NT)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(128)                                                                         \
-      matvec_##NT(const u8* w, i64 row_bytes, X_ARGS, float* y, int n_rows, int n_in, int n_tokens) {                       \
-    matvec<NT>(w, row_bytes, 0, nullptr, 1, X_CALL, y, n_rows, n_in, n_tokens);                                             \
-  }                                                                                                                         \
-  MPL_EXPORT(matvec_##NT)
-MATVEC(1)
-MATVEC(2)
-MATVEC(4)
-MATVEC(8)
-
-extern "C" __global__ void __launch_bounds__(128)
-    matvec_experts(const u8* w, i64 row_bytes, i64 mat_bytes, const int* experts, int share, X_ARGS, float* y, int n_rows,
-                   int n_in, int n_pairs) {
-  matvec<1>(w, row_bytes, mat_bytes, experts, share, X_CALL, y, n_rows, n_in, n_pairs);
-}
-MPL_EXPORT(matvec_experts)
 
 // -- many tokens: 256 threads, each with 8 sums of a tile: 4 rows by 2 tokens, or 2 by 4 as matrix units have them.
 constexpr int kRows = 64, kTokens = 32;
