@@ -22,7 +22,6 @@ _SHARED_FLOATS = (_TILE_ROWS + _TILE_TOKENS) * 33 * 4
 _SHARED_BLOCKS = _TILE_ROWS * 4 * (9 + 4) * 4 + _TILE_TOKENS * 4 * (9 + 3) * 4
 # As in matvec.cuh.
 _MATVEC_TOKENS, _MATVEC_THREADS, _MATVEC_PARTS = 8, 256, 3
-_GROUP_FLOATS, _GROUP_BLOCKS = 4, 8
 _SHARED_BYTES = 48 << 10
 # Weights that are made floats at a time, for a product with many tokens.
 _GEMM_ELEMENTS = 32 << 20
@@ -174,10 +173,8 @@ class MatmulOps(ElementwiseOps):
         w, none = ws[0], [None] * _MATVEC_PARTS
         rows = [np.int32(0)] * _MATVEC_PARTS
         rows[: len(outs)] = [np.int32(part.n_rows) for part in ws[: len(outs)]]
-        group = _GROUP_FLOATS if w.type in FLOATS else _GROUP_BLOCKS
-        if activation >= 0:
-            group //= 2
         width = 1 if experts is not None else next(width for width in (1, 2, 4, 8) if width >= n_tokens)
+        group = (4 if w.type in FLOATS or width == 8 else 8) // (1 if activation < 0 else 2)
         warps, shared = self._matvec_shape(w)
         grid = (sum(-(-int(n) // group) for n in rows), 1 if experts is None else n_tokens)
         share = 1 if experts is None or x.ndim == 3 else int(experts.shape[1])
@@ -193,7 +190,7 @@ class MatmulOps(ElementwiseOps):
 
     def _matvec_shape(self, w: GpuMatrix) -> tuple[int, int]:
         """Return the warps of a block, all of them with about as many chunks of a row, and its shared memory."""
-        warp, ring = self.device.warp, _GROUP_FLOATS * 8 * 4
+        warp, ring = self.device.warp, 4 * 8 * 4
         most, unit = _MATVEC_THREADS // warp, 16 // w.type.block_bytes if w.type in FLOATS else 32
         if w.type not in FLOATS:
             pieces = (warp * 32 // w.type.block_size * w.type.block_bytes + 14) // 16 + 1

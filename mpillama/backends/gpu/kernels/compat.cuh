@@ -201,7 +201,12 @@ MPL_INLINE float block_sum(float v, float* scratch) {
 
 // -- bytes on their way
 
+#if defined(MPL_HIP)
+// Of structs that are copied as a whole clang makes memory.
+typedef u32 Quad __attribute__((ext_vector_type(4)));
+#else
 struct __align__(16) Quad { u32 x, y, z, w; };
+#endif
 MPL_INLINE u32 word_of(Quad q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
 
 // 32 of 64 bits, from bit 0 <= shift < 32 on.
@@ -215,8 +220,17 @@ MPL_INLINE u32 shift_pair(u32 low, u32 high, int shift) {
 #endif
 }
 
+// A number that the compiler keeps, where it would rather work it out again each time.
+#if defined(MPL_HIP) || defined(MPL_EMULATE)
+#define MPL_KEEP(x)
+#define MPL_KEEP_POINTER(x)
+#else
+#define MPL_KEEP(x) asm volatile("" : "+r"(x))
+#define MPL_KEEP_POINTER(x) asm volatile("" : "+l"(x))
+#endif
+
 // Copies of 16 bytes from global to shared memory that go on while the thread does other things (PTX ISA, "cp.async"). Those
-// started since the last `commit` are a group; wait<N> returns when all of this thread's groups but the last N are there, for
+// started since the last `commit` are a group, to byte `at` of `to`; wait<N> returns when all of this thread's groups but the last N are there, for
 // this thread: others of the warp need a __syncwarp too.
 #if defined(MPL_EMULATE)
 #define MPL_ASYNC (MPL_WARP == 32)
@@ -230,13 +244,15 @@ MPL_INLINE u32 shift_pair(u32 low, u32 high, int shift) {
 #if defined(MPL_EMULATE)
 // The bytes come as late as they may, and what was there before is gone at once.
 struct Copies {
-  struct Copy { void* to; const void* from; int group; };
+  struct Copy { u8* to; const void* from; int group; };
+  u8* to;
   std::vector<Copy> open;
   int group = 0;
 
-  void start(void* to, const void* from) {
-    memset(to, 0xFD, 16);
-    open.push_back({to, from, group});
+  explicit Copies(u8* shared) : to(shared) {}
+  void start(int at, const void* from) {
+    memset(to + at, 0xFD, 16);
+    open.push_back({to + at, from, group});
   }
   void commit() { group++; }
   template <int N> void wait() {
@@ -247,8 +263,10 @@ struct Copies {
 };
 #else
 struct Copies {
-  __device__ __forceinline__ void start(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+  u32 to;
+  __device__ __forceinline__ explicit Copies(u8* shared) : to((u32)__cvta_generic_to_shared(shared)) { MPL_KEEP(to); }
+  __device__ __forceinline__ void start(int at, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from) : "memory");
   }
   __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
   template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }

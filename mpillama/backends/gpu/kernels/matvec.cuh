@@ -1,6 +1,6 @@
 // Products of up to 8 tokens, at the speed of the memory that the weights come from.
 //
-// A block of threads has a group of kGroup rows, whose columns its warps share: warp i takes chunks i, i + n_warps, ... A lane
+// A block of threads has a group of 8 rows (or 4), whose columns its warps share: warp i takes chunks i, i + n_warps, ... A lane
 // keeps the activations of its columns in registers for all rows of the group. The bytes of a chunk of a row go to shared memory
 // in pieces of 16, which neighbouring lanes read from neighbouring places, several rows ahead of what is decoded: blocks of odd
 // sizes (34 bytes, 210) would make each lane read a cache line of its own, over and over. Rows may begin anywhere: whole
@@ -9,7 +9,9 @@
 #include "activation.cuh"
 #include "decode.cuh"
 
-constexpr int kMostThreads = 256, kGroup = MPL_FLOAT ? 4 : 8;
+constexpr int kMostThreads = 256;
+// Rows of a group. With 8 tokens 8 of them would need more registers than some GPUs have.
+MPL_INLINE constexpr int group_of(int n_tokens) { return MPL_FLOAT || n_tokens == 8 ? 4 : 8; }
 
 // Adds v[0 .. N) up over the lanes of a warp. Afterwards lane i has sums i N / W + j in v[j], or, where there are more
 // lanes than sums, each W / N neighbours have the same one. A step halves what is left to add, not each sum by itself.
@@ -28,21 +30,22 @@ template <int N, int M = MPL_WARP / 2> MPL_INLINE void fold(float* v) {
 }
 
 // The rows of a block, in halves: of gate and of up, or one after the other. Behind the last row it comes again.
-struct Rows {
+template <int GROUP> struct Rows {
   const u8* base[2];
   int last[2], row_bytes;
-  __device__ __forceinline__ int offset(int r) const { return min(r % (kGroup / 2), last[r / (kGroup / 2)]) * row_bytes; }
-  __device__ __forceinline__ const u8* operator[](int r) const { return base[r / (kGroup / 2)] + offset(r); }
+  __device__ __forceinline__ int offset(int r) const { return min(r % (GROUP / 2), last[r / (GROUP / 2)]) * row_bytes; }
+  __device__ __forceinline__ const u8* operator[](int r) const { return base[r / (GROUP / 2)] + offset(r); }
 };
 
 #if MPL_FLOAT
 #define X_ARGS const float* x
 #define X_CALL x
 // Weights of 16 bytes; shared memory of a warp.
-constexpr int kWide = 16 / kBytes, kRing = kGroup * 8 * 4;
+constexpr int kWide = 16 / kBytes, kRing = group_of(8) * 8 * 4;
 
 template <int NT>
-MPL_INLINE void add_products(float* sum, u8*, const Rows& rows, const float* x, int share, int first, int n, int n_in) {
+MPL_INLINE void add_products(float* sum, u8*, int, const Rows<group_of(NT)>& rows, const float* x, int share, int first, int n, int n_in) {
+  constexpr int kGroup = group_of(NT);
   const int n_threads = blockDim.x;
   const float* own[NT];
 #pragma unroll
@@ -118,52 +121,59 @@ constexpr int kRing = kStages * kStage, kTurns = (kPieces + MPL_WARP - 1) / MPL_
 // What a lane brings of one row to the `ring` of its warp: from `from`, rounded down to a piece, each MPL_WARP-th piece of those
 // in which `left` bytes are that begin there; the lane's number is in `from` and `left` already.
 #if MPL_ASYNC
-constexpr int kAhead = kStages - 1;
-struct Pipe {
-  u8* own;
+template <int SLOTS> struct Pipe {
+  static constexpr int ahead = SLOTS - 1;
   Copies copies;
+  __device__ __forceinline__ explicit Pipe(u8* own) : copies(own) {}
   __device__ __forceinline__ void start(int slot, const u8* from, int left) {
     const int before = (int)((size_t)from & 15);
+    const u8* piece = (const u8*)((size_t)from & ~(size_t)15);
 #pragma unroll
-    for (int turn = 0; turn < kTurns; turn++)
-      if (turn * MPL_WARP * 16 < before + left)
-        copies.start(own + slot * kStage + turn * MPL_WARP * 16, from - before + turn * MPL_WARP * 16);
+    for (int at = 0; at < kTurns * MPL_WARP * 16; at += MPL_WARP * 16)
+      if (at < before + left) copies.start(slot * kStage + at, piece + at);
     copies.commit();
   }
   // The oldest is there, once the lanes have met.
-  __device__ __forceinline__ void arrive(int) { copies.wait<kAhead - 1>(); }
+  __device__ __forceinline__ void arrive(int) { copies.template wait<ahead - 1>(); }
 };
 #else
-constexpr int kAhead = 2;
-struct Pipe {
+template <int SLOTS> struct Pipe {
+  static constexpr int ahead = 2;
+  // A row each, on their way: what comes next, and what is behind it.
+  Quad first[kTurns], second[kTurns];
+  int n_first, n_second;
   u8* own;
-  Quad held[2][kTurns];
-  int n_bytes[2];
-  __device__ __forceinline__ void start(int slot, const u8* from, int left) {
-    const int before = (int)((size_t)from & 15);
-    n_bytes[slot] = before + left;
+  __device__ __forceinline__ explicit Pipe(u8* shared) : n_first(0), n_second(0), own(shared) {}
+  __device__ __forceinline__ void start(int, const u8* from, int left) {
+    const Quad* piece = (const Quad*)((size_t)from & ~(size_t)15);
+    n_first = n_second, n_second = (int)((size_t)from & 15) + left;
 #pragma unroll
-    for (int turn = 0; turn < kTurns; turn++)
-      if (turn * MPL_WARP * 16 < before + left) held[slot][turn] = *(const Quad*)(from - before + turn * MPL_WARP * 16);
+    for (int turn = 0; turn < kTurns; turn++) {
+      first[turn] = second[turn];
+      if (turn * MPL_WARP * 16 < n_second) second[turn] = piece[turn * MPL_WARP];
+    }
   }
   __device__ __forceinline__ void arrive(int slot) {
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++)
-      if (turn * MPL_WARP * 16 < n_bytes[slot]) *(Quad*)(own + slot * kStage + turn * MPL_WARP * 16) = held[slot][turn];
+      if (turn * MPL_WARP * 16 < n_first) ((Quad*)(own + slot * kStage))[turn * MPL_WARP] = first[turn];
   }
 };
 #endif
 
 template <int NT>
-MPL_INLINE void add_products(float* sum, u8* ring, const Rows& rows, const int* xq, const float* xd, const float* xs, int share,
-                             int first, int n, int n_in) {
-  constexpr int slots = MPL_ASYNC ? kStages : 2;
-  const int warp = threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP, n_warps = blockDim.x / MPL_WARP, n_sub = n_in / 32;
-  int offset[kGroup];
+MPL_INLINE void add_products(float* sum, u8* ring, int lane, const Rows<group_of(NT)>& rows, const int* xq, const float* xd, const float* xs,
+                             int share, int first, int n, int n_in) {
+  constexpr int kGroup = group_of(NT), slots = !MPL_ASYNC ? 2 : kStages < kGroup ? kStages : kGroup;
+  const int warp = threadIdx.x / MPL_WARP, n_warps = blockDim.x / MPL_WARP, n_sub = n_in / 32;
+  u32 offset[kGroup];
 #pragma unroll
-  for (int r = 0; r < kGroup; r++) offset[r] = rows.offset(r);
-  Pipe pipe;
-  pipe.own = ring + 16 * lane;
+  for (int r = 0; r < kGroup; r++) {
+    offset[r] = rows.offset(r);
+    MPL_KEEP(offset[r]);
+  }
+  Pipe<slots> pipe(ring + 16 * lane);
+  constexpr int ahead = pipe.ahead;
   // Of this chunk and the next: the rows' bytes from this lane's piece on, and how many of the chunk are left there.
   const int step = n_warps * kChunkBytes, shift = warp * kChunkBytes + 16 * lane;
   const u8 *base[2] = {rows.base[0] + shift, rows.base[1] + shift}, *next_base[2];
@@ -173,9 +183,11 @@ MPL_INLINE void add_products(float* sum, u8* ring, const Rows& rows, const int* 
   };
   int sub = warp * MPL_WARP + lane, left = bytes_left(sub);
 #pragma unroll
-  for (int r = 0; r < kAhead; r++) pipe.start(r, base[r / (kGroup / 2)] + offset[r], left);
+  for (int r = 0; r < ahead; r++) pipe.start(r, base[r / (kGroup / 2)] + offset[r], left);
   for (; sub < n_sub + lane; sub += n_warps * MPL_WARP, base[0] = next_base[0], base[1] = next_base[1]) {
     next_base[0] = base[0] + step, next_base[1] = base[1] + step;
+    MPL_KEEP_POINTER(next_base[0]);
+    MPL_KEEP_POINTER(next_base[1]);
     const int next_left = bytes_left(sub + n_warps * MPL_WARP);
     const bool here = sub < n_sub;
     Operand x[NT];
@@ -187,8 +199,8 @@ MPL_INLINE void add_products(float* sum, u8* ring, const Rows& rows, const int* 
       pipe.arrive(r % slots);
       // All lanes see this row, and have done with the one before, whose place is free now.
       __syncwarp();
-      const int to = (r + kAhead) % kGroup, half = to / (kGroup / 2);
-      const bool same = r + kAhead < kGroup;
+      const int to = (r + ahead) % kGroup, half = to / (kGroup / 2);
+      const bool same = r + ahead < kGroup;
       pipe.start(to % slots, (same ? base : next_base)[half] + offset[to], same ? left : next_left);
       if (!here) continue;
       Sub s;
@@ -208,10 +220,13 @@ template <int NT>
 MPL_INLINE void matvec(const u8* w0, const u8* w1, const u8* w2, i64 row_bytes, i64 mat_bytes, const int* experts, int share,
                        X_ARGS, float* y0, float* y1, float* y2, int n0, int n1, int n2, int activation, int n_in,
                        int n_tokens) {
-  constexpr int N = kGroup * NT;
+  constexpr int kGroup = group_of(NT), N = kGroup * NT;
   MPL_DYN_SHARED(u8, shared);
-  const int warp = threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP, n_warps = blockDim.x / MPL_WARP;
-  u8* ring = shared + warp * kRing;
+  int warp = threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP, ring_at = warp * kRing;
+  MPL_KEEP(lane);
+  MPL_KEEP(ring_at);
+  const int n_warps = blockDim.x / MPL_WARP;
+  u8* ring = shared + ring_at;
   const bool gated = activation >= 0;
   const int first = blockIdx.y * NT, n = min(NT, n_tokens - first);
   const int expert = experts ? experts[first] : 0;
@@ -229,10 +244,10 @@ MPL_INLINE void matvec(const u8* w0, const u8* w1, const u8* w2, i64 row_bytes, 
   for (int i = 0; i < N; i++) sum[i] = 0.f;
   if (expert >= 0) {
     w += expert * mat_bytes;
-    const Rows rows{{w + row0 * row_bytes, (gated ? w1 : w) + row1 * row_bytes},
+    const Rows<kGroup> rows{{w + row0 * row_bytes, (gated ? w1 : w) + row1 * row_bytes},
                     {min(n_rows - 1 - row0, kGroup), min(n_rows - 1 - row1, kGroup)},
                     (int)row_bytes};
-    add_products<NT>(sum, ring, rows, X_CALL, share, first, n, n_in);
+    add_products<NT>(sum, ring, lane, rows, X_CALL, share, first, n, n_in);
   }
   // Here the lanes of a warp meet, and none of them needs the ring any more.
   fold<N>(sum);
@@ -257,7 +272,7 @@ MPL_INLINE void matvec(const u8* w0, const u8* w1, const u8* w2, i64 row_bytes, 
 }
 
 #define MATVEC(NT)                                                                                                            \
-  extern "C" __global__ void __launch_bounds__(kMostThreads)                                                                  \
+  extern "C" __global__ void __launch_bounds__(kMostThreads, 1)                                                                \
       matvec_##NT(const u8* w0, const u8* w1, const u8* w2, i64 row_bytes, i64 mat_bytes, const int* experts, int share,      \
                   X_ARGS, float* y0, float* y1, float* y2, int n0, int n1, int n2, int activation, int n_in, int n_tokens) {  \
     matvec<NT>(w0, w1, w2, row_bytes, mat_bytes, experts, share, X_CALL, y0, y1, y2, n0, n1, n2, activation, n_in, n_tokens); \
