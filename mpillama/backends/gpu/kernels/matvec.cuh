@@ -11,7 +11,7 @@
 
 constexpr int kMostThreads = 256;
 // Rows of a group. With 8 tokens 8 of them would need more registers than some GPUs have.
-MPL_INLINE constexpr int group_of(int n_tokens) { return MPL_FLOAT || n_tokens == 8 ? 4 : 8; }
+template <int NT> constexpr int group_of = MPL_FLOAT || NT == 8 ? 4 : 8;
 
 // Adds v[0 .. N) up over the lanes of a warp. Afterwards lane i has sums i N / W + j in v[j], or, where there are more
 // lanes than sums, each W / N neighbours have the same one. A step halves what is left to add, not each sum by itself.
@@ -41,11 +41,11 @@ template <int GROUP> struct Rows {
 #define X_ARGS const float* x
 #define X_CALL x
 // Weights of 16 bytes; shared memory of a warp.
-constexpr int kWide = 16 / kBytes, kRing = group_of(8) * 8 * 4;
+constexpr int kWide = 16 / kBytes, kRing = group_of<8> * 8 * 4;
 
 template <int NT>
-MPL_INLINE void add_products(float* sum, u8*, int, const Rows<group_of(NT)>& rows, const float* x, int share, int first, int n, int n_in) {
-  constexpr int kGroup = group_of(NT);
+MPL_INLINE void add_products(float* sum, u8*, int, const Rows<group_of<NT>>& rows, const float* x, int share, int first, int n, int n_in) {
+  constexpr int kGroup = group_of<NT>;
   const int n_threads = blockDim.x;
   const float* own[NT];
 #pragma unroll
@@ -82,17 +82,18 @@ MPL_INLINE void add_products(float* sum, u8*, int, const Rows<group_of(NT)>& row
 #define X_ARGS const int *xq, const float *xd, const float *xs
 #define X_CALL xq, xd, xs
 
-// What 32 activations are, in 8 bits.
+// What 32 activations are, in 8 bits. Those of few tokens are found with 32 bits.
 struct Operand {
   u32 q[8];
   float d, sums[2];
 };
-MPL_INLINE void load(Operand& a, const int* xq, const float* xd, const float* xs, i64 at) {
-  const Quad *q = (const Quad*)xq + 2 * at, low = q[0], high = q[1];
+template <class T> MPL_INLINE T at_byte(const void* p, u32 at) { return *(const T*)((const u8*)p + at); }
+MPL_INLINE void load(Operand& a, const int* xq, const float* xd, const float* xs, u32 at) {
+  const Quad low = at_byte<Quad>(xq, 32 * at), high = at_byte<Quad>(xq, 32 * at + 16);
   a.q[0] = low.x, a.q[1] = low.y, a.q[2] = low.z, a.q[3] = low.w;
   a.q[4] = high.x, a.q[5] = high.y, a.q[6] = high.z, a.q[7] = high.w;
-  a.d = xd[at];
-  if (kMin) a.sums[0] = xs[2 * at], a.sums[1] = xs[2 * at + 1];
+  a.d = at_byte<float>(xd, 4 * at);
+  if (kMin) a.sums[0] = at_byte<float>(xs, 8 * at), a.sums[1] = at_byte<float>(xs, 8 * at + 4);
   // Halves that have one minimum need one sum.
   if (kMin && !kHalves) a.sums[0] += a.sums[1];
 }
@@ -162,9 +163,9 @@ template <int SLOTS> struct Pipe {
 #endif
 
 template <int NT>
-MPL_INLINE void add_products(float* sum, u8* ring, int lane, const Rows<group_of(NT)>& rows, const int* xq, const float* xd, const float* xs,
+MPL_INLINE void add_products(float* sum, u8* ring, int lane, const Rows<group_of<NT>>& rows, const int* xq, const float* xd, const float* xs,
                              int share, int first, int n, int n_in) {
-  constexpr int kGroup = group_of(NT), slots = !MPL_ASYNC ? 2 : kStages < kGroup ? kStages : kGroup;
+  constexpr int kGroup = group_of<NT>, slots = !MPL_ASYNC ? 2 : kStages < kGroup ? kStages : kGroup;
   const int warp = threadIdx.x / MPL_WARP, n_warps = blockDim.x / MPL_WARP, n_sub = n_in / 32;
   u32 offset[kGroup];
 #pragma unroll
@@ -193,7 +194,7 @@ MPL_INLINE void add_products(float* sum, u8* ring, int lane, const Rows<group_of
     Operand x[NT];
 #pragma unroll
     for (int t = 0; t < NT; t++)
-      if (here) load(x[t], xq, xd, xs, (i64)((first + min(t, n - 1)) / share) * n_sub + sub);
+      if (here) load(x[t], xq, xd, xs, (u32)((first + min(t, n - 1)) / share * n_sub + sub));
 #pragma unroll
     for (int r = 0; r < kGroup; r++) {
       pipe.arrive(r % slots);
@@ -220,7 +221,7 @@ template <int NT>
 MPL_INLINE void matvec(const u8* w0, const u8* w1, const u8* w2, i64 row_bytes, i64 mat_bytes, const int* experts, int share,
                        X_ARGS, float* y0, float* y1, float* y2, int n0, int n1, int n2, int activation, int n_in,
                        int n_tokens) {
-  constexpr int kGroup = group_of(NT), N = kGroup * NT;
+  constexpr int kGroup = group_of<NT>, N = kGroup * NT;
   MPL_DYN_SHARED(u8, shared);
   int warp = threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP, ring_at = warp * kRing;
   MPL_KEEP(lane);
