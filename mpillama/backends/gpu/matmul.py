@@ -19,7 +19,7 @@ FLOATS = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
 # As in matmul.cu.
 _TILE_ROWS, _TILE_TOKENS = 64, 32
 _SHARED_FLOATS = (_TILE_ROWS + _TILE_TOKENS) * 33 * 4
-_SHARED_BLOCKS = _TILE_ROWS * 4 * (9 + 4) * 4 + _TILE_TOKENS * 4 * (9 + 3) * 4
+_SHARED_BLOCKS = 4 * sum(4 * (12 * n + 8) + 16 * (n + 2) for n in (_TILE_ROWS, _TILE_TOKENS))
 # As in matvec.cuh.
 _MATVEC_TOKENS, _MATVEC_THREADS, _MATVEC_PARTS = 8, 256, 3
 _SHARED_BYTES = 48 << 10

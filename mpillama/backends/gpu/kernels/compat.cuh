@@ -207,6 +207,11 @@ typedef u32 Quad __attribute__((ext_vector_type(4)));
 #else
 struct __align__(16) Quad { u32 x, y, z, w; };
 #endif
+MPL_INLINE Quad quad(u32 x, u32 y, u32 z, u32 w) {
+  Quad q;
+  q.x = x, q.y = y, q.z = z, q.w = w;
+  return q;
+}
 MPL_INLINE u32 word_of(Quad q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
 
 // 32 of 64 bits, from bit 0 <= shift < 32 on.

@@ -48,6 +48,10 @@ MPL_INLINE float scaled(int low, int high, const float* scale, const float* min,
   return v;
 }
 
+// Two scales and two minima of weights; scale and sums of activations.
+struct Factors { float v[4]; };
+MPL_INLINE Factors factors(Quad q) { return {{as_float(q.x), as_float(q.y), as_float(q.z), as_float(q.w)}}; }
+
 MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums) {
   int low = 0, high = 0;
 #pragma unroll
@@ -113,59 +117,65 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
   }
 #else
   constexpr int kSubs = 4;
-  // 9 words to 8 codes, against bank conflicts; then the factors.
+  // Of each sub-block the 8 words of all rows, 12 apart, and of all tokens; then their factors, four each. What 8 neighbouring
+  // lanes write (2 rows, 4 sub-blocks) and what a warp reads (8 rows, 4 words) lies in different banks.
+  constexpr int kStride = 12, kPlane = kRows * kStride + 8, kTokenPlane = kTokens * kStride + 8;
+  constexpr int kFactors = kRows + 2, kTokenFactors = kTokens + 2;
   MPL_DYN_SHARED(int, shared);
-  int *wq = shared, *aq = wq + kRows * kSubs * 9;
-  float *wf = (float*)(aq + kTokens * kSubs * 9), *af = wf + kRows * kSubs * 4;
+  int *wq = shared, *aq = wq + kSubs * kPlane;
+  Quad *wf = (Quad*)(aq + kSubs * kTokenPlane), *af = wf + kSubs * kFactors;
   const int n_sub = n_in / 32;
   for (int s0 = 0; s0 < n_sub; s0 += kSubs) {
+    const int part = t % kSubs, sub = s0 + part, at_row = t / kSubs;
     {
-      const int row = t / kSubs, sub = s0 + t % kSubs;
       Sub s = {};
-      if (row0 + row < n_rows && sub < n_sub) decode(w + (i64)(row0 + row) * row_bytes, sub, s);
-#pragma unroll
-      for (int j = 0; j < 8; j++) wq[t * 9 + j] = s.q[j];
-      wf[t * 4] = s.scale[0], wf[t * 4 + 1] = s.scale[1], wf[t * 4 + 2] = s.min[0], wf[t * 4 + 3] = s.min[1];
+      if (row0 + at_row < n_rows && sub < n_sub) decode(w + (i64)(row0 + at_row) * row_bytes, sub, s);
+      Quad* to = (Quad*)(wq + part * kPlane + at_row * kStride);
+      to[0] = quad(s.q[0], s.q[1], s.q[2], s.q[3]), to[1] = quad(s.q[4], s.q[5], s.q[6], s.q[7]);
+      wf[part * kFactors + at_row] = quad(as_bits(s.scale[0]), as_bits(s.scale[1]), as_bits(s.min[0]), as_bits(s.min[1]));
     }
-    if (t < kTokens * kSubs) {
-      const int token = t / kSubs, sub = s0 + t % kSubs;
-      const bool here = token < n && sub < n_sub;
-      const i64 at = here ? (i64)((order ? order[first + token] : first + token) / share) * n_sub + sub : 0;
-#pragma unroll
-      for (int j = 0; j < 8; j++) aq[t * 9 + j] = here ? xq[at * 8 + j] : 0;
-      af[t * 3] = here ? xd[at] : 0.f, af[t * 3 + 1] = here ? xs[at * 2] : 0.f, af[t * 3 + 2] = here ? xs[at * 2 + 1] : 0.f;
+    if (at_row < kTokens) {
+      const bool here = at_row < n && sub < n_sub;
+      const i64 at = here ? (i64)((order ? order[first + at_row] : first + at_row) / share) * n_sub + sub : 0;
+      const Quad none = quad(0, 0, 0, 0);
+      Quad* to = (Quad*)(aq + part * kTokenPlane + at_row * kStride);
+      to[0] = here ? ((const Quad*)xq)[2 * at] : none, to[1] = here ? ((const Quad*)xq)[2 * at + 1] : none;
+      af[part * kTokenFactors + at_row] = here ? quad(as_bits(xd[at]), as_bits(xs[2 * at]), as_bits(xs[2 * at + 1]), 0) : none;
     }
     __syncthreads();
     for (int i = 0; i < kSubs; i++) {
 #if MPL_MMA
       const int g = t % 32 / 4, word = t % 4;
-      const int *upper = wq + ((t / 32 % 4 * 16 + g) * kSubs + i) * 9, *lower = upper + 8 * kSubs * 9;
+      const int *upper = wq + i * kPlane + (t / 32 % 4 * 16 + g) * kStride, *lower = upper + 8 * kStride;
       const int a[4] = {upper[word], lower[word], upper[4 + word], lower[4 + word]};
+      const Factors of_rows[2] = {factors(wf[i * kFactors + row_of(0)]), factors(wf[i * kFactors + row_of(2)])};
 #pragma unroll
       for (int tile = 0; tile < 2; tile++) {
-        const int* column = aq + ((t / 128 * 16 + tile * 8 + g) * kSubs + i) * 9;
+        const int* column = aq + i * kTokenPlane + (t / 128 * 16 + tile * 8 + g) * kStride;
         const int b[2] = {column[word], column[4 + word]};
         int low[4] = {}, high[4] = {};
         if (kHalves) mma<16>(low, a, b), mma<16>(high, a + 2, b + 1);
         else mma<32>(low, a, b);
+        const Factors of_tokens[2] = {factors(af[i * kTokenFactors + token_of(4 * tile)]),
+                                      factors(af[i * kTokenFactors + token_of(4 * tile + 1)])};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-          const float *f = wf + (row_of(k) * kSubs + i) * 4, *x = af + (token_of(4 * tile + k) * kSubs + i) * 3;
+          const float *f = of_rows[k / 2].v, *x = of_tokens[k % 2].v;
           sum[4 * tile + k] += scaled(low[k], high[k], f, f + 2, x[0], x + 1);
         }
       }
 #else
 #pragma unroll
       for (int a = 0; a < 8; a += 2) {
-        Sub s;
-        const int at = row_of(a) * kSubs + i;
+        const int* from = wq + i * kPlane + row_of(a) * kStride;
+        const Factors f = factors(wf[i * kFactors + row_of(a)]);
+        Sub s = {{}, {f.v[0], f.v[1]}, {f.v[2], f.v[3]}};
 #pragma unroll
-        for (int j = 0; j < 8; j++) s.q[j] = wq[at * 9 + j];
-        s.scale[0] = wf[at * 4], s.scale[1] = wf[at * 4 + 1], s.min[0] = wf[at * 4 + 2], s.min[1] = wf[at * 4 + 3];
+        for (int j = 0; j < 8; j++) s.q[j] = from[j];
 #pragma unroll
         for (int k = a; k < a + 2; k++) {
-          const int to = token_of(k) * kSubs + i;
-          sum[k] += dot_sub(s, aq + to * 9, af[to * 3], af + to * 3 + 1);
+          const Factors x = factors(af[i * kTokenFactors + token_of(k)]);
+          sum[k] += dot_sub(s, aq + i * kTokenPlane + token_of(k) * kStride, x.v[0], x.v + 1);
         }
       }
 #endif
