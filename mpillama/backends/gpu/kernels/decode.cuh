@@ -213,21 +213,22 @@ DECODE {
 
 #elif MPL_TYPE == T_TQ1_0
 FORMAT(256, 54, false, true)
-template <class P> MPL_INLINE int digits(P p, int power) {
-  u32 q = 0;
-#pragma unroll
-  for (int i = 0; i < 4; i++) q |= ((p[i] * power & 255) * 3 >> 8) << 8 * i;
-  return (int)q;
+// One digit to base 3 of each of four bytes, two at a time: the top one of what `power` leaves of a fraction of 256.
+MPL_INLINE int digits(u32 v, u32 power) {
+  const u32 even = (v & 0x00FF00FFu) * power & 0x00FF00FFu, odd = (v >> 8 & 0x00FF00FFu) * power & 0x00FF00FFu;
+  return (int)((even * 3 >> 8 & 0x00FF00FFu) | (odd * 3 & 0xFF00FF00u));
 }
-MPL_INLINE int power_of_3(int n) { return n == 0 ? 1 : n == 1 ? 3 : n == 2 ? 9 : n == 3 ? 27 : 81; }
+MPL_INLINE u32 power_of_3(int n) { return n == 4 ? 81u : 0x1B090301u >> 8 * n & 255; }
+// Five runs of 32 digits, from 32 bytes; then five of 16, from 16 bytes, and four of 4, from 4 bytes.
 DECODE {
   BLOCK_OF(8);
+  const int run = 2 * (k - 5);
+  const u32 low = power_of_3(k < 5 ? k : run), high = power_of_3(k < 5 ? k : min(run + 1, 4));
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    const int run = 2 * (k - 5) + i / 4;
-    if (k < 5) s.q[i] = digits(b + 4 * i, power_of_3(k));
-    else if (run < 5) s.q[i] = digits(b + 32 + 4 * (i % 4), power_of_3(run));
-    else s.q[i] = digits(b + 48, power_of_3(i % 4));
+    const bool last = k == 7 && i >= 4;
+    const u32 v = word<2>(b + (k < 5 ? 4 * i : last ? 48 : 32 + 4 * (i % 4)));
+    s.q[i] = digits(v, last ? power_of_3(i % 4) : i < 4 ? low : high);
   }
   const float d = half_at(b + 52);
   uniform(s, d, d);
