@@ -43,7 +43,8 @@ struct Sub {
   float scale[2], min[2];
 };
 
-// Part of a row in shared memory: byte `at` of `base`, which is a multiple of 16. The words around what is read may be read too.
+// Part of a row in shared memory: byte `at` of `base`, which is a multiple of 16. Words of which only some bytes belong to it
+// may be read as a whole, and the word behind its last.
 struct Staged {
   const u8* base;
   int at;

@@ -234,9 +234,9 @@ MPL_INLINE u32 shift_pair(u32 low, u32 high, int shift) {
 #define MPL_KEEP_POINTER(x) asm volatile("" : "+l"(x))
 #endif
 
-// Copies of 16 bytes from global to shared memory that go on while the thread does other things (PTX ISA, "cp.async"). Those
-// started since the last `commit` are a group, to byte `at` of `to`; wait<N> returns when all of this thread's groups but the last N are there, for
-// this thread: others of the warp need a __syncwarp too.
+// Copies of 16 bytes from global memory to byte `at` of a place in shared memory, which go on while the thread does other things
+// (PTX ISA, "cp.async"). Those started since the last `commit` are a group; wait<N> returns when all groups of this thread but
+// the last N are there, for this thread: others of its warp need a __syncwarp too.
 #if defined(MPL_EMULATE)
 #define MPL_ASYNC (MPL_WARP == 32)
 #elif defined(MPL_HIP) || !defined(__CUDA_ARCH__)

@@ -1,8 +1,9 @@
 // Products of one weight type, MPL_TYPE, straight from the blocks of the file, and its rows as floats.
 //
-// Quantized weights meet activations rounded to 8 bits (`quantize`, below): xq (T, subs, 8) words of four, xd (T, subs) their
-// scales, xs (T, subs, 2) the scaled sums of 16, which minima need. Floating-point weights meet float32.
-// A product for few tokens (matvec.cuh) reads each weight once; one for many works on tiles of 64 rows and 32 tokens. With experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
+// Quantized weights meet activations rounded to 8 bits (`quantize` in elementwise.cu): xq (T, subs, 8) words of four, xd
+// (T, subs) their scales, xs (T, subs, 2) the scaled sums of 16, which minima need. Floating-point weights meet float32.
+// A product for few tokens (matvec.cuh) reads each weight once; one for many works on tiles of 64 rows and 32 tokens. With
+// experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
 #include "matvec.cuh"
 
 // Rows as floats: out (n, 32 n_sub) of rows index[i] - first, or i where index is null; zeros for rows outside of [0, n_rows).
@@ -140,7 +141,8 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
       const Quad none = quad(0, 0, 0, 0);
       Quad* to = (Quad*)(aq + part * kTokenPlane + at_row * kStride);
       to[0] = here ? ((const Quad*)xq)[2 * at] : none, to[1] = here ? ((const Quad*)xq)[2 * at + 1] : none;
-      af[part * kTokenFactors + at_row] = here ? quad(as_bits(xd[at]), as_bits(xs[2 * at]), as_bits(xs[2 * at + 1]), 0) : none;
+      const Quad known = here ? quad(as_bits(xd[at]), as_bits(xs[2 * at]), as_bits(xs[2 * at + 1]), 0) : none;
+      af[part * kTokenFactors + at_row] = known;
     }
     __syncthreads();
     for (int i = 0; i < kSubs; i++) {
