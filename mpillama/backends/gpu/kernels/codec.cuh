@@ -67,7 +67,7 @@ template <int A, int N> MPL_INLINE void words(const u8* p, u32* v, int bits = 0)
   for (int i = 0; i < N; i++) {
     if (A < 16) v[i] = word<A>(p + 4 * i) >> bits;
     else if (i % 4 == 0) {
-      const Quad q = *(const Quad*)(p + 4 * i);
+      const Piece q = *(const Piece*)(p + 4 * i);
       v[i] = q.x >> bits, v[i + 1] = q.y >> bits, v[i + 2] = q.z >> bits, v[i + 3] = q.w >> bits;
     }
   }

@@ -203,16 +203,16 @@ MPL_INLINE float block_sum(float v, float* scratch) {
 
 #if defined(MPL_HIP)
 // Of structs that are copied as a whole clang makes memory.
-typedef u32 Quad __attribute__((ext_vector_type(4)));
+typedef u32 Piece __attribute__((ext_vector_type(4)));
 #else
-struct __align__(16) Quad { u32 x, y, z, w; };
+struct __align__(16) Piece { u32 x, y, z, w; };
 #endif
-MPL_INLINE Quad quad(u32 x, u32 y, u32 z, u32 w) {
-  Quad q;
+MPL_INLINE Piece piece_of(u32 x, u32 y, u32 z, u32 w) {
+  Piece q;
   q.x = x, q.y = y, q.z = z, q.w = w;
   return q;
 }
-MPL_INLINE u32 word_of(Quad q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+MPL_INLINE u32 word_of(Piece q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
 
 // 32 of 64 bits, from bit 0 <= shift < 32 on.
 MPL_INLINE u32 shift_pair(u32 low, u32 high, int shift) {

@@ -354,15 +354,15 @@ DECODE {
 #elif MPL_TYPE == T_F32
 constexpr int kBytes = 4;
 MPL_INLINE float weight_at(const u8* row, int i) { return ((const float*)row)[i]; }
-MPL_INLINE float weight_of(Quad q, int i) { return as_float(word_of(q, i)); }
+MPL_INLINE float weight_of(Piece q, int i) { return as_float(word_of(q, i)); }
 #elif MPL_TYPE == T_F16
 constexpr int kBytes = 2;
 MPL_INLINE float weight_at(const u8* row, int i) { return half_to_float(((const u16*)row)[i]); }
-MPL_INLINE float weight_of(Quad q, int i) { return half_to_float((u16)(word_of(q, i / 2) >> 16 * (i % 2))); }
+MPL_INLINE float weight_of(Piece q, int i) { return half_to_float((u16)(word_of(q, i / 2) >> 16 * (i % 2))); }
 #elif MPL_TYPE == T_BF16
 constexpr int kBytes = 2;
 MPL_INLINE float weight_at(const u8* row, int i) { return bf16_to_float(((const u16*)row)[i]); }
-MPL_INLINE float weight_of(Quad q, int i) { return bf16_to_float((u16)(word_of(q, i / 2) >> 16 * (i % 2))); }
+MPL_INLINE float weight_of(Piece q, int i) { return bf16_to_float((u16)(word_of(q, i / 2) >> 16 * (i % 2))); }
 #else
 #error "a type without a decoder"
 #endif

@@ -51,7 +51,7 @@ MPL_INLINE float scaled(int low, int high, const float* scale, const float* min,
 
 // Two scales and two minima of weights; scale and sums of activations.
 struct Factors { float v[4]; };
-MPL_INLINE Factors factors(Quad q) { return {{as_float(q.x), as_float(q.y), as_float(q.z), as_float(q.w)}}; }
+MPL_INLINE Factors factors(Piece q) { return {{as_float(q.x), as_float(q.y), as_float(q.z), as_float(q.w)}}; }
 
 MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums) {
   int low = 0, high = 0;
@@ -124,24 +124,24 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
   constexpr int kFactors = kRows + 2, kTokenFactors = kTokens + 2;
   MPL_DYN_SHARED(int, shared);
   int *wq = shared, *aq = wq + kSubs * kPlane;
-  Quad *wf = (Quad*)(aq + kSubs * kTokenPlane), *af = wf + kSubs * kFactors;
+  Piece *wf = (Piece*)(aq + kSubs * kTokenPlane), *af = wf + kSubs * kFactors;
   const int n_sub = n_in / 32;
   for (int s0 = 0; s0 < n_sub; s0 += kSubs) {
     const int part = t % kSubs, sub = s0 + part, at_row = t / kSubs;
     {
       Sub s = {};
       if (row0 + at_row < n_rows && sub < n_sub) decode(w + (i64)(row0 + at_row) * row_bytes, sub, s);
-      Quad* to = (Quad*)(wq + part * kPlane + at_row * kStride);
-      to[0] = quad(s.q[0], s.q[1], s.q[2], s.q[3]), to[1] = quad(s.q[4], s.q[5], s.q[6], s.q[7]);
-      wf[part * kFactors + at_row] = quad(as_bits(s.scale[0]), as_bits(s.scale[1]), as_bits(s.min[0]), as_bits(s.min[1]));
+      Piece* to = (Piece*)(wq + part * kPlane + at_row * kStride);
+      to[0] = piece_of(s.q[0], s.q[1], s.q[2], s.q[3]), to[1] = piece_of(s.q[4], s.q[5], s.q[6], s.q[7]);
+      wf[part * kFactors + at_row] = piece_of(as_bits(s.scale[0]), as_bits(s.scale[1]), as_bits(s.min[0]), as_bits(s.min[1]));
     }
     if (at_row < kTokens) {
       const bool here = at_row < n && sub < n_sub;
       const i64 at = here ? (i64)((order ? order[first + at_row] : first + at_row) / share) * n_sub + sub : 0;
-      const Quad none = quad(0, 0, 0, 0);
-      Quad* to = (Quad*)(aq + part * kTokenPlane + at_row * kStride);
-      to[0] = here ? ((const Quad*)xq)[2 * at] : none, to[1] = here ? ((const Quad*)xq)[2 * at + 1] : none;
-      const Quad known = here ? quad(as_bits(xd[at]), as_bits(xs[2 * at]), as_bits(xs[2 * at + 1]), 0) : none;
+      const Piece none = piece_of(0, 0, 0, 0);
+      Piece* to = (Piece*)(aq + part * kTokenPlane + at_row * kStride);
+      to[0] = here ? ((const Piece*)xq)[2 * at] : none, to[1] = here ? ((const Piece*)xq)[2 * at + 1] : none;
+      const Piece known = here ? piece_of(as_bits(xd[at]), as_bits(xs[2 * at]), as_bits(xs[2 * at + 1]), 0) : none;
       af[part * kTokenFactors + at_row] = known;
     }
     __syncthreads();

@@ -57,14 +57,14 @@ MPL_INLINE void add_products(float* sum, u8*, int, const Rows<group_of<NT>>& row
   for (int t = 0; t < NT; t++) own[t] = x + (i64)((first + min(t, n - 1)) / share) * n_in;
   if ((((size_t)rows.base[0] | (size_t)rows.base[1] | (size_t)x | rows.row_bytes) & 15) == 0) {
     for (int i = threadIdx.x * kWide; i < n_in; i += n_threads * kWide) {
-      Quad q[kGroup];
+      Piece q[kGroup];
 #pragma unroll
-      for (int r = 0; r < kGroup; r++) q[r] = *(const Quad*)(rows[r] + (i64)i * kBytes);
+      for (int r = 0; r < kGroup; r++) q[r] = *(const Piece*)(rows[r] + (i64)i * kBytes);
 #pragma unroll
       for (int t = 0; t < NT; t++)
 #pragma unroll
         for (int part = 0; part < kWide / 4; part++) {
-          const Quad a = *(const Quad*)(own[t] + i + 4 * part);
+          const Piece a = *(const Piece*)(own[t] + i + 4 * part);
           const float v[4] = {as_float(a.x), as_float(a.y), as_float(a.z), as_float(a.w)};
 #pragma unroll
           for (int r = 0; r < kGroup; r++)
@@ -94,7 +94,7 @@ struct Operand {
 };
 template <class T> MPL_INLINE T at_byte(const void* p, u32 at) { return *(const T*)((const u8*)p + at); }
 MPL_INLINE void load(Operand& a, const int* xq, const float* xd, const float* xs, u32 at) {
-  const Quad low = at_byte<Quad>(xq, 32 * at), high = at_byte<Quad>(xq, 32 * at + 16);
+  const Piece low = at_byte<Piece>(xq, 32 * at), high = at_byte<Piece>(xq, 32 * at + 16);
   a.q[0] = low.x, a.q[1] = low.y, a.q[2] = low.z, a.q[3] = low.w;
   a.q[4] = high.x, a.q[5] = high.y, a.q[6] = high.z, a.q[7] = high.w;
   a.d = at_byte<float>(xd, 4 * at);
@@ -146,12 +146,12 @@ template <int SLOTS> struct Pipe {
 template <int SLOTS> struct Pipe {
   static constexpr int ahead = 2;
   // A row each, on their way: what comes next, and what is behind it.
-  Quad first[kTurns], second[kTurns];
+  Piece first[kTurns], second[kTurns];
   int n_first, n_second;
   u8* own;
   __device__ __forceinline__ explicit Pipe(u8* shared) : n_first(0), n_second(0), own(shared) {}
   __device__ __forceinline__ void start(int, const u8* from, int left) {
-    const Quad* piece = (const Quad*)((size_t)from & ~(size_t)15);
+    const Piece* piece = (const Piece*)((size_t)from & ~(size_t)15);
     n_first = n_second, n_second = (int)((size_t)from & 15) + left;
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
@@ -162,7 +162,7 @@ template <int SLOTS> struct Pipe {
   __device__ __forceinline__ void arrive(int slot) {
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++)
-      if (turn * MPL_WARP * 16 < n_first) ((Quad*)(own + slot * kStage))[turn * MPL_WARP] = first[turn];
+      if (turn * MPL_WARP * 16 < n_first) ((Piece*)(own + slot * kStage))[turn * MPL_WARP] = first[turn];
   }
 };
 #endif
