@@ -10,7 +10,7 @@ import numpy as np
 
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import Array, Device, Unit
-from mpillama.backends.gpu.elementwise import EXPERTS, ElementwiseOps
+from mpillama.backends.gpu.elementwise import _ACTIVATIONS, EXPERTS, ElementwiseOps
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
@@ -18,9 +18,11 @@ from mpillama.gguf.types import GGMLType
 FLOATS = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
 # As in matmul.cu.
 _TILE_ROWS, _TILE_TOKENS = 64, 32
-_MATVEC_TOKENS = 8
 _SHARED_FLOATS = (_TILE_ROWS + _TILE_TOKENS) * 33 * 4
-_SHARED_BLOCKS = _TILE_ROWS * 4 * (9 + 4) * 4 + _TILE_TOKENS * 4 * (9 + 3) * 4
+_SHARED_BLOCKS = 4 * sum(4 * (12 * n + 8) + 16 * (n + 2) for n in (_TILE_ROWS, _TILE_TOKENS))
+# As in matvec.cuh.
+_MATVEC_TOKENS, _MATVEC_THREADS, _MATVEC_PARTS = 8, 256, 3
+_SHARED_BYTES = 48 << 10
 # Weights that are made floats at a time, for a product with many tokens.
 _GEMM_ELEMENTS = 32 << 20
 _MAX_GRID = 65535
@@ -85,7 +87,16 @@ class MatmulOps(ElementwiseOps):
 
     def weight(self, raw: RawWeight) -> GpuMatrix:
         """Copy the slice to the device."""
-        return GpuMatrix(self.device.upload(raw.raw), raw.type, raw.n_in, raw.pad[0], unit_of(raw.type))
+        data, rest = raw.raw, -raw.raw.nbytes % 16
+        if rest:
+            # The kernels read whole pieces of 16 bytes.
+            padded = self.device.upload(np.concatenate([data.reshape(-1), np.zeros(rest, np.uint8)]))
+            return self._matrix(padded[: data.size].reshape(data.shape), raw)
+        return self._matrix(self.device.upload(data), raw)
+
+    @staticmethod
+    def _matrix(data: Array, raw: RawWeight) -> GpuMatrix:
+        return GpuMatrix(data, raw.type, raw.n_in, raw.pad[0], unit_of(raw.type))
 
     def embedding(self, tokens: np.ndarray, w: GpuMatrix, first: int) -> Array:
         """Return rows of the embedding, zeros for those that are elsewhere."""
@@ -100,14 +111,10 @@ class MatmulOps(ElementwiseOps):
         """Return x W^T."""
         n_tokens = int(x.shape[0])
         out = self.device.empty((n_tokens, w.n_rows))
-        grid: tuple[int, ...]
         if out.size == 0:
             return out
         if n_tokens <= _MATVEC_TOKENS:
-            width = next(width for width in (1, 2, 4, 8) if width >= n_tokens)
-            args = (w.data, w.row_bytes, *self._operand(x, w), out, np.int32(w.n_rows), np.int32(w.n_in))
-            grid = (-(-w.n_rows // self._warps),)
-            self.device.launch(w.unit, f"matvec_{width}", grid, self._block, (*args, np.int32(n_tokens)))
+            self._matvec(x, [w], [out], n_tokens)
         elif self.device.gemm_tokens and n_tokens >= self.device.gemm_tokens:
             self._gemm(x, w, out)
         else:
@@ -117,12 +124,82 @@ class MatmulOps(ElementwiseOps):
         return out
 
     def linears(self, x: Array, ws: Sequence[GpuMatrix]) -> list[Array]:
-        """Return `linear` of each of several matrices."""
-        return [self.linear(x, w) for w in ws]
+        """Return `linear` of each of several matrices; for few tokens, those of one type together."""
+        n_tokens = int(x.shape[0])
+        if n_tokens > _MATVEC_TOKENS:
+            return [self.linear(x, w) for w in ws]
+        outs = [self.device.empty((n_tokens, w.n_rows)) for w in ws]
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for i, w in enumerate(ws):
+            if outs[i].size:
+                groups.setdefault((w.unit, w.n_in, w.pad), []).append(i)
+        for group in groups.values():
+            for start in range(0, len(group), _MATVEC_PARTS):
+                some = group[start : start + _MATVEC_PARTS]
+                self._matvec(x, [ws[i] for i in some], [outs[i] for i in some], n_tokens)
+        return outs
 
     def gated_linear(self, activation: str, x: Array, gate: GpuMatrix, up: GpuMatrix) -> Array:
         """Return `gated` of two `linear`."""
-        return self.gated(activation, self.linear(x, gate), self.linear(x, up))
+        n_tokens = int(x.shape[0])
+        alike = (gate.unit, gate.n_in, gate.pad, gate.n_rows) == (up.unit, up.n_in, up.pad, up.n_rows)
+        if n_tokens > _MATVEC_TOKENS or not alike:
+            return self.gated(activation, *self.linears(x, [gate, up]))
+        out = self.device.empty((n_tokens, gate.n_rows))
+        if out.size:
+            self._matvec(x, [gate, up], [out], n_tokens, activation=_ACTIVATIONS[activation])
+        return out
+
+    def _matvec(
+        self,
+        x: Array,
+        ws: Sequence[GpuMatrix],
+        outs: Sequence[Array],
+        n_tokens: int,
+        *,
+        activation: int = -1,
+        experts: Array | None = None,
+    ) -> None:
+        """Start one kernel for up to three matrices alike, or for gate and up.
+
+        Args:
+            x: of all.
+            ws: of one type and width.
+            outs: of each; of both where there is an activation.
+            n_tokens: rows of an output: tokens or pairs.
+            activation: number of the gated activation; -1: none.
+            experts: the matrix of each pair.
+        """
+        w, none = ws[0], [None] * _MATVEC_PARTS
+        rows = [np.int32(0)] * _MATVEC_PARTS
+        rows[: len(outs)] = [np.int32(part.n_rows) for part in ws[: len(outs)]]
+        width = 1 if experts is not None else next(width for width in (1, 2, 4, 8) if width >= n_tokens)
+        group = (4 if w.type in FLOATS or width == 8 else 8) // (1 if activation < 0 else 2)
+        warps, shared = self._matvec_shape(w)
+        grid = (sum(-(-int(n) // group) for n in rows), 1 if experts is None else n_tokens)
+        share = 1 if experts is None or x.ndim == 3 else int(experts.shape[1])
+        args = (
+            *[*(part.data for part in ws), *none][:_MATVEC_PARTS],
+            *(w.row_bytes, w.mat_bytes, experts, np.int32(share)),
+            *self._operand(x, w),
+            *[*outs, *none][:_MATVEC_PARTS],
+            *rows,
+            *(np.int32(activation), np.int32(w.n_in), np.int32(n_tokens)),
+        )
+        self.device.launch(w.unit, f"matvec_{width}", grid, warps * self.device.warp, args, shared)
+
+    def _matvec_shape(self, w: GpuMatrix) -> tuple[int, int]:
+        """Return the warps of a block, all of them with about as many chunks of a row, and its shared memory."""
+        warp, ring = self.device.warp, 4 * 8 * 4
+        most, unit = _MATVEC_THREADS // warp, 16 // w.type.block_bytes if w.type in FLOATS else 32
+        if w.type not in FLOATS:
+            pieces = (warp * 32 // w.type.block_size * w.type.block_bytes + 14) // 16 + 1
+            stage = pieces * 16 + 16
+            ring = stage * (2 if warp == 64 else 4 if stage > 640 else 8)
+            most = min(most, _SHARED_BYTES // ring)
+        chunks = max(1, -(-w.n_in // (warp * unit)))
+        warps = -(-chunks // -(-chunks // most))
+        return warps, warps * ring
 
     def expert_linear(self, x: Array, w: GpuMatrix, experts: Array) -> Array:
         """Multiply each token by the matrices of its experts."""
@@ -131,29 +208,17 @@ class MatmulOps(ElementwiseOps):
         out = self.device.empty((n_tokens, n_used, w.n_rows))
         if out.size == 0:
             return out
-        share = np.int32(n_used if x.ndim == 2 else 1)
-        operand = self._operand(x, w)
-        sizes = np.int32(w.n_rows), np.int32(w.n_in)
-        grid: tuple[int, ...]
         if n_tokens <= _MATVEC_TOKENS:
-            grid = (-(-w.n_rows // self._warps), n_pairs)
-            args = (w.data, w.row_bytes, w.mat_bytes, experts, share, *operand, out, *sizes, np.int32(n_pairs))
-            self.device.launch(w.unit, "matvec_experts", grid, self._block, args)
+            self._matvec(x, [w], [out], n_pairs, experts=experts)
         else:
+            share = np.int32(n_used if x.ndim == 2 else 1)
+            operand = self._operand(x, w)
+            sizes = np.int32(w.n_rows), np.int32(w.n_in)
             tiles, order = self._group(experts, int(w.data.shape[0]))
             grid = (-(-w.n_rows // _TILE_ROWS), int(tiles.shape[0]))
             args = (w.data, w.row_bytes, w.mat_bytes, tiles, order, share, *operand, out, *sizes)
             self.device.launch(w.unit, "matmul_experts", grid, 256, args, self._shared(w))
         return out
-
-    @property
-    def _warps(self) -> int:
-        """Rows that a block of matvec has."""
-        return self._block // self.device.warp
-
-    @property
-    def _block(self) -> int:
-        return 128
 
     @staticmethod
     def _shared(w: GpuMatrix) -> int:

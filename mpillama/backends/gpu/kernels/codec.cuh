@@ -43,26 +43,72 @@ struct Sub {
   float scale[2], min[2];
 };
 
+// Part of a row in shared memory: byte `at` of `base`, which is a multiple of 16. Words of which only some bytes belong to it
+// may be read as a whole, and the word behind its last.
+struct Staged {
+  const u8* base;
+  int at;
+  __device__ __forceinline__ Staged operator+(i64 n) const { return {base, at + (int)n}; }
+  __device__ __forceinline__ u8 operator[](int i) const { return base[at + i]; }
+};
+
+// `decode` reads a row where it lies, byte by byte if need be, or what is `Staged`, in whole words.
+//
 // Little-endian words of blocks that lie on multiples of A bytes.
 template <int A> MPL_INLINE u32 word(const u8* p) {
   if (A >= 4) return *(const u32*)p;
   if (A == 2) return ((const u16*)p)[0] | (u32)((const u16*)p)[1] << 16;
   return p[0] | (u32)p[1] << 8 | (u32)p[2] << 16 | (u32)p[3] << 24;
 }
+
+// N words in a row, each shifted right by `bits` (below 8): the top ones are then undefined.
+template <int A, int N> MPL_INLINE void words(const u8* p, u32* v, int bits = 0) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if (A < 16) v[i] = word<A>(p + 4 * i) >> bits;
+    else if (i % 4 == 0) {
+      const Piece q = *(const Piece*)(p + 4 * i);
+      v[i] = q.x >> bits, v[i + 1] = q.y >> bits, v[i + 2] = q.z >> bits, v[i + 3] = q.w >> bits;
+    }
+  }
+}
+template <int A, int N> MPL_INLINE void words(Staged p, u32* v, int bits = 0) {
+  if (A >= 4) {
+    words<A, N>(p.base + p.at, v, bits);
+  } else {
+    // Of N + 1 words, each two neighbours have one of those that are wanted.
+    const u32* at = (const u32*)p.base + (p.at >> 2);
+    const int shift = (p.at & 3) * 8 + bits;
+    u32 low = at[0];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const u32 high = at[i + 1];
+      v[i] = shift_pair(low, high, shift);
+      low = high;
+    }
+  }
+}
+template <int A> MPL_INLINE u32 word(Staged p) {
+  u32 v;
+  words<A, 1>(p, &v);
+  return v;
+}
 MPL_INLINE u32 short_at(const u8* p) { return *(const u16*)p; }
-MPL_INLINE float half_at(const u8* p) { return half_to_float(*(const u16*)p); }
+MPL_INLINE u32 short_at(Staged p) { return *(const u16*)(p.base + p.at); }
+template <class P> MPL_INLINE float half_at(P p) { return half_to_float((u16)short_at(p)); }
 
 MPL_INLINE void uniform(Sub& s, float scale, float min) {
   s.scale[0] = s.scale[1] = scale;
   s.min[0] = s.min[1] = min;
 }
 // 16 bytes: 16 low halves, then 16 high ones.
-template <int A> MPL_INLINE void nibbles(Sub& s, const u8* p) {
+template <int A, class P> MPL_INLINE void nibbles(Sub& s, P p) {
+  u32 v[4];
+  words<A, 4>(p, v);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const u32 v = word<A>(p + 4 * i);
-    s.q[i] = v & 0x0F0F0F0F;
-    s.q[i + 4] = v >> 4 & 0x0F0F0F0F;
+    s.q[i] = v[i] & 0x0F0F0F0F;
+    s.q[i + 4] = v[i] >> 4 & 0x0F0F0F0F;
   }
 }
 // Bits 0 to 3, each in a byte.

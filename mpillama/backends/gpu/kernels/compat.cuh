@@ -198,3 +198,83 @@ MPL_INLINE float block_sum(float v, float* scratch) {
   __syncthreads();
   return v;
 }
+
+// -- bytes on their way
+
+#if defined(MPL_HIP)
+// Of structs that are copied as a whole clang makes memory.
+typedef u32 Piece __attribute__((ext_vector_type(4)));
+#else
+struct __align__(16) Piece { u32 x, y, z, w; };
+#endif
+MPL_INLINE Piece piece_of(u32 x, u32 y, u32 z, u32 w) {
+  Piece q;
+  q.x = x, q.y = y, q.z = z, q.w = w;
+  return q;
+}
+MPL_INLINE u32 word_of(Piece q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+
+// 32 of 64 bits, from bit 0 <= shift < 32 on.
+MPL_INLINE u32 shift_pair(u32 low, u32 high, int shift) {
+#if defined(MPL_HIP)
+  return __builtin_amdgcn_alignbit(high, low, shift);
+#elif defined(MPL_EMULATE)
+  return (u32)(((u64)high << 32 | low) >> shift);
+#else
+  return __funnelshift_r(low, high, shift);
+#endif
+}
+
+// A number that the compiler keeps, where it would rather work it out again each time.
+#if defined(MPL_HIP) || defined(MPL_EMULATE)
+#define MPL_KEEP(x)
+#define MPL_KEEP_POINTER(x)
+#else
+#define MPL_KEEP(x) asm volatile("" : "+r"(x))
+#define MPL_KEEP_POINTER(x) asm volatile("" : "+l"(x))
+#endif
+
+// Copies of 16 bytes from global memory to byte `at` of a place in shared memory, which go on while the thread does other things
+// (PTX ISA, "cp.async"). Those started since the last `commit` are a group; wait<N> returns when all groups of this thread but
+// the last N are there, for this thread: others of its warp need a __syncwarp too.
+#if defined(MPL_EMULATE)
+#define MPL_ASYNC (MPL_WARP == 32)
+#elif defined(MPL_HIP) || !defined(__CUDA_ARCH__)
+#define MPL_ASYNC 0
+#else
+#define MPL_ASYNC (__CUDA_ARCH__ >= 800)
+#endif
+
+#if MPL_ASYNC
+#if defined(MPL_EMULATE)
+// The bytes come as late as they may, and what was there before is gone at once.
+struct Copies {
+  struct Copy { u8* to; const void* from; int group; };
+  u8* to;
+  std::vector<Copy> open;
+  int group = 0;
+
+  explicit Copies(u8* shared) : to(shared) {}
+  void start(int at, const void* from) {
+    memset(to + at, 0xFD, 16);
+    open.push_back({to + at, from, group});
+  }
+  void commit() { group++; }
+  template <int N> void wait() {
+    size_t n = 0;
+    for (; n < open.size() && open[n].group < group - N; n++) memcpy(open[n].to, open[n].from, 16);
+    open.erase(open.begin(), open.begin() + n);
+  }
+};
+#else
+struct Copies {
+  u32 to;
+  __device__ __forceinline__ explicit Copies(u8* shared) : to((u32)__cvta_generic_to_shared(shared)) { MPL_KEEP(to); }
+  __device__ __forceinline__ void start(int at, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from) : "memory");
+  }
+  __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+};
+#endif
+#endif

@@ -8,21 +8,30 @@
   constexpr bool kHalves = halves, kMin = min;
 #ifdef MPL_EMULATE
 // One copy for all kernels, for the sake of the compiler's time.
-#define DECODE static __attribute__((noinline)) void decode(const u8* row, int sub, Sub& s)
+#define DECODE template <class P> static __attribute__((noinline)) void decode(P row, int sub, Sub& s)
 #else
-#define DECODE static __device__ __forceinline__ void decode(const u8* row, int sub, Sub& s)
+#define DECODE template <class P> static __device__ __forceinline__ void decode(P row, int sub, Sub& s)
 #endif
 // The block of a sub-block, and the sub-block's number in it.
-#define BLOCK_OF_32 const u8* b = row + (i64)sub * kBytes
-#define BLOCK_OF(n) const u8* b = row + (i64)(sub / (n)) * kBytes; const int k = sub % (n)
+#define BLOCK_OF_32 const P b = row + (i64)sub * kBytes
+#define BLOCK_OF(n) const P b = row + (i64)(sub / (n)) * kBytes; const int k = sub % (n)
 
 #if MPL_TYPE == T_Q4_0
 FORMAT(32, 18, false, true)
-DECODE { BLOCK_OF_32; const float d = half_at(b); nibbles<2>(s, b + 2); uniform(s, d, 8.f * d); }
+DECODE {
+  BLOCK_OF_32;
+  const float d = half_at(b);
+  nibbles<2>(s, b + 2);
+  uniform(s, d, 8.f * d);
+}
 
 #elif MPL_TYPE == T_Q4_1
 FORMAT(32, 20, false, true)
-DECODE { BLOCK_OF_32; nibbles<4>(s, b + 4); uniform(s, half_at(b), -half_at(b + 2)); }
+DECODE {
+  BLOCK_OF_32;
+  nibbles<4>(s, b + 4);
+  uniform(s, half_at(b), -half_at(b + 2));
+}
 
 #elif MPL_TYPE == T_Q5_0 || MPL_TYPE == T_Q5_1
 #if MPL_TYPE == T_Q5_0
@@ -32,9 +41,9 @@ FORMAT(32, 24, false, true)
 #endif
 DECODE {
   BLOCK_OF_32;
-  constexpr int at = kBytes - 20;
-  const u32 high = word<2>(b + at);
-  nibbles<2>(s, b + at + 4);
+  constexpr int at = kBytes - 20, A = kBytes % 4 ? 2 : 4;
+  const u32 high = word<A>(b + at);
+  nibbles<A>(s, b + at + 4);
 #pragma unroll
   for (int i = 0; i < 8; i++) s.q[i] |= spread(high >> 4 * i & 15) << 4;
   const float d = half_at(b);
@@ -45,8 +54,7 @@ DECODE {
 FORMAT(32, 34, false, false)
 DECODE {
   BLOCK_OF_32;
-#pragma unroll
-  for (int i = 0; i < 8; i++) s.q[i] = word<2>(b + 2 + 4 * i);
+  words<2, 8>(b + 2, (u32*)s.q);
   uniform(s, half_at(b), 0.f);
 }
 
@@ -55,8 +63,10 @@ FORMAT(256, 84, true, true)
 DECODE {
   BLOCK_OF(8);
   const float d = half_at(b + 80), dmin = half_at(b + 82);
+  u32 v[8];
+  words<4, 8>(b + 16 + k / 4 * 32, v, 2 * (k % 4));
 #pragma unroll
-  for (int i = 0; i < 8; i++) s.q[i] = word<4>(b + 16 + k / 4 * 32 + 4 * i) >> 2 * (k % 4) & 0x03030303;
+  for (int i = 0; i < 8; i++) s.q[i] = v[i] & 0x03030303;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     s.scale[h] = d * (float)(b[2 * k + h] & 15);
@@ -69,14 +79,16 @@ FORMAT(256, 110, true, true)
 DECODE {
   BLOCK_OF(8);
   const float d = half_at(b + 108);
+  u32 low[8], high[8];
+  words<2, 8>(b + 32 + k / 4 * 32, low, 2 * (k % 4));
+  words<2, 8>(b, high, k);
 #pragma unroll
-  for (int i = 0; i < 8; i++)
-    s.q[i] = (word<2>(b + 32 + k / 4 * 32 + 4 * i) >> 2 * (k % 4) & 0x03030303) | (word<2>(b + 4 * i) >> k & 0x01010101) << 2;
+  for (int i = 0; i < 8; i++) s.q[i] = (low[i] & 0x03030303) | (high[i] & 0x01010101) << 2;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int n = 2 * k + h;
-    const int low = n < 8 ? b[96 + n] & 15 : b[88 + n] >> 4;
-    s.scale[h] = d * (float)((low | (b[104 + n % 4] >> 2 * (n / 4) & 3) << 4) - 32);
+    const int part = n < 8 ? b[96 + n] & 15 : b[88 + n] >> 4;
+    s.scale[h] = d * (float)((part | (b[104 + n % 4] >> 2 * (n / 4) & 3) << 4) - 32);
     s.min[h] = 4.f * s.scale[h];
   }
 }
@@ -89,16 +101,21 @@ FORMAT(256, 176, false, true)
 #endif
 DECODE {
   BLOCK_OF(8);
-  const u8* low = b + kBytes - 128 + k / 2 * 32;
+  u32 v[8], f[4];
+  words<16, 8>(b + (kBytes - 128 + k / 2 * 32), v, 4 * (k % 2));
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    s.q[i] = word<4>(low + 4 * i) >> 4 * (k % 2) & 0x0F0F0F0F;
-    if (MPL_TYPE == T_Q5_K) s.q[i] |= (word<4>(b + 16 + 4 * i) >> k & 0x01010101) << 4;
-  }
-  const u8* f = b + 4;
-  const int scale = k < 4 ? f[k] & 63 : (f[k + 4] & 15) | f[k - 4] >> 6 << 4;
-  const int min = k < 4 ? f[k + 4] & 63 : f[k + 4] >> 4 | f[k] >> 6 << 4;
-  uniform(s, half_at(b) * (float)scale, half_at(b + 2) * (float)min);
+  for (int i = 0; i < 8; i++) s.q[i] = v[i] & 0x0F0F0F0F;
+#if MPL_TYPE == T_Q5_K
+  words<16, 8>(b + 16, v, k);
+#pragma unroll
+  for (int i = 0; i < 8; i++) s.q[i] |= (v[i] & 0x01010101) << 4;
+#endif
+  // Two factors, then bytes: 4 scales and 4 minima of 6 bits, below the top bits of the other ones; their low bits.
+  words<16, 4>(b, f);
+  const int shift = 8 * (k % 4);
+  const u32 a = f[1] >> shift, c = f[2] >> shift, low = f[3] >> shift;
+  const u32 scale = k < 4 ? a & 63 : (low & 15) | (a >> 2 & 48), min = k < 4 ? c & 63 : (low >> 4 & 15) | (c >> 2 & 48);
+  uniform(s, half_to_float((u16)f[0]) * (float)(int)scale, half_to_float((u16)(f[0] >> 16)) * (float)(int)min);
 }
 
 #elif MPL_TYPE == T_Q6_K
@@ -106,10 +123,11 @@ FORMAT(256, 210, true, true)
 DECODE {
   BLOCK_OF(8);
   const float d = half_at(b + 208);
-  const u8 *low = b + k / 4 * 64 + k % 2 * 32, *high = b + 128 + k / 4 * 32;
+  u32 low[8], high[8];
+  words<2, 8>(b + k / 4 * 64 + k % 2 * 32, low, k % 4 / 2 * 4);
+  words<2, 8>(b + 128 + k / 4 * 32, high, 2 * (k % 4));
 #pragma unroll
-  for (int i = 0; i < 8; i++)
-    s.q[i] = (word<2>(low + 4 * i) >> k % 4 / 2 * 4 & 0x0F0F0F0F) | (word<2>(high + 4 * i) >> 2 * (k % 4) & 0x03030303) << 4;
+  for (int i = 0; i < 8; i++) s.q[i] = (low[i] & 0x0F0F0F0F) | (high[i] & 0x03030303) << 4;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     s.scale[h] = d * (float)(i8)b[192 + 2 * k + h];
@@ -195,21 +213,22 @@ DECODE {
 
 #elif MPL_TYPE == T_TQ1_0
 FORMAT(256, 54, false, true)
-MPL_INLINE int digits(const u8* p, int power) {
-  u32 q = 0;
-#pragma unroll
-  for (int i = 0; i < 4; i++) q |= ((p[i] * power & 255) * 3 >> 8) << 8 * i;
-  return (int)q;
+// One digit to base 3 of each of four bytes, two at a time: the top one of what `power` leaves of a fraction of 256.
+MPL_INLINE int digits(u32 v, u32 power) {
+  const u32 even = (v & 0x00FF00FFu) * power & 0x00FF00FFu, odd = (v >> 8 & 0x00FF00FFu) * power & 0x00FF00FFu;
+  return (int)((even * 3 >> 8 & 0x00FF00FFu) | (odd * 3 & 0xFF00FF00u));
 }
-MPL_INLINE int power_of_3(int n) { return n == 0 ? 1 : n == 1 ? 3 : n == 2 ? 9 : n == 3 ? 27 : 81; }
+MPL_INLINE u32 power_of_3(int n) { return n == 4 ? 81u : 0x1B090301u >> 8 * n & 255; }
+// Five runs of 32 digits, from 32 bytes; then five of 16, from 16 bytes, and four of 4, from 4 bytes.
 DECODE {
   BLOCK_OF(8);
+  const int run = 2 * (k - 5);
+  const u32 low = power_of_3(k < 5 ? k : run), high = power_of_3(k < 5 ? k : min(run + 1, 4));
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    const int run = 2 * (k - 5) + i / 4;
-    if (k < 5) s.q[i] = digits(b + 4 * i, power_of_3(k));
-    else if (run < 5) s.q[i] = digits(b + 32 + 4 * (i % 4), power_of_3(run));
-    else s.q[i] = digits(b + 48, power_of_3(i % 4));
+    const bool last = k == 7 && i >= 4;
+    const u32 v = word<2>(b + (k < 5 ? 4 * i : last ? 48 : 32 + 4 * (i % 4)));
+    s.q[i] = digits(v, last ? power_of_3(i % 4) : i < 4 ? low : high);
   }
   const float d = half_at(b + 52);
   uniform(s, d, d);
@@ -219,8 +238,10 @@ DECODE {
 FORMAT(256, 66, false, true)
 DECODE {
   BLOCK_OF(8);
+  u32 v[8];
+  words<2, 8>(b + k / 4 * 32, v, 2 * (k % 4));
 #pragma unroll
-  for (int i = 0; i < 8; i++) s.q[i] = word<2>(b + k / 4 * 32 + 4 * i) >> 2 * (k % 4) & 0x03030303;
+  for (int i = 0; i < 8; i++) s.q[i] = v[i] & 0x03030303;
   const float d = half_at(b + 64);
   uniform(s, d, d);
 }
@@ -229,7 +250,7 @@ DECODE {
 FORMAT(256, 66, false, false)
 DECODE {
   BLOCK_OF(8);
-  const u8* at = b + 2 + 8 * k;
+  const P at = b + 2 + 8 * k;
   const u32 bits = word<2>(at + 4);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -333,12 +354,15 @@ DECODE {
 #elif MPL_TYPE == T_F32
 constexpr int kBytes = 4;
 MPL_INLINE float weight_at(const u8* row, int i) { return ((const float*)row)[i]; }
+MPL_INLINE float weight_of(Piece q, int i) { return as_float(word_of(q, i)); }
 #elif MPL_TYPE == T_F16
 constexpr int kBytes = 2;
 MPL_INLINE float weight_at(const u8* row, int i) { return half_to_float(((const u16*)row)[i]); }
+MPL_INLINE float weight_of(Piece q, int i) { return half_to_float((u16)(word_of(q, i / 2) >> 16 * (i % 2))); }
 #elif MPL_TYPE == T_BF16
 constexpr int kBytes = 2;
 MPL_INLINE float weight_at(const u8* row, int i) { return bf16_to_float(((const u16*)row)[i]); }
+MPL_INLINE float weight_of(Piece q, int i) { return bf16_to_float((u16)(word_of(q, i / 2) >> 16 * (i % 2))); }
 #else
 #error "a type without a decoder"
 #endif

@@ -1,10 +1,10 @@
 // Products of one weight type, MPL_TYPE, straight from the blocks of the file, and its rows as floats.
 //
-// Quantized weights meet activations rounded to 8 bits (`quantize`, below): xq (T, subs, 8) words of four, xd (T, subs) their
-// scales, xs (T, subs, 2) the scaled sums of 16, which minima need. Floating-point weights meet float32.
-// A product for few tokens reads each weight once and gives a row to a warp; one for many works on tiles of 64 rows and 32
-// tokens. With experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
-#include "decode.cuh"
+// Quantized weights meet activations rounded to 8 bits (`quantize` in elementwise.cu): xq (T, subs, 8) words of four, xd
+// (T, subs) their scales, xs (T, subs, 2) the scaled sums of 16, which minima need. Floating-point weights meet float32.
+// A product for few tokens (matvec.cuh) reads each weight once; one for many works on tiles of 64 rows and 32 tokens. With
+// experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
+#include "matvec.cuh"
 
 // Rows as floats: out (n, 32 n_sub) of rows index[i] - first, or i where index is null; zeros for rows outside of [0, n_rows).
 #define DEQUANTIZE(name, T, STORE)                                                                                     \
@@ -38,14 +38,7 @@ MPL_INLINE void floats_of(const u8* row, int unit, bool here, float* v) {
 DEQUANTIZE(dequantize_f32, float, )
 DEQUANTIZE(dequantize_f16, u16, float_to_half)
 
-#if MPL_FLOAT
-typedef const float* X;
-#define X_ARGS const float* x
-#define X_CALL x
-#else
-#define X_ARGS const int *xq, const float *xd, const float *xs
-#define X_CALL xq, xd, xs
-
+#if !MPL_FLOAT
 // What 32 weights add to the product with one token's activations, given the products of their codes: where halves differ in
 // scale those of each half. d and sums are the token's.
 MPL_INLINE float scaled(int low, int high, const float* scale, const float* min, float d, const float* sums) {
@@ -56,6 +49,10 @@ MPL_INLINE float scaled(int low, int high, const float* scale, const float* min,
   return v;
 }
 
+// Two scales and two minima of weights; scale and sums of activations.
+struct Factors { float v[4]; };
+MPL_INLINE Factors factors(Piece q) { return {{as_float(q.x), as_float(q.y), as_float(q.z), as_float(q.w)}}; }
+
 MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums) {
   int low = 0, high = 0;
 #pragma unroll
@@ -65,71 +62,6 @@ MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums)
   return scaled(low, high, s.scale, s.min, d, sums);
 }
 #endif
-
-// -- few tokens: one row to a warp, NT tokens at once. With `experts`, blockIdx.y is a pair, whose activations are row
-// pair / share of x, and whose answer is zero where the expert is negative; else it is NT tokens.
-template <int NT>
-MPL_INLINE void matvec(const u8* w, i64 row_bytes, i64 mat_bytes, const int* experts, int share, X_ARGS, float* y, int n_rows,
-                       int n_in, int n_tokens) {
-  const int row = blockIdx.x * (blockDim.x / MPL_WARP) + threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP;
-  if (row >= n_rows) return;
-  const int first = blockIdx.y * NT, n = min(NT, n_tokens - first);
-  const int expert = experts ? experts[first] : 0;
-  if (expert < 0) {
-    if (lane == 0) y[(i64)first * n_rows + row] = 0.f;
-    return;
-  }
-  const u8* r = w + (i64)row * row_bytes + expert * mat_bytes;
-  float sum[NT];
-#pragma unroll
-  for (int t = 0; t < NT; t++) sum[t] = 0.f;
-#if MPL_FLOAT
-  for (int i = lane; i < n_in; i += MPL_WARP) {
-    const float v = weight_at(r, i);
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-      if (t < n) sum[t] += v * x[(i64)((first + t) / share) * n_in + i];
-  }
-#else
-  const int n_sub = n_in / 32;
-  for (int i = lane; i < n_sub; i += MPL_WARP) {
-    Sub s;
-    decode(r, i, s);
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-      if (t < n) {
-        const i64 at = (i64)((first + t) / share) * n_sub + i;
-        int a[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) a[j] = xq[at * 8 + j];
-        sum[t] += dot_sub(s, a, xd[at], xs + at * 2);
-      }
-  }
-#endif
-#pragma unroll
-  for (int t = 0; t < NT; t++) {
-    const float v = lanes_sum<MPL_WARP>(sum[t]);
-    if (lane == 0 && t < n) y[(i64)(first + t) * n_rows + row] = v;
-  }
-}
-
-#define MATVEC(NT)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(128)                                                                         \
-      matvec_##NT(const u8* w, i64 row_bytes, X_ARGS, float* y, int n_rows, int n_in, int n_tokens) {                       \
-    matvec<NT>(w, row_bytes, 0, nullptr, 1, X_CALL, y, n_rows, n_in, n_tokens);                                             \
-  }                                                                                                                         \
-  MPL_EXPORT(matvec_##NT)
-MATVEC(1)
-MATVEC(2)
-MATVEC(4)
-MATVEC(8)
-
-extern "C" __global__ void __launch_bounds__(128)
-    matvec_experts(const u8* w, i64 row_bytes, i64 mat_bytes, const int* experts, int share, X_ARGS, float* y, int n_rows,
-                   int n_in, int n_pairs) {
-  matvec<1>(w, row_bytes, mat_bytes, experts, share, X_CALL, y, n_rows, n_in, n_pairs);
-}
-MPL_EXPORT(matvec_experts)
 
 // -- many tokens: 256 threads, each with 8 sums of a tile: 4 rows by 2 tokens, or 2 by 4 as matrix units have them.
 constexpr int kRows = 64, kTokens = 32;
@@ -186,59 +118,66 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
   }
 #else
   constexpr int kSubs = 4;
-  // 9 words to 8 codes, against bank conflicts; then the factors.
+  // Of each sub-block the 8 words of all rows, 12 apart, and of all tokens; then their factors, four each. What 8 neighbouring
+  // lanes write (2 rows, 4 sub-blocks) and what a warp reads (8 rows, 4 words) lies in different banks.
+  constexpr int kStride = 12, kPlane = kRows * kStride + 8, kTokenPlane = kTokens * kStride + 8;
+  constexpr int kFactors = kRows + 2, kTokenFactors = kTokens + 2;
   MPL_DYN_SHARED(int, shared);
-  int *wq = shared, *aq = wq + kRows * kSubs * 9;
-  float *wf = (float*)(aq + kTokens * kSubs * 9), *af = wf + kRows * kSubs * 4;
+  int *wq = shared, *aq = wq + kSubs * kPlane;
+  Piece *wf = (Piece*)(aq + kSubs * kTokenPlane), *af = wf + kSubs * kFactors;
   const int n_sub = n_in / 32;
   for (int s0 = 0; s0 < n_sub; s0 += kSubs) {
+    const int part = t % kSubs, sub = s0 + part, at_row = t / kSubs;
     {
-      const int row = t / kSubs, sub = s0 + t % kSubs;
       Sub s = {};
-      if (row0 + row < n_rows && sub < n_sub) decode(w + (i64)(row0 + row) * row_bytes, sub, s);
-#pragma unroll
-      for (int j = 0; j < 8; j++) wq[t * 9 + j] = s.q[j];
-      wf[t * 4] = s.scale[0], wf[t * 4 + 1] = s.scale[1], wf[t * 4 + 2] = s.min[0], wf[t * 4 + 3] = s.min[1];
+      if (row0 + at_row < n_rows && sub < n_sub) decode(w + (i64)(row0 + at_row) * row_bytes, sub, s);
+      Piece* to = (Piece*)(wq + part * kPlane + at_row * kStride);
+      to[0] = piece_of(s.q[0], s.q[1], s.q[2], s.q[3]), to[1] = piece_of(s.q[4], s.q[5], s.q[6], s.q[7]);
+      wf[part * kFactors + at_row] = piece_of(as_bits(s.scale[0]), as_bits(s.scale[1]), as_bits(s.min[0]), as_bits(s.min[1]));
     }
-    if (t < kTokens * kSubs) {
-      const int token = t / kSubs, sub = s0 + t % kSubs;
-      const bool here = token < n && sub < n_sub;
-      const i64 at = here ? (i64)((order ? order[first + token] : first + token) / share) * n_sub + sub : 0;
-#pragma unroll
-      for (int j = 0; j < 8; j++) aq[t * 9 + j] = here ? xq[at * 8 + j] : 0;
-      af[t * 3] = here ? xd[at] : 0.f, af[t * 3 + 1] = here ? xs[at * 2] : 0.f, af[t * 3 + 2] = here ? xs[at * 2 + 1] : 0.f;
+    if (at_row < kTokens) {
+      const bool here = at_row < n && sub < n_sub;
+      const i64 at = here ? (i64)((order ? order[first + at_row] : first + at_row) / share) * n_sub + sub : 0;
+      const Piece none = piece_of(0, 0, 0, 0);
+      Piece* to = (Piece*)(aq + part * kTokenPlane + at_row * kStride);
+      to[0] = here ? ((const Piece*)xq)[2 * at] : none, to[1] = here ? ((const Piece*)xq)[2 * at + 1] : none;
+      const Piece known = here ? piece_of(as_bits(xd[at]), as_bits(xs[2 * at]), as_bits(xs[2 * at + 1]), 0) : none;
+      af[part * kTokenFactors + at_row] = known;
     }
     __syncthreads();
     for (int i = 0; i < kSubs; i++) {
 #if MPL_MMA
       const int g = t % 32 / 4, word = t % 4;
-      const int *upper = wq + ((t / 32 % 4 * 16 + g) * kSubs + i) * 9, *lower = upper + 8 * kSubs * 9;
+      const int *upper = wq + i * kPlane + (t / 32 % 4 * 16 + g) * kStride, *lower = upper + 8 * kStride;
       const int a[4] = {upper[word], lower[word], upper[4 + word], lower[4 + word]};
+      const Factors of_rows[2] = {factors(wf[i * kFactors + row_of(0)]), factors(wf[i * kFactors + row_of(2)])};
 #pragma unroll
       for (int tile = 0; tile < 2; tile++) {
-        const int* column = aq + ((t / 128 * 16 + tile * 8 + g) * kSubs + i) * 9;
+        const int* column = aq + i * kTokenPlane + (t / 128 * 16 + tile * 8 + g) * kStride;
         const int b[2] = {column[word], column[4 + word]};
         int low[4] = {}, high[4] = {};
         if (kHalves) mma<16>(low, a, b), mma<16>(high, a + 2, b + 1);
         else mma<32>(low, a, b);
+        const Factors of_tokens[2] = {factors(af[i * kTokenFactors + token_of(4 * tile)]),
+                                      factors(af[i * kTokenFactors + token_of(4 * tile + 1)])};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-          const float *f = wf + (row_of(k) * kSubs + i) * 4, *x = af + (token_of(4 * tile + k) * kSubs + i) * 3;
+          const float *f = of_rows[k / 2].v, *x = of_tokens[k % 2].v;
           sum[4 * tile + k] += scaled(low[k], high[k], f, f + 2, x[0], x + 1);
         }
       }
 #else
 #pragma unroll
       for (int a = 0; a < 8; a += 2) {
-        Sub s;
-        const int at = row_of(a) * kSubs + i;
+        const int* from = wq + i * kPlane + row_of(a) * kStride;
+        const Factors f = factors(wf[i * kFactors + row_of(a)]);
+        Sub s = {{}, {f.v[0], f.v[1]}, {f.v[2], f.v[3]}};
 #pragma unroll
-        for (int j = 0; j < 8; j++) s.q[j] = wq[at * 9 + j];
-        s.scale[0] = wf[at * 4], s.scale[1] = wf[at * 4 + 1], s.min[0] = wf[at * 4 + 2], s.min[1] = wf[at * 4 + 3];
+        for (int j = 0; j < 8; j++) s.q[j] = from[j];
 #pragma unroll
         for (int k = a; k < a + 2; k++) {
-          const int to = token_of(k) * kSubs + i;
-          sum[k] += dot_sub(s, aq + to * 9, af[to * 3], af + to * 3 + 1);
+          const Factors x = factors(af[i * kTokenFactors + token_of(k)]);
+          sum[k] += dot_sub(s, aq + i * kTokenPlane + token_of(k) * kStride, x.v[0], x.v + 1);
         }
       }
 #endif
