@@ -64,9 +64,9 @@ class Pair:
         return q, kept(k, self.types[0]), kept(v, self.types[1])
 
     def error(self, *seq_lens):
-        """Run a step on the backend; returns the norm of its error against float64, as a part of the result's, and that.
+        """Run a step on the backend, and return norms of its error against float64, and the result.
 
-        Of all rows together, and of the worst.
+        The norms are relative to the result's: of all rows together, and of the worst one.
         """
         batch = self.batch(seq_lens)
         q, k, v = self.inputs(len(batch.positions))

@@ -19,8 +19,8 @@ _WARPS = 4  # of a thread block of attention.cu
 _MAX_ROWS = 8
 # A split has at least so many keys.
 _SPLIT_KEYS = 256
-# Query rows of a warp of attention_mma.cu, and of a thread block.
-_WARP_ROWS, _TILE_ROWS = 16, 128
+# Query rows of a thread block of attention_mma.cu, 16 for each warp: few, or as many as the registers allow.
+_TILE_ROWS = 32, 128
 _SHARED_BYTES = 48 << 10
 
 
@@ -62,9 +62,9 @@ class _Heads:
 class AttentionOps(MatmulOps):
     """The ops of `Backend` that need a KV cache.
 
-    Scores, weights and sums are float32. On matrix units (`Device.matrix_units`) sequences with more than a few query rows in a
-    step have queries and weights rounded to float16, unless keys or values are kept as f32. The error of a score is about 2^-12
-    of what it would be if all its products had one sign, at most twice that.
+    Scores, weights and sums are float32. On matrix units (`Device.matrix_units`) sequences with more than a few query
+    rows in a step have queries and weights rounded to float16, unless keys or values are kept as f32. A score, which is
+    a sum of products, is then wrong by at most 2^-11 of the sum of their sizes.
     """
 
     def __init__(self, device: Device) -> None:
@@ -148,7 +148,7 @@ class AttentionOps(MatmulOps):
         self, q: Array, cache: GpuCache, tables: StepInputs, params: AttentionParams, sinks: Array | None, out: Array
     ) -> None:
         # So many tokens of a sequence are more rows than a thread block of attention.cu has.
-        many = max(2, _MAX_ROWS // self._groups_of(params.kv_heads, _TILE_ROWS).largest + 1)
+        many = max(2, _MAX_ROWS // self._groups_of(params.kv_heads, max(_TILE_ROWS)).largest + 1)
         if cache.tiles is None:
             self._attend_few(q, cache, tables, params, sinks, out, 0)
         else:
@@ -203,12 +203,11 @@ class AttentionOps(MatmulOps):
         least: int,
     ) -> None:
         """Attend from sequences with at least so many tokens, on matrix units."""
-        groups = self._groups_of(params.kv_heads, _TILE_ROWS)
-        tiles, n_tiles, longest = tables.tiles(_TILE_ROWS // groups.largest, least=least)
+        groups = self._groups_of(params.kv_heads, max(_TILE_ROWS))
+        tiles, n_tiles, longest = tables.tiles(max(_TILE_ROWS) // groups.largest, least=least)
         if not n_tiles:
             return
-        n_groups, n_warps = groups.n_groups, -(-groups.largest * longest // _WARP_ROWS)
-        n_rows = n_warps * _WARP_ROWS
+        n_groups, n_rows = groups.n_groups, next(n for n in _TILE_ROWS if n >= groups.largest * longest)
         n_seen = min(tables.n_seen, params.window + longest) if params.window else tables.n_seen
         # A block fills a multiprocessor: more blocks than that only add to what has to be joined.
         n_split = max(1, min(self.device.n_cores // (n_groups * n_tiles), -(-n_seen // _SPLIT_KEYS)))
@@ -220,7 +219,8 @@ class AttentionOps(MatmulOps):
         args = q, cache.keys, cache.values, *where, *plan, *sizes, *fixed, sinks, part, out
         shared = _tile_bytes(dict(unit.defines)["MPL_KEYS"], cache.n_k, cache.n_v)
         grid = n_groups, n_tiles, n_split
-        self.device.launch(unit, "attend_tiles", grid, n_warps * self.device.warp, args, shared)
+        n_warps = n_rows // 16
+        self.device.launch(unit, f"attend_tiles_{n_warps}", grid, n_warps * self.device.warp, args, shared)
         if part is not None:
             self._combine(cache, part, n_split, n_rows, plan, (n_groups, n_tiles, n_rows), sinks, out)
 

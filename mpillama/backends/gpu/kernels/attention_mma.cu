@@ -114,15 +114,17 @@ struct Blocks {
 };
 
 // Brings the rows of a tile, and zeros for those outside of the range: what lies there may be anything, not only numbers.
-template <int TYPE, int N, int PITCH>
+template <int TYPE, int N, int PITCH, int THREADS>
 MPL_INLINE void bring(SharedAt to, const u8* cache, const Blocks& blocks, int start, int oldest, int last, int n_kv, int kv) {
-  constexpr int kParts = N / 8, kBytes = Part<TYPE, N>::kBytes;
+  constexpr int kParts = N / 8, kBytes = Part<TYPE, N>::kBytes, kCount = 32 * kParts;
 #pragma unroll
   for (int b = 0; b < kKeys / 32; b++) {
     const u8* from = cache + ((i64)blocks.number[b] * n_kv + kv) * (32 * kBytes);
     const int low = oldest - start - 32 * b, high = last - start - 32 * b;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < 32 * kParts; i += blockDim.x) {
+    for (int j = 0; j < kCount; j += THREADS) {
+      const int i = threadIdx.x + j;
+      if (kCount % THREADS != 0 && i >= kCount) break;
       const int row = i / kParts, part = i % kParts;
       const bool there = row >= low && row <= high;
       const SharedAt at = to + (32 * b + row) * PITCH + 16 * part;
@@ -139,10 +141,11 @@ MPL_INLINE void bring(SharedAt to, const u8* cache, const Blocks& blocks, int st
 
 // tiles, groups, heads, part and out are those of attention.cu; grid: groups, tiles, splits. Tiles are taken from the last one on,
 // which see most. `part` has 16 rows for each warp.
-extern "C" __global__ void __launch_bounds__(256)
-    attend_tiles(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences, const int* tables,
-                 int n_table, const int* tiles, const int* groups, const int* heads, int n_head, int n_kv, float scale, float softcap,
-                 int window, const float* sinks, float* part, float* out) {
+template <int WARPS>
+MPL_INLINE void attend_tiles(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,
+                             const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head,
+                             int n_kv, float scale, float softcap, int window, const float* sinks, float* part, float* out) {
+  constexpr int kThreads = 32 * WARPS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int tile = (int)gridDim.y - 1 - (int)blockIdx.y;
   const int first = tiles[2 * tile], n_tokens = tiles[2 * tile + 1];
@@ -157,12 +160,11 @@ extern "C" __global__ void __launch_bounds__(256)
   const SharedAt v_lane = v_tile + (lane / 8 % 2 * 8 + lane % 8) * kPitchV + lane / 16 * 16;
 
   // A lane has two rows, g and g + 8 of its warp's. q is rounded to float16 after a power of two has made the largest number of
-  // its row one between 2^14 and 2^15; `unit` makes a product a score in units of log2(e).
+  // its row one between 2^14 and 2^15; `unit` makes a product a score, in powers of 2.
   i64 row_at[2];
   int seen[2], own_head[2];
   float unit[2];
   u32 a[kK / 16][4];
-  const float factor = scale * kLog2e;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int r = 16 * warp + g + 8 * h, token = first + (r < n_rows ? r / per_token : 0);
@@ -173,13 +175,14 @@ extern "C" __global__ void __launch_bounds__(256)
     float top = 0.f;
 #pragma unroll
     for (int i = 0; i < kK / 8; i++) top = fmaxf(top, fmaxf(fabsf(row[4 * i].x), fabsf(row[4 * i].y)));
-    const int exponent = max((int)(as_bits(lanes_max<4>(top) * fabsf(factor)) >> 23), 15);
-    const float up = as_float((u32)(268 - exponent) << 23);
-    unit[h] = as_float((u32)(exponent - 14) << 23);
+    const int exponent = max((int)(as_bits(lanes_max<4>(top)) >> 23), 15);
+    const float up = as_float((u32)(268 - exponent) << 23 | (as_bits(scale) & 0x80000000u));
+    // Not 0: scores that are hidden are -inf.
+    unit[h] = fmaxf(fabsf(scale) * kLog2e * as_float((u32)(exponent - 14) << 23), 1e-37f);
 #pragma unroll
     for (int i = 0; i < kK / 8; i++) {
       const Two x = row[4 * i];
-      a[i / 2][h + i % 2 * 2] = r < n_rows ? halves(x.x * factor * up, x.y * factor * up) : 0;
+      a[i / 2][h + i % 2 * 2] = r < n_rows ? halves(x.x * up, x.y * up) : 0;
     }
   }
   float top[2] = {kLeast, kLeast}, sum[2] = {}, acc[kV / 8][4];
@@ -196,26 +199,24 @@ extern "C" __global__ void __launch_bounds__(256)
   const int stop = (tile0 + min(n_tiles, (int)(blockIdx.z + 1) * share)) * kKeys;
 
   Blocks blocks = Blocks::of(table, begin, oldest, last);
-  if (begin < stop) bring<MPL_K_TYPE, kK, kPitchK>(k_tile, keys, blocks, begin, oldest, last, n_kv, kv);
+  if (begin < stop) bring<MPL_K_TYPE, kK, kPitchK, kThreads>(k_tile, keys, blocks, begin, oldest, last, n_kv, kv);
   for (int start = begin; start < stop; start += kKeys) {
     const bool active = start <= high && (window == 0 || low - (start + kKeys - 1) < window);
     u32 p[kKeys / 16][4];
     wait_for_copies();
     __syncthreads();
-    bring<MPL_V_TYPE, kV, kPitchV>(v_tile, values, blocks, start, oldest, last, n_kv, kv);
+    bring<MPL_V_TYPE, kV, kPitchV, kThreads>(v_tile, values, blocks, start, oldest, last, n_kv, kv);
     blocks = Blocks::of(table, start + kKeys, oldest, last);
     if (active) {
       float s[kKeys / 8][4];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
 #pragma unroll
       for (int i = 0; i < kK / 16; i++)
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n += 2) {
           u32 b[4];
           load_matrices<false>(b, k_lane + 8 * n * kPitchK + 32 * i);
-          mma_half(s[n], a[i], b[0], b[1]);
-          mma_half(s[n + 1], a[i], b[2], b[3]);
+          mma_half(s[n], a[i], b[0], b[1], i == 0);
+          mma_half(s[n + 1], a[i], b[2], b[3], i == 0);
         }
       float to_log2[2] = {unit[0], unit[1]};
       if (softcap != 0.f) {
@@ -238,13 +239,15 @@ extern "C" __global__ void __launch_bounds__(256)
               if (8 * n + j > to || 8 * n + j < from) s[n][2 * h + j] = -MPL_INF;
         }
       }
+      float shrink[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         float best = top[h];
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n++) best = fmaxf(best, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
         best = lanes_max<4>(best);
-        const float shrink = exp2_of((top[h] - best) * to_log2[h]), shift = kLargest - best * to_log2[h];
+        shrink[h] = exp2_of((top[h] - best) * to_log2[h]);
+        const float shift = kLargest - best * to_log2[h];
         top[h] = best;
         float more = 0.f;
 #pragma unroll
@@ -253,14 +256,19 @@ extern "C" __global__ void __launch_bounds__(256)
           more += x + y;
           p[n / 2][h + n % 2 * 2] = halves(x, y);
         }
-        sum[h] = sum[h] * shrink + more;
+        sum[h] = sum[h] * shrink[h] + more;
+      }
+      // Largest scores seldom change after a few tiles.
+      if (any_lane(shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
-        for (int i = 0; i < kV / 8; i++) acc[i][2 * h] *= shrink, acc[i][2 * h + 1] *= shrink;
+        for (int i = 0; i < kV / 8; i++)
+#pragma unroll
+          for (int j = 0; j < 4; j++) acc[i][j] *= shrink[j / 2];
       }
     }
     wait_for_copies();
     __syncthreads();
-    if (start + kKeys < stop) bring<MPL_K_TYPE, kK, kPitchK>(k_tile, keys, blocks, start + kKeys, oldest, last, n_kv, kv);
+    if (start + kKeys < stop) bring<MPL_K_TYPE, kK, kPitchK, kThreads>(k_tile, keys, blocks, start + kKeys, oldest, last, n_kv, kv);
     if (active) {
 #pragma unroll
       for (int i = 0; i < kKeys / 16; i++)
@@ -268,8 +276,8 @@ extern "C" __global__ void __launch_bounds__(256)
         for (int n = 0; n < kV / 8; n += 2) {
           u32 b[4];
           load_matrices<true>(b, v_lane + 16 * i * kPitchV + 16 * n);
-          mma_half(acc[n], p[i], b[0], b[1]);
-          mma_half(acc[n + 1], p[i], b[2], b[3]);
+          mma_half(acc[n], p[i], b[0], b[1], false);
+          mma_half(acc[n + 1], p[i], b[2], b[3], false);
         }
     }
   }
@@ -281,16 +289,27 @@ extern "C" __global__ void __launch_bounds__(256)
     const int r = 16 * warp + g + 8 * h;
     float total = lanes_sum<4>(sum[h]);
     if (r < n_rows) {
-      // In units of log2(e), as the weights in `total` and in the sums are.
+      // As a power of 2; all that is summed up is relative to it.
       const float best = top[h] * (softcap != 0.f ? 1.f : unit[h]) - kLargest;
       if (last_word && sinks) total += exp2_of(sinks[own_head[h]] * kLog2e - best);
-      float* to = last_word ? out + row_at[h] * kV : part + (n_part * (blockDim.x / 2) + r) * (kV + 2) + 2;
-      const float share = last_word ? 1.f / total : 1.f;
+      float* to = last_word ? out + row_at[h] * kV : part + (n_part * (16 * WARPS) + r) * (kV + 2) + 2;
+      const float share = last_word ? one_over(total) : 1.f;
 #pragma unroll
       for (int i = 0; i < kV / 8; i++) ((Two*)to)[4 * i + t] = {acc[i][2 * h] * share, acc[i][2 * h + 1] * share};
       if (!last_word && t == 0) to[-2] = total > 0.f ? best * kLn2 : kLeast, to[-1] = total;
     }
   }
 }
-MPL_EXPORT(attend_tiles)
+
+#define TILES(WARPS)                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                                      \
+      attend_tiles_##WARPS(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,        \
+                           const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head,   \
+                           int n_kv, float scale, float softcap, int window, const float* sinks, float* part, float* out) {     \
+    attend_tiles<WARPS>(q, keys, values, positions, sequences, tables, n_table, tiles, groups, heads, n_head, n_kv, scale,      \
+                        softcap, window, sinks, part, out);                                                                     \
+  }                                                                                                                             \
+  MPL_EXPORT(attend_tiles_##WARPS)
+TILES(2)
+TILES(8)
 #endif

@@ -143,7 +143,8 @@ template <int K> MPL_INLINE void mma(int* c, const int* a, const int* b) {
 
 // The same of float16 with sums in float32 ("m16n8k16" with floating point types): a lane's words of a are t of row g and of row g
 // + 8, then t + 4 of both; of b words t and t + 4 of column g. A word has two neighbours, the first in its low half.
-MPL_INLINE void mma_half(float* c, const u32* a, u32 b0, u32 b1) {
+// `first`: c is set to the product, not added to.
+MPL_INLINE void mma_half(float* c, const u32* a, u32 b0, u32 b1, bool first) {
 #if defined(MPL_EMULATE)
   struct Words { u32 a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   auto* slots = emulate::exchange(mine);
@@ -166,11 +167,16 @@ MPL_INLINE void mma_half(float* c, const u32* a, u32 b0, u32 b1) {
     }
   });
   const unsigned at = emulate::lane() / 4 * 8 + emulate::lane() % 4 * 2;
-  for (unsigned i = 0; i < 4; i++) c[i] += sums[at + i / 2 * 64 + i % 2];
+  for (unsigned i = 0; i < 4; i++) c[i] = (first ? 0.f : c[i]) + sums[at + i / 2 * 64 + i % 2];
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  if (first)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 
@@ -216,6 +222,18 @@ template <bool TRANSPOSED> MPL_INLINE void load_matrices(u32* out, SharedAt row)
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row) : "memory");
+#endif
+}
+
+// Whether it is true in any lane of the warp.
+MPL_INLINE bool any_lane(bool here) {
+#if defined(MPL_EMULATE)
+  bool found = false, one;
+  const auto* slots = emulate::exchange(here);
+  for (unsigned i = 0; i < 32; i++) memcpy(&one, slots[i], sizeof one), found |= one;
+  return found;
+#else
+  return __any_sync(0xffffffffu, here);
 #endif
 }
 
