@@ -32,6 +32,15 @@ MPL_INLINE float one_over(float x) {
   float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
 #endif
 }
+// threadIdx.x, in a way that the compiler does not see to be the same: what is worked out of it once more takes no registers
+// from the loop in between.
+MPL_INLINE int thread_again() {
+#if defined(MPL_EMULATE)
+  return threadIdx.x;
+#else
+  int id; asm volatile("mov.u32 %0, %tid.x;" : "=r"(id)); return id;
+#endif
+}
 
 // -- eight numbers of a row as float16, from its part i. What float16 has no room for becomes its largest number.
 
@@ -117,11 +126,13 @@ struct Blocks {
 template <int TYPE, int N, int PITCH, int THREADS>
 MPL_INLINE void bring(SharedAt to, const u8* cache, const Blocks& blocks, int start, int oldest, int last, int n_kv, int kv) {
   constexpr int kParts = N / 8, kBytes = Part<TYPE, N>::kBytes, kCount = 32 * kParts;
+  // What is under way has registers; long heads have none to spare.
+  constexpr int kAtOnce = N <= 192 ? 4 : 1;
 #pragma unroll
   for (int b = 0; b < kKeys / 32; b++) {
     const u8* from = cache + ((i64)blocks.number[b] * n_kv + kv) * (32 * kBytes);
     const int low = oldest - start - 32 * b, high = last - start - 32 * b;
-#pragma unroll 4
+#pragma unroll kAtOnce
     for (int j = 0; j < kCount; j += THREADS) {
       const int i = threadIdx.x + j;
       if (kCount % THREADS != 0 && i >= kCount) break;
@@ -161,17 +172,12 @@ MPL_INLINE void attend_tiles(const float* q, const u8* keys, const u8* values, c
 
   // A lane has two rows, g and g + 8 of its warp's. q is rounded to float16 after a power of two has made the largest number of
   // its row one between 2^14 and 2^15; `unit` makes a product a score, in powers of 2.
-  i64 row_at[2];
-  int seen[2], own_head[2];
   float unit[2];
   u32 a[kK / 16][4];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int r = 16 * warp + g + 8 * h, token = first + (r < n_rows ? r / per_token : 0);
-    seen[h] = r < n_rows ? positions[token] : -1;
-    own_head[h] = heads[r % per_token];
-    row_at[h] = (i64)token * n_head + own_head[h];
-    const Two* row = (const Two*)(q + row_at[h] * kK) + t;
+    const Two* row = (const Two*)(q + ((i64)token * n_head + heads[r % per_token]) * kK) + t;
     float top = 0.f;
 #pragma unroll
     for (int i = 0; i < kK / 8; i++) top = fmaxf(top, fmaxf(fabsf(row[4 * i].x), fabsf(row[4 * i].y)));
@@ -231,7 +237,9 @@ MPL_INLINE void attend_tiles(const float* q, const u8* keys, const u8* values, c
       if (start + kKeys - 1 > low || (window && high - start >= window)) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const int to = seen[h] - start - 2 * t, from = window ? to - window + 1 : -kKeys;
+          const int id = thread_again(), r = id / 32 * 16 + id % 32 / 4 + 8 * h;
+          const int seen = r < n_rows ? positions[first + r / per_token] : -1;
+          const int to = seen - start - id % 4 * 2, from = window ? to - window + 1 : -kKeys;
 #pragma unroll
           for (int n = 0; n < kKeys / 8; n++)
 #pragma unroll
@@ -286,23 +294,24 @@ MPL_INLINE void attend_tiles(const float* q, const u8* keys, const u8* values, c
   const i64 n_part = ((i64)tile * gridDim.x + blockIdx.x) * gridDim.z + blockIdx.z;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int r = 16 * warp + g + 8 * h;
+    const int id = thread_again(), r = id / 32 * 16 + id % 32 / 4 + 8 * h;
     float total = lanes_sum<4>(sum[h]);
     if (r < n_rows) {
+      const int head = heads[r % per_token];
       // As a power of 2; all that is summed up is relative to it.
       const float best = top[h] * (softcap != 0.f ? 1.f : unit[h]) - kLargest;
-      if (last_word && sinks) total += exp2_of(sinks[own_head[h]] * kLog2e - best);
-      float* to = last_word ? out + row_at[h] * kV : part + (n_part * (16 * WARPS) + r) * (kV + 2) + 2;
+      if (last_word && sinks) total += exp2_of(sinks[head] * kLog2e - best);
+      float* to = last_word ? out + ((i64)(first + r / per_token) * n_head + head) * kV : part + (n_part * (16 * WARPS) + r) * (kV + 2) + 2;
       const float share = last_word ? one_over(total) : 1.f;
 #pragma unroll
-      for (int i = 0; i < kV / 8; i++) ((Two*)to)[4 * i + t] = {acc[i][2 * h] * share, acc[i][2 * h + 1] * share};
-      if (!last_word && t == 0) to[-2] = total > 0.f ? best * kLn2 : kLeast, to[-1] = total;
+      for (int i = 0; i < kV / 8; i++) ((Two*)to)[4 * i + id % 4] = {acc[i][2 * h] * share, acc[i][2 * h + 1] * share};
+      if (!last_word && id % 4 == 0) to[-2] = total > 0.f ? best * kLn2 : kLeast, to[-1] = total;
     }
   }
 }
 
 #define TILES(WARPS)                                                                                                            \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                                      \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 && kK + kV <= 128 ? 2 : 1)                                 \
       attend_tiles_##WARPS(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,        \
                            const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head,   \
                            int n_kv, float scale, float softcap, int window, const float* sinks, float* part, float* out) {     \
