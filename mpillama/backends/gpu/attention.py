@@ -17,8 +17,8 @@ from mpillama.gguf.types import GGMLType, row_bytes
 
 _WARPS = 4  # of a thread block of attention.cu
 _MAX_ROWS = 8
-# A split has at least so many keys.
-_SPLIT_KEYS = 256
+# A split has at least so many keys: one tile of 32 for each warp.
+_SPLIT_KEYS = 128
 # Query rows of a thread block of attention_mma.cu, 16 for each warp: few, or as many as the registers allow.
 _TILE_ROWS = 32, 128
 _SHARED_BYTES = 48 << 10
@@ -176,8 +176,9 @@ class AttentionOps(MatmulOps):
         n_groups = groups.n_groups
         # Nothing that a launch depends on changes as long as the bound stays: a recorded step serves for all of them.
         n_seen = min(tables.n_seen, params.window + longest) if params.window else tables.n_seen
-        # Enough blocks to fill the device twice, as far as there are keys for them.
-        n_split = min(-(-2 * self.device.n_cores // (n_groups * n_tiles)), -(-n_seen // _SPLIT_KEYS))
+        # Four blocks on each multiprocessor, as far as there are keys for them: a warp has 1 to 2 KB on their way from
+        # memory, and it takes 16 warps to keep that busy.
+        n_split = min(-(-4 * self.device.n_cores // (n_groups * n_tiles)), -(-n_seen // _SPLIT_KEYS))
         plan = tiles, groups.groups, groups.heads
         part = self.device.empty((n_tiles * n_groups * n_split * n_rows * (cache.n_v + 2),)) if n_split > 1 else None
         n_head, warp = np.int32(q.shape[1]), self.device.warp
