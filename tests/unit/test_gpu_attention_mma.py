@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from attention_pair import Pair
-from gpu_host import emulated, gpu_backend, needs_compiler, only_emulated
+from gpu_host import REAL, emulated, gpu_backend, needs_compiler, only_emulated
 from mpillama.backends.gpu import attention, source
 from mpillama.backends.gpu.attention import tiles_unit
+from mpillama.backends.gpu.cupy_device import CupyDevice
 from mpillama.backends.gpu.device import Unit
 from mpillama.backends.gpu.emulated import EmulatedDevice
 from mpillama.gguf.types import GGMLType
@@ -26,13 +27,14 @@ ALL, WORST = 1e-3, 4e-3
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """The kernels that were started, by name."""
-    names, launch = [], EmulatedDevice.launch
+    device = CupyDevice if REAL else EmulatedDevice
+    names, launch = [], device.launch
 
     def note(self, unit, kernel, *args):
         names.append(kernel)
         launch(self, unit, kernel, *args)
 
-    monkeypatch.setattr(EmulatedDevice, "launch", note)
+    monkeypatch.setattr(device, "launch", note)
     return names
 
 
@@ -156,7 +158,7 @@ def test_numbers_beyond_float16_become_its_largest(rng):
 
 def test_where_there_are_no_matrix_units_or_floats_are_kept(rng, launched):
     for backend, types, size in (
-        (emulated(64, 0, 1, matrix_units=True), ("f16", "f16"), 32),
+        (emulated(64, 0, 1, matrix_units=not REAL), ("f16", "f16"), 32),
         (emulated(32, 0, 1), ("f16", "f16"), 32),
         (on_units(rng), ("f32", "f16"), 32),
         (on_units(rng), ("f16", "f32"), 32),
