@@ -63,6 +63,43 @@ class Pair:
         # What was quantized before is far from where rounding changes sides; see test_rounding.
         return q, kept(k, self.types[0]), kept(v, self.types[1])
 
+    def error(self, *seq_lens):
+        """Run a step on the backend, and return norms of its error against float64, and the result.
+
+        The norms are relative to the result's: of all rows together, and of the worst one.
+        """
+        batch = self.batch(seq_lens)
+        q, k, v = self.inputs(len(batch.positions))
+        result = self.backend.attention(q, k, v, self.cache, batch, self.params, self.sinks)
+        attend(q[:, :0], k, v, self.reference, batch, self.params, None)
+        expected = self.exact(q, batch)
+        assert result.dtype == np.float32
+        wrong, size = (np.linalg.norm(x, axis=-1) for x in (result - expected, expected))
+        return np.linalg.norm(wrong) / np.linalg.norm(size), (wrong / size).max(), result
+
+    def exact(self, q, batch):
+        """Return attention in float64 over what the reference's cache has."""
+        params, out, start = self.params, np.zeros((*q.shape[:2], self.n_v)), 0
+        for length, table in zip(batch.seq_lens.tolist(), batch.block_tables, strict=True):
+            rows = slice(start, start + length)
+            own = batch.positions[rows, None].astype(int)
+            others = np.arange(own.max() + 1)
+            slots = table[others // KV_BLOCK].astype(int) * KV_BLOCK + others % KV_BLOCK
+            # Blocks that nobody sees any more may be gone.
+            keys, values = (x.astype(float) for x in self.reference.load(np.maximum(slots, 0)))
+            visible = (others <= own) & ((own - others < params.window) if params.window else True)
+            for head, kv in enumerate(params.kv_heads):
+                scores = q[rows, head].astype(float) @ keys[:, kv].T * params.scale
+                if params.softcap:
+                    scores = params.softcap * np.tanh(scores / params.softcap)
+                scores = np.where(visible, scores, -np.inf)
+                sink = -np.inf if self.sinks is None else float(self.sinks[head])
+                top = np.maximum(scores.max(axis=1, keepdims=True), sink)
+                weights = np.exp(scores - top)
+                out[rows, head] = weights @ values[:, kv] / (weights.sum(axis=1, keepdims=True) + np.exp(sink - top))
+            start += length
+        return out
+
     def step(self, *seq_lens):
         """Run a step on both, compare, and return the result."""
         batch = self.batch(seq_lens)

@@ -246,6 +246,7 @@ class Device:
     def __init__(self, index, warp=32):
         self.index = index
         self.attributes = {"WarpSize": warp, "MultiProcessorCount": 4}
+        self.compute_capability = "90"
         self.pci_bus_id = f"0000:0{index}:00.0"
 
     def use(self):

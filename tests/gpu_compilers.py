@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mpillama.backends.gpu.attention import attention_unit
+from mpillama.backends.gpu.attention import attention_unit, tiles_unit
 from mpillama.backends.gpu.device import Unit
 from mpillama.backends.gpu.elementwise import TOP_K
 from mpillama.backends.gpu.matmul import unit_of
 from mpillama.backends.gpu.source import assemble
 from mpillama.backends.kv_codec import CACHE_TYPES
 from mpillama.backends.quants import SUPPORTED
+from mpillama.gguf.types import GGMLType
 
 ROOT = Path(__file__).parents[1]
 COMPILERS = ROOT / ".compilers"
@@ -32,12 +33,18 @@ CUDA = ("75", "80", "86", "89", "90", "100", "120")
 # hipRTC of Debian 12 aborts on those that it does not know; clang 19 knows the rest.
 HIPRTC = ("gfx906", "gfx90a", "gfx1030")
 CLANG = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1201")
+HEADS = (64, 80, 96, 128, 192, 256)
 PLAIN = (Unit("elementwise.cu"), Unit("experts.cu"), TOP_K)
 
 
 def warp_of(arch: str) -> int:
     """Lanes of a warp: 64 on GCN and CDNA."""
     return 64 if arch.startswith("gfx9") else 32
+
+
+def has_matrix_units(arch: str) -> bool:
+    """Whether a GPU has those of `mma_half` (compat.cuh)."""
+    return arch.isdigit() and int(arch) >= 80
 
 
 def units(arch: str) -> Iterator[Unit]:
@@ -47,6 +54,11 @@ def units(arch: str) -> Iterator[Unit]:
     for k in CACHE_TYPES.values():
         for n_v in (64, 128, 256):
             yield attention_unit(k, k, n_v, warp_of(arch))
+        for n in HEADS if has_matrix_units(arch) else ():
+            tiles = tiles_unit(k, k, n, n)
+            # Quantized caches have blocks of 32.
+            if tiles is not None and (n % 32 == 0 or k in (GGMLType.F16, GGMLType.BF16)):
+                yield tiles
 
 
 def some_units(arch: str, rng: np.random.Generator) -> Iterator[Unit]:
@@ -56,6 +68,12 @@ def some_units(arch: str, rng: np.random.Generator) -> Iterator[Unit]:
     yield unit_of(types[rng.integers(len(types))])
     k, v = (CACHE_TYPES[str(name)] for name in rng.choice(list(CACHE_TYPES), 2))
     yield attention_unit(k, v, int(rng.choice([64, 128, 256])), warp_of(arch))
+    if has_matrix_units(arch):
+        k, v = (CACHE_TYPES[str(name)] for name in rng.choice([name for name in CACHE_TYPES if name != "f32"], 2))
+        n = int(rng.choice([n for n in HEADS if n % 32 == 0]))
+        tiles = tiles_unit(k, v, n, n)
+        assert tiles is not None
+        yield tiles
 
 
 @lru_cache

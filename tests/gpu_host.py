@@ -28,10 +28,16 @@ only_emulated = pytest.mark.skipif(bool(REAL), reason="this is about the emulate
 VARIANTS = ((32, 2), (64, 1), (32, 0))
 
 
-def gpu_backend(warp: int = 32, order: int = 0, seed: int = 1, gemm_tokens: int = 0, **options: Any) -> GpuBackend:
-    """Return a backend; a real GPU has the warp and the order that it has."""
+def gpu_backend(
+    warp: int = 32, order: int = 0, seed: int = 1, gemm_tokens: int = 0, matrix_units: bool = False, **options: Any
+) -> GpuBackend:
+    """Return a backend; a real GPU has the warp and the order that it has.
+
+    Without ``gemm_tokens`` and ``matrix_units`` nothing but weights and cache is rounded to float16.
+    """
     if not REAL:
-        return GpuBackend(EmulatedDevice(warp, order, seed, gemm_tokens=gemm_tokens, **options))
+        options |= {"gemm_tokens": gemm_tokens, "matrix_units": matrix_units}
+        return GpuBackend(EmulatedDevice(warp, order, seed, **options))
     backend = make_backend(REAL)
     assert isinstance(backend, GpuBackend)
     if os.environ.get("MPILLAMA_TEST_GPU_POOL") == "0":
@@ -39,6 +45,7 @@ def gpu_backend(warp: int = 32, order: int = 0, seed: int = 1, gemm_tokens: int 
 
         cupy.cuda.set_allocator(None)
     backend.device.gemm_tokens = gemm_tokens
+    backend.device.matrix_units &= matrix_units
     return backend
 
 

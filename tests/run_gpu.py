@@ -30,6 +30,7 @@ KERNELS = (
     "test_backend_contract.py",
     "test_gpu_matmul.py",
     "test_gpu_attention.py",
+    "test_gpu_attention_mma.py",
     "test_gpu_golden.py",
     "test_gpu_steps.py",
 )

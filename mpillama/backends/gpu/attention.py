@@ -17,13 +17,21 @@ from mpillama.gguf.types import GGMLType, row_bytes
 
 _WARPS = 4  # of a thread block of attention.cu
 _MAX_ROWS = 8
-# A split has at least so many keys.
-_SPLIT_KEYS = 256
+# A split has at least so many keys: one tile of 32 for each warp.
+_SPLIT_KEYS = 128
+# Query rows of a thread block of attention_mma.cu, 16 for each warp: few, or as many as the registers allow.
+_TILE_ROWS = 32, 128
+_SHARED_BYTES = 48 << 10
 
 
 @dataclass(frozen=True)
 class GpuCache:
-    """Keys and values of one block of the model: uint8 (KV blocks, G, KV_BLOCK, row bytes)."""
+    """Keys and values of one block of the model: uint8 (KV blocks, G, KV_BLOCK, row bytes).
+
+    Attributes:
+        unit: the kernels for it.
+        tiles: those on matrix units, if the device and the cache are such.
+    """
 
     keys: Array
     values: Array
@@ -31,6 +39,7 @@ class GpuCache:
     n_k: int
     n_v: int
     unit: Unit
+    tiles: Unit | None
     type_k: str
     type_v: str
 
@@ -51,7 +60,12 @@ class _Heads:
 
 
 class AttentionOps(MatmulOps):
-    """The ops of `Backend` that need a KV cache; scores, weights and sums are float32."""
+    """The ops of `Backend` that need a KV cache.
+
+    Scores, weights and sums are float32. On matrix units (`Device.matrix_units`) sequences with more than a few query
+    rows in a step have queries and weights rounded to float16, unless keys or values are kept as f32. A score, which is
+    a sum of products, is then wrong by at most 2^-11 of the sum of their sizes.
+    """
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)
@@ -69,7 +83,9 @@ class AttentionOps(MatmulOps):
         rows = n_blocks, n_head_kv, KV_BLOCK
         keys = self.device.empty((*rows, row_bytes(k, n_k)), np.uint8)
         values = self.device.empty((*rows, row_bytes(v, n_v)), np.uint8)
-        return GpuCache(keys, values, n_head_kv, n_k, n_v, attention_unit(k, v, n_v, self.device.warp), type_k, type_v)
+        unit = attention_unit(k, v, n_v, self.device.warp)
+        tiles = tiles_unit(k, v, n_k, n_v) if self.device.matrix_units else None
+        return GpuCache(keys, values, n_head_kv, n_k, n_v, unit, tiles, type_k, type_v)
 
     def copy_blocks(self, cache: GpuCache, copies: np.ndarray) -> None:
         """Copy blocks of keys and values within a cache, as they are stored; see `Batch.copies`."""
@@ -131,16 +147,38 @@ class AttentionOps(MatmulOps):
     def _attend(
         self, q: Array, cache: GpuCache, tables: StepInputs, params: AttentionParams, sinks: Array | None, out: Array
     ) -> None:
+        # So many tokens of a sequence are more rows than a thread block of attention.cu has.
+        many = max(2, _MAX_ROWS // self._groups_of(params.kv_heads, max(_TILE_ROWS)).largest + 1)
+        if cache.tiles is None:
+            self._attend_few(q, cache, tables, params, sinks, out, 0)
+        else:
+            self._attend_few(q, cache, tables, params, sinks, out, many)
+            self._attend_many(q, cache, cache.tiles, tables, params, sinks, out, many)
+
+    def _attend_few(
+        self,
+        q: Array,
+        cache: GpuCache,
+        tables: StepInputs,
+        params: AttentionParams,
+        sinks: Array | None,
+        out: Array,
+        below: int,
+    ) -> None:
+        """Attend from sequences with less than so many tokens, or from all if it is 0."""
         # More would not fit into registers.
         max_rows = _MAX_ROWS if cache.n_v <= 4 * self.device.warp else _MAX_ROWS // 2
         groups = self._groups_of(params.kv_heads, max_rows)
-        tiles, n_tiles, longest = tables.tiles(max_rows // groups.largest)
+        tiles, n_tiles, longest = tables.tiles(max_rows // groups.largest, below=below)
+        if not n_tiles:
+            return
         n_rows = next(n for n in (1, 2, 4, 8) if n >= groups.largest * longest)
         n_groups = groups.n_groups
         # Nothing that a launch depends on changes as long as the bound stays: a recorded step serves for all of them.
         n_seen = min(tables.n_seen, params.window + longest) if params.window else tables.n_seen
-        # Enough blocks to fill the device twice, as far as there are keys for them.
-        n_split = min(-(-2 * self.device.n_cores // (n_groups * n_tiles)), -(-n_seen // _SPLIT_KEYS))
+        # Four blocks on each multiprocessor, as far as there are keys for them: a warp has 1 to 2 KB on their way from
+        # memory, and it takes 16 warps to keep that busy.
+        n_split = min(-(-4 * self.device.n_cores // (n_groups * n_tiles)), -(-n_seen // _SPLIT_KEYS))
         plan = tiles, groups.groups, groups.heads
         part = self.device.empty((n_tiles * n_groups * n_split * n_rows * (cache.n_v + 2),)) if n_split > 1 else None
         n_head, warp = np.int32(q.shape[1]), self.device.warp
@@ -152,8 +190,55 @@ class AttentionOps(MatmulOps):
         grid = n_groups, n_tiles, n_split
         self.device.launch(cache.unit, f"attend_{n_rows}", grid, _WARPS * warp, args, shared)
         if part is not None:
-            rest = part, np.int32(n_split), np.int32(n_rows), *plan, n_head, np.int32(cache.n_v), sinks, out
-            self.device.launch(cache.unit, "combine", (n_groups, n_tiles, n_rows), 2 * warp, rest)
+            self._combine(cache, part, n_split, n_rows, plan, (n_groups, n_tiles, n_rows), sinks, out)
+
+    def _attend_many(
+        self,
+        q: Array,
+        cache: GpuCache,
+        unit: Unit,
+        tables: StepInputs,
+        params: AttentionParams,
+        sinks: Array | None,
+        out: Array,
+        least: int,
+    ) -> None:
+        """Attend from sequences with at least so many tokens, on matrix units."""
+        groups = self._groups_of(params.kv_heads, max(_TILE_ROWS))
+        tiles, n_tiles, longest = tables.tiles(max(_TILE_ROWS) // groups.largest, least=least)
+        if not n_tiles:
+            return
+        n_groups, n_rows = groups.n_groups, next(n for n in _TILE_ROWS if n >= groups.largest * longest)
+        n_seen = min(tables.n_seen, params.window + longest) if params.window else tables.n_seen
+        # A block fills a multiprocessor: more blocks than that only add to what has to be joined.
+        n_split = max(1, min(self.device.n_cores // (n_groups * n_tiles), -(-n_seen // _SPLIT_KEYS)))
+        plan = tiles, groups.groups, groups.heads
+        part = self.device.empty((n_tiles * n_groups * n_split * n_rows * (cache.n_v + 2),)) if n_split > 1 else None
+        where = tables.positions, tables.sequences, tables.tables, np.int32(tables.tables.shape[1])
+        sizes = np.int32(q.shape[1]), np.int32(cache.n_head_kv)
+        fixed = np.float32(params.scale), np.float32(params.softcap), np.int32(params.window)
+        args = q, cache.keys, cache.values, *where, *plan, *sizes, *fixed, sinks, part, out
+        shared = _tile_bytes(dict(unit.defines)["MPL_KEYS"], cache.n_k, cache.n_v)
+        grid = n_groups, n_tiles, n_split
+        n_warps = n_rows // 16
+        self.device.launch(unit, f"attend_tiles_{n_warps}", grid, n_warps * self.device.warp, args, shared)
+        if part is not None:
+            self._combine(cache, part, n_split, n_rows, plan, (n_groups, n_tiles, n_rows), sinks, out)
+
+    def _combine(
+        self,
+        cache: GpuCache,
+        part: Array,
+        n_split: int,
+        n_rows: int,
+        plan: tuple[Array, Array, Array],
+        grid: tuple[int, int, int],
+        sinks: Array | None,
+        out: Array,
+    ) -> None:
+        """Join the splits of all rows."""
+        args = part, np.int32(n_split), np.int32(n_rows), *plan, np.int32(out.shape[1]), np.int32(cache.n_v), sinks, out
+        self.device.launch(cache.unit, "combine", grid, 2 * self.device.warp, args)
 
     def _groups_of(self, kv_heads: tuple[int, ...], max_rows: int) -> _Heads:
         known = self._heads.get((kv_heads, max_rows))
@@ -168,6 +253,22 @@ def attention_unit(type_k: GGMLType, type_v: GGMLType, n_v: int, warp: int) -> U
     """Return the kernels for a cache of these types."""
     pairs = next(pairs for pairs in (1, 2, 4, 8, 16, 32) if 2 * warp * pairs >= n_v)
     return Unit("attention.cu", (("MPL_K_TYPE", int(type_k)), ("MPL_V_TYPE", int(type_v)), ("MPL_PAIRS", pairs)))
+
+
+def tiles_unit(type_k: GGMLType, type_v: GGMLType, n_k: int, n_v: int) -> Unit | None:
+    """Return the kernel on matrix units for a cache of these types and sizes, if there is one for it."""
+    # Longer ones do not fit into registers.
+    fits = n_k % 16 == n_v % 16 == 0 and max(n_k, n_v) <= 256
+    if not fits or GGMLType.F32 in (type_k, type_v):
+        return None
+    keys = 64 if _tile_bytes(64, n_k, n_v) <= _SHARED_BYTES else 32
+    sizes = ("MPL_N_K", n_k), ("MPL_N_V", n_v), ("MPL_KEYS", keys)
+    return Unit("attention_mma.cu", (("MPL_K_TYPE", int(type_k)), ("MPL_V_TYPE", int(type_v)), *sizes))
+
+
+def _tile_bytes(n_keys: int, n_k: int, n_v: int) -> int:
+    """Return the shared memory of attention_mma.cu: float16 rows with 16 bytes between them."""
+    return n_keys * (2 * n_k + 16 + 2 * n_v + 16)
 
 
 def _groups(kv_heads: tuple[int, ...], max_heads: int) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,7 @@ class CupyDevice:
         self.model = str(self._cupy.cuda.runtime.getDeviceProperties(index)["name"])
         self.warp = int(attributes["WarpSize"])
         self.n_cores = int(attributes["MultiProcessorCount"])
+        self.matrix_units = kind == "cuda" and int(device.compute_capability) >= 80
         self._stream = cuda.Stream(non_blocking=True)
         self._stream.use()
         self._modules: dict[Unit, Any] = {}

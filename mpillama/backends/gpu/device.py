@@ -38,6 +38,7 @@ class Device(Protocol):
         warp: lanes of a warp, 32 or 64.
         n_cores: multiprocessors; what a launch should at least fill.
         gemm_tokens: from so many tokens on `gemm` is worth making the weights floats; 0: never.
+        matrix_units: it has those of `mma_half` (compat.cuh), and attention of prompts may use them.
         can_capture: it has `capture`.
     """
 
@@ -45,6 +46,7 @@ class Device(Protocol):
     warp: int
     n_cores: int
     gemm_tokens: int
+    matrix_units: bool
     can_capture: bool
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:

@@ -104,6 +104,7 @@ class EmulatedDevice:
         sanitize: compile with AddressSanitizer, which must be loaded before Python (LD_PRELOAD).
         folder: for compiled kernels; by default the user's on this node.
         gemm_tokens: see `Device`.
+        matrix_units: see `Device`; with warps of 64 there are none.
 
     Raises:
         UserError: there is no g++.
@@ -121,12 +122,13 @@ class EmulatedDevice:
         sanitize: bool = False,
         folder: Path | None = None,
         gemm_tokens: int = 0,
+        matrix_units: bool = False,
     ) -> None:
         self._compiler = shutil.which("g++") or ""
         if not self._compiler:
             raise UserError("the emulated device compiles its kernels with g++, which is not on PATH; install g++")
         self.warp, self._order, self._seed, self._sanitize = warp, order, seed, sanitize
-        self.gemm_tokens = gemm_tokens
+        self.gemm_tokens, self.matrix_units = gemm_tokens, matrix_units and warp == 32
         self._folder = folder or user_cache()
         self._libraries: dict[Unit, ctypes.CDLL] = {}
         self._kernels: dict[tuple[Unit, str], tuple[Any, list[str]]] = {}

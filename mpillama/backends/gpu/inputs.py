@@ -41,7 +41,7 @@ class StepInputs:
         self._device, self.batch = device, batch
         self.n_seen = seen_bound(batch)
         self._checked: set[tuple[int, int]] = set()
-        self._tiles: dict[int, tuple[Array, int, int]] = {}
+        self._tiles: dict[tuple[int, int, int], tuple[Array, int, int]] = {}
         packed = self._pack(batch)
         self._buffer = device.upload(packed)
         n_tokens, n_rows, n_seqs = len(batch.tokens), len(batch.logit_rows), len(batch.seq_lens)
@@ -91,17 +91,22 @@ class StepInputs:
             return self.positions
         return self._rows if x is self.batch.logit_rows else None
 
-    def tiles(self, max_tokens: int) -> tuple[Array, int, int]:
-        """Return runs of at most so many tokens of one sequence, (n, 2): first, count; n; and the largest count."""
-        if max_tokens not in self._tiles:
+    def tiles(self, max_tokens: int, least: int = 1, below: int = 0) -> tuple[Array, int, int]:
+        """Return runs of at most so many tokens of one sequence, (n, 2): first, count; n; and the largest count, or 0.
+
+        Only of sequences with at least ``least`` tokens in the step and, unless it is 0, less than ``below``.
+        """
+        key = max_tokens, least, below
+        if key not in self._tiles:
             found, start = [], 0
             for length in self.batch.seq_lens.tolist():
                 stop = start + length
-                found += [(first, min(max_tokens, stop - first)) for first in range(start, stop, max_tokens)]
+                if length >= least and (not below or length < below):
+                    found += [(first, min(max_tokens, stop - first)) for first in range(start, stop, max_tokens)]
                 start = stop
-            tiles = np.array(found, np.int32)
-            self._tiles[max_tokens] = self._device.upload(tiles), len(tiles), int(tiles[:, 1].max())
-        return self._tiles[max_tokens]
+            tiles = np.array(found, np.int32).reshape(-1, 2)
+            self._tiles[key] = self._device.upload(tiles), len(tiles), int(tiles[:, 1].max(initial=0))
+        return self._tiles[key]
 
     def check(self, n_blocks: int, window: int) -> None:
         """Make sure that all tokens, and what they see, are in KV blocks of a cache of so many.

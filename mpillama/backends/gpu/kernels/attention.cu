@@ -14,13 +14,18 @@ constexpr float kLeast = -1e30f;
 
 struct __align__(16) Quad { u32 x, y, z, w; };
 
-// -- rows of one type: bytes, elements one at a time, and eight at once from a multiple of eight.
+// So many floats, read and written as a whole.
+template <int N> struct __align__(N >= 4 ? 16 : 4 * N) Floats { float v[N]; };
+
+// -- rows of one type: bytes, elements one at a time, two at once from a multiple of two (of rows with an even number of them), and
+// eight at once from a multiple of eight.
 template <int TYPE> struct Row;
 
 template <> struct Row<T_F32> {
   static constexpr int kUnit = 1;
   MPL_INLINE i64 bytes(int n) { return 4 * (i64)n; }
   MPL_INLINE float at(const u8* row, int i) { return ((const float*)row)[i]; }
+  MPL_INLINE Floats<2> two(const u8* row, int i) { return *(const Floats<2>*)(row + 4 * i); }
   MPL_INLINE void eight(const u8* row, int i, float* v) {
     const Quad a = *(const Quad*)(row + 4 * i), b = *(const Quad*)(row + 4 * i + 16);
     v[0] = as_float(a.x), v[1] = as_float(a.y), v[2] = as_float(a.z), v[3] = as_float(a.w);
@@ -34,6 +39,10 @@ template <bool BRAIN> struct Row16 {
   MPL_INLINE i64 bytes(int n) { return 2 * (i64)n; }
   MPL_INLINE float wide(u16 h) { return BRAIN ? bf16_to_float(h) : half_to_float(h); }
   MPL_INLINE float at(const u8* row, int i) { return wide(((const u16*)row)[i]); }
+  MPL_INLINE Floats<2> two(const u8* row, int i) {
+    const u32 both = *(const u32*)(row + 2 * i);
+    return {wide((u16)both), wide((u16)(both >> 16))};
+  }
   MPL_INLINE void eight(const u8* row, int i, float* v) {
     const Quad a = *(const Quad*)(row + 2 * i);
     const u32 words[4] = {a.x, a.y, a.z, a.w};
@@ -51,6 +60,12 @@ template <> struct Row<T_Q8_0> {
   MPL_INLINE float at(const u8* row, int i) {
     const u8* b = row + i / 32 * 34;
     return half_at(b) * (float)(i8)b[2 + i % 32];
+  }
+  MPL_INLINE Floats<2> two(const u8* row, int i) {
+    const u8* b = row + i / 32 * 34;
+    const float d = half_at(b);
+    const u32 both = short_at(b + 2 + i % 32);
+    return {d * (float)(i8)both, d * (float)(i8)(both >> 8)};
   }
   MPL_INLINE void eight(const u8* row, int i, float* v) {
     const u8* b = row + i / 32 * 34;
@@ -76,6 +91,12 @@ template <> struct Row<T_Q4_0> {
   MPL_INLINE float at(const u8* row, int i) {
     const u8* b = row + i / 32 * 18;
     return half_at(b) * (float)((b[2 + i % 16] >> i % 32 / 16 * 4 & 15) - 8);
+  }
+  MPL_INLINE Floats<2> two(const u8* row, int i) {
+    const u8* b = row + i / 32 * 18;
+    const float d = half_at(b);
+    const u32 both = short_at(b + 2 + i % 16) >> i % 32 / 16 * 4;
+    return {d * (float)((int)(both & 15) - 8), d * (float)((int)(both >> 8 & 15) - 8)};
   }
   MPL_INLINE void eight(const u8* row, int i, float* v) {
     const u8* b = row + i / 32 * 18;
@@ -125,6 +146,33 @@ extern "C" __global__ void store(const float* k, const float* v, const int* posi
 }
 MPL_EXPORT(store)
 
+// Iterations whose loads are under way together: with many rows there are no registers for more.
+#ifdef MPL_HIP
+template <int R> constexpr int kAtOnce = R < 4 ? 2 : 1;
+#else
+template <int R> constexpr int kAtOnce = R < 8 ? 4 : 2;
+#endif
+
+// Adds the values of tokens `from` to `to` of a KV block, each times the weights p of R rows.
+template <int R, bool EVEN>
+MPL_INLINE void add_values(float (*acc)[MPL_PAIRS][2], const float* p, const u8* rows, int from, int to, int n_v, int lane) {
+#pragma unroll kAtOnce<R>
+  for (int token = from; token <= to; token++) {
+    const Floats<R> weights = *(const Floats<R>*)(p + token * R);
+    const u8* row = rows + token * V::bytes(n_v);
+#pragma unroll
+    for (int i = 0; i < MPL_PAIRS; i++) {
+      const int d = 2 * (i * MPL_WARP + lane);
+      if (d >= n_v) break;
+      Floats<2> v;
+      if (EVEN) v = V::two(row, d);
+      else v.v[0] = V::at(row, d), v.v[1] = d + 1 < n_v ? V::at(row, d + 1) : 0.f;
+#pragma unroll
+      for (int r = 0; r < R; r++) acc[r][i][0] += weights.v[r] * v.v[0], acc[r][i][1] += weights.v[r] * v.v[1];
+    }
+  }
+}
+
 // tiles (n, 2): first token, count. groups (n, 3): KV head, first of its query heads in `heads`, count. grid: groups, tiles,
 // splits. With several splits, `part` gets maximum, sum and the unfinished n_v sums of each row, for `combine`.
 template <int R>
@@ -165,19 +213,25 @@ MPL_INLINE void attend(const float* q, const u8* keys, const u8* values, const i
   for (int chunk = chunk0 + (int)blockIdx.z * share + warp; chunk < stop; chunk += kWarps) {
     const int position = chunk * MPL_WARP + lane;
     const bool here = position >= oldest && position <= last;
-    float score[R];
+    Floats<R> weights;
+    float* score = weights.v;
 #pragma unroll
     for (int r = 0; r < R; r++) score[r] = 0.f;
     if (here) {
       const u8* row = keys + row_of(table, position, n_kv, kv) * K::bytes(n_k);
       if (n_k % 8 == 0) {
+#pragma unroll kAtOnce<R>
         for (int d = 0; d < n_k; d += 8) {
           float k[8];
           K::eight(row, d, k);
 #pragma unroll
           for (int r = 0; r < R; r++)
 #pragma unroll
-            for (int j = 0; j < 8; j++) score[r] += qs[r * n_k + d + j] * k[j];
+            for (int half = 0; half < 2; half++) {
+              const Floats<4> four = *(const Floats<4>*)(qs + r * n_k + d + 4 * half);
+#pragma unroll
+              for (int j = 0; j < 4; j++) score[r] += four.v[j] * k[4 * half + j];
+            }
         }
       } else {
         for (int d = 0; d < n_k; d++) {
@@ -195,27 +249,20 @@ MPL_INLINE void attend(const float* q, const u8* keys, const u8* values, const i
       const float shrink = expf(top[r] - best), weight = visible ? expf(score[r] - best) : 0.f;
       top[r] = best;
       sum[r] = sum[r] * shrink + weight;
-      p[r * MPL_WARP + lane] = weight;
+      score[r] = weight;
 #pragma unroll
       for (int i = 0; i < MPL_PAIRS; i++) acc[r][i][0] *= shrink, acc[r][i][1] *= shrink;
     }
+    *(Floats<R>*)(p + lane * R) = weights;
     __syncwarp();
-    // What lies outside of the range may be anything, not only numbers.
-    const int from = max(chunk * MPL_WARP, oldest), to = min(chunk * MPL_WARP + MPL_WARP - 1, last);
-    for (int other = from; other <= to; other++) {
-      const u8* row = values + row_of(table, other, n_kv, kv) * V::bytes(n_v);
 #pragma unroll
-      for (int i = 0; i < MPL_PAIRS; i++) {
-        const int d = 2 * (i * MPL_WARP + lane);
-        if (d >= n_v) break;
-        const float a = V::at(row, d), b = d + 1 < n_v ? V::at(row, d + 1) : 0.f;
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-          const float weight = p[r * MPL_WARP + other - chunk * MPL_WARP];
-          acc[r][i][0] += weight * a;
-          acc[r][i][1] += weight * b;
-        }
-      }
+    for (int block = 0; block < MPL_WARP / 32; block++) {
+      // What lies outside of the range may be anything, not only numbers.
+      const int start = chunk * MPL_WARP + 32 * block, from = max(0, oldest - start), to = min(31, last - start);
+      if (from > to) continue;
+      const u8* rows = values + row_of(table, start, n_kv, kv) * V::bytes(n_v);
+      if (n_v % 2 == 0) add_values<R, true>(acc, p + 32 * block * R, rows, from, to, n_v, lane);
+      else add_values<R, false>(acc, p + 32 * block * R, rows, from, to, n_v, lane);
     }
     __syncwarp();
   }
@@ -256,8 +303,9 @@ MPL_INLINE void attend(const float* q, const u8* keys, const u8* values, const i
   }
 }
 
+// The 1 lets NVIDIA's compiler take the registers that it needs, in place of fewer and spills.
 #define ATTEND(R)                                                                                                             \
-  extern "C" __global__ void __launch_bounds__(kWarps* MPL_WARP)                                                              \
+  extern "C" __global__ void __launch_bounds__(kWarps* MPL_WARP, 1)                                                            \
       attend_##R(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,                \
                  const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head, int n_kv, \
                  int n_k, int n_v, float scale, float softcap, int window, const float* sinks, float* part, float* out) {     \

@@ -27,10 +27,16 @@
 namespace emulate {
 
 struct Dim { unsigned x, y, z; };
-struct Fiber { jmp_buf at; ucontext_t start; bool made = false, done = false; Dim thread; unsigned lane, warp; };
-struct Warp { unsigned generation = 0, waiting = 0, alive = 0, size = 0; unsigned char slot[2][64][8]; float reduced[2][64]; unsigned exchanged[2] = {}, reduced_at[2][64] = {}; };
+constexpr size_t kStack = 64 * 1024, kSlot = 24;
 
-constexpr size_t kStack = 64 * 1024;
+struct Copy { unsigned char* to; const unsigned char* from; };
+struct Fiber { jmp_buf at; ucontext_t start; bool made = false, done = false; Dim thread; unsigned lane, warp; std::vector<Copy> copies; };
+struct Warp {
+  unsigned generation = 0, waiting = 0, alive = 0, size = 0;
+  unsigned char slot[2][64][kSlot];
+  float reduced[2][64], product[2][128];
+  unsigned exchanged[2] = {}, reduced_at[2][64] = {}, product_at[2] = {};
+};
 
 // The fibers of one OS thread; those of earlier launches are used again, since making one costs system calls.
 struct Machine {
@@ -40,7 +46,7 @@ struct Machine {
   std::vector<unsigned> order;
   std::vector<unsigned char> shared;
   jmp_buf home;
-  unsigned n = 0, current = 0, alive = 0, waiting = 0, generation = 0;
+  unsigned n = 0, current = 0, alive = 0, waiting = 0, generation = 0, order_of_threads = 0;
   unsigned long steps = 0, random = 0;
   Dim block, block_dim, grid_dim;
   void (*body)(void*) = nullptr;
@@ -108,7 +114,7 @@ inline unsigned pick(unsigned k, unsigned order) {
 inline bool run_block(unsigned order) {
   Machine& m = MPL_MACHINE;
   for (auto& w : m.warps) w.waiting = 0, w.alive = w.size;
-  for (unsigned i = 0; i < m.n; i++) m.fibers[i]->done = false;
+  for (unsigned i = 0; i < m.n; i++) m.fibers[i]->done = false, m.fibers[i]->copies.clear();
   m.alive = m.n;
   m.waiting = 0;
   while (m.alive) {
@@ -119,6 +125,7 @@ inline bool run_block(unsigned order) {
       resume(i);
       if (m.fault) return false;
       if (!m.fibers[i]->done) continue;
+      if (!m.fibers[i]->copies.empty()) { m.fault = "a thread ends before its copies"; return false; }
       m.steps++, m.alive--, m.warps[m.fibers[i]->warp].alive--;
       if (m.waiting && m.waiting == m.alive) m.waiting = 0, m.generation++;
     }
@@ -139,8 +146,8 @@ inline void block_barrier() {
 }
 
 // Puts a value into this lane's slot and returns the slots of the warp once all lanes have.
-template <class T> inline unsigned char (*exchange(T value))[8] {
-  static_assert(sizeof(T) <= 8, "one slot");
+template <class T> inline unsigned char (*exchange(T value))[kSlot] {
+  static_assert(sizeof(T) <= kSlot, "one slot");
   Machine& m = MPL_MACHINE;
   Fiber& f = *m.fibers[m.current];
   Warp& w = m.warps[f.warp];
@@ -180,6 +187,26 @@ template <int W, class F> inline float reduce(float value, F f) {
   return w.reduced[set][group];
 }
 
+// A product of the whole warp, 16 x 8 numbers, from the slots of an exchange: worked out by the first lane that gets here.
+template <class F> inline const float* product(unsigned char (*slots)[kSlot], F f) {
+  Warp& w = MPL_MACHINE.warps[MPL_MACHINE.fibers[MPL_MACHINE.current]->warp];
+  const unsigned set = slots == w.slot[1];
+  if (w.product_at[set] != w.exchanged[set]) f(w.product[set]), w.product_at[set] = w.exchanged[set];
+  return w.product[set];
+}
+
+// A copy of 16 bytes that may be done at any time until its thread waits for it: at once in order 0, else at the latest.
+inline void copy_later(unsigned char* to, const unsigned char* from) {
+  Machine& m = MPL_MACHINE;
+  if (m.order_of_threads) m.fibers[m.current]->copies.push_back({to, from});
+  else memcpy(to, from, 16);
+}
+inline void finish_copies() {
+  auto& copies = MPL_MACHINE.fibers[MPL_MACHINE.current]->copies;
+  for (const Copy& copy : copies) memcpy(copy.to, copy.from, 16);
+  copies.clear();
+}
+
 // -- launching
 
 template <class T> constexpr char code() {
@@ -217,6 +244,7 @@ template <class... A> const char* launch(void (*kernel)(A...), const unsigned* h
   m.block_dim = {how[3], how[4], how[5]};
   m.n = how[3] * how[4] * how[5];
   m.random = how[7];
+  m.order_of_threads = how[6];
   m.grow(m.n);
   m.warps.assign((m.n + MPL_WARP - 1) / MPL_WARP, Warp{});
   m.order.resize(m.n);
