@@ -6,18 +6,19 @@ sum whole first (`Ops.whole`), a norm over a cut axis reduces one number per tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
-from mpillama.backends.base import Array, AttentionParams, Backend, Batch, Fusing, Handle
+from mpillama.backends.base import Array, AttentionParams, Backend, Batch, Fusing, Handle, HeadNorms, Joining
 from mpillama.comm.base import Group
 from mpillama.config import Rope
 from mpillama.layout import PARTIAL, REPLICATE, Cut, Layout, Partial, Replicate, Routed, Shard
+from mpillama.notes import NotedGroup, Notes
 
 
 @dataclass
@@ -49,18 +50,21 @@ class Experts:
 
     index: Array
     weights: Array
+    held: dict[Cut, Array] = field(default_factory=dict, compare=False)
+    """See `Ops._held`."""
 
 
-class Notes(Protocol):
-    """Takes note of calls that give the same results again, in the same place."""
+@dataclass(frozen=True)
+class Branch:
+    """What a block adds to the residual: x, its norm if there is a weight for one, times a factor.
 
-    def note(self, result: np.ndarray, call: Callable[..., object], *args: Any) -> np.ndarray:
-        """Note the call that has given a result; returns it."""
-        ...
+    With ``experts``, x is (T, K, N), and the sum of these by the experts' weights is meant.
+    """
 
-    def foreign(self, result: np.ndarray, call: Any) -> np.ndarray:
-        """Note a call that native code can make; see `mpillama.comm.native.foreign.h`."""
-        ...
+    x: Value
+    norm: Value | None = None
+    factor: float = 1.0
+    experts: Experts | None = None
 
 
 class Ops:
@@ -77,6 +81,8 @@ class Ops:
         self.backend, self._group, self._alike = backend, group, alike
         fuses = hasattr(backend, "linears") and hasattr(backend, "gated_linear")
         self._fusing = cast(Fusing, backend) if fuses else None
+        joins = fuses and hasattr(backend, "add_norm") and hasattr(backend, "add_taken")
+        self._joining = cast(Joining, backend) if joins else None
 
     @property
     def capturable(self) -> bool:
@@ -86,14 +92,15 @@ class Ops:
     @contextmanager
     def recorded_by(self, backend: Any, tape: Notes) -> Iterator[None]:
         """Let ``backend``, which has all ops, do the work meanwhile, and tell ``tape`` of collectives."""
-        own = self.backend, self._fusing, self._group
+        own = self.backend, self._fusing, self._joining, self._group
         self.backend, self._fusing = backend, backend if self._fusing else None
+        self._joining = backend if self._joining else None
         if self._group.size > 1:
-            self._group = _NotedGroup(self._group, tape)
+            self._group = NotedGroup(self._group, tape)
         try:
             yield
         finally:
-            self.backend, self._fusing, self._group = own
+            self.backend, self._fusing, self._joining, self._group = own
 
     @property
     def alike(self) -> bool:
@@ -213,6 +220,30 @@ class Ops:
         mean = self.backend.mul(total, 1.0 / cut.size)
         return Value(self.backend.scale_by_mean_square(x.data, mean, w.data, eps), x.layout)
 
+    def join(self, h: Value, branch: Branch, eps: float) -> Value:
+        """Add a branch to the residual."""
+        x = self.expert_sum(branch.x, branch.experts) if branch.experts else branch.x
+        x = self.norm(x, branch.norm, eps) if branch.norm else x
+        return self.add(h, self.scale(x, branch.factor))
+
+    def join_norm(self, h: Value, branch: Branch, w: Value, eps: float) -> tuple[Value, Value]:
+        """Add a branch to the residual; returns that, and its norm.
+
+        A partial sum is made whole before, so that the residual stays what each rank has of it.
+        """
+        self.whole(h)
+        summed = branch.experts is None or self._joining is None or self._group.size > 1
+        if branch.experts and summed:
+            branch = replace(branch, x=self.expert_sum(branch.x, branch.experts), experts=None)
+        if summed:
+            self.whole(branch.x)
+        if self._joining is None:
+            h = self.join(h, branch, eps)
+            return h, self.norm(h, w, eps)
+        post, weights = branch.norm and branch.norm.data, branch.experts and branch.experts.weights
+        total, y = self._joining.add_norm(h.data, branch.x.data, w.data, eps, post, branch.factor, weights)
+        return Value(total), Value(y)
+
     def head_norm(self, x: Value, w: Value, n_embd_head: int, eps: float) -> Value:
         """RMS norm of each head."""
         layout = self._elementwise(x)
@@ -262,16 +293,24 @@ class Ops:
         window: int,
         sinks: Value | None,
         rope: Handle | None = None,
+        norms: tuple[Value, Value, float] | None = None,
     ) -> Value:
-        """Rotate q and k, store k and v, then attend causally; ``n_embd_head``: elements of a key and of a value."""
+        """Norm the heads of q and k, rotate them, store k and v, then attend causally.
+
+        ``n_embd_head``: elements of a key and of a value; ``norms``: weights for q and k, and eps.
+        """
         n_k, n_v = n_embd_head
         layout = self._elementwise(q)
         for other in (k, v):
             self._elementwise(other)
-        rotation: tuple[Handle, ...] = ()
-        if rope is not None:
+        before: tuple[Handle, ...] = ()
+        if norms and self._joining:
+            before = rope, HeadNorms(norms[0].data, norms[1].data, norms[2])
+        elif norms:
+            q, k = self.head_norm(q, norms[0], n_k, norms[2]), self.head_norm(k, norms[1], n_k, norms[2])
+        if rope is not None and not before:
             if self._fusing:
-                rotation = (rope,)
+                before = (rope,)
             else:
                 q, k = self.rope(q, rope, n_k), self.rope(k, rope, n_k)
         n_tokens = q.data.shape[0]
@@ -284,7 +323,7 @@ class Ops:
             batch,
             params,
             sinks.data if sinks else None,
-            *rotation,
+            *before,
         )
         if isinstance(layout, Shard):
             layout = _of_values(layout, n_k, n_v)
@@ -309,9 +348,12 @@ class Ops:
 
     def _held(self, cut: Cut, experts: Experts) -> Array:
         """Return which of this rank's experts the chosen ones are, (T, K), -1 for those of other ranks."""
-        start, stop = cut.ranges[self._group.rank]
-        index = experts.index
-        return (index - start + 1) * ((index >= start) & (index < stop)) - 1
+        found = experts.held.get(cut)
+        if found is None:
+            start, stop = cut.ranges[self._group.rank]
+            index = experts.index
+            found = experts.held[cut] = (index - start + 1) * ((index >= start) & (index < stop)) - 1
+        return found
 
     def expert_linear(self, x: Value, w: Weight, experts: Experts) -> Value:
         """Multiply each token, or each token's K activations, by its experts' matrices."""
@@ -337,39 +379,15 @@ class Ops:
             held = index >= 0
             rows = self.backend.mul(self.backend.take(bias.data, index * held), held[..., None].astype("f4"))
             return Value(self.backend.add(x.data, rows), self._pair(x, bias))
+        alone = isinstance(x.layout, Partial) and self._group.leader and isinstance(bias.layout, Replicate)
+        if self._joining and (alone or x.layout == bias.layout):
+            return Value(self._joining.add_taken(x.data, bias.data, experts.index), x.layout)
         return self.add(x, Value(self.backend.take(bias.data, experts.index), bias.layout))
 
     def expert_sum(self, x: Value, experts: Experts) -> Value:
         """Sum the experts' answers by their weights; answers that are elsewhere leave a partial sum."""
         layout = PARTIAL if isinstance(x.layout, Routed) else x.layout
         return Value(self.backend.sum_experts(x.data, experts.weights), layout)
-
-
-class _NotedGroup:
-    """A group whose collectives are noted, with results of their own: a group may use the same memory again."""
-
-    def __init__(self, group: Group, tape: Notes) -> None:
-        self._group, self._tape = group, tape
-        self.rank, self.size, self.leader = group.rank, group.size, group.leader
-        self._native = getattr(group, "native_allreduce", lambda x: None)
-
-    def allreduce(self, x: np.ndarray) -> np.ndarray:
-        """Return the sum over the ranks."""
-        out = self._group.allreduce(x)
-        call = self._native(x) if out is x else None
-        if call is not None:
-            return self._tape.foreign(out, call)
-        out = out.copy()
-        return self._tape.note(out, _copied, out, self._group.allreduce, x)
-
-    def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
-        """Return the slices joined along the last axis."""
-        out = self._group.allgather(x, cut).copy()
-        return self._tape.note(out, _copied, out, self._group.allgather, x, cut)
-
-
-def _copied(out: np.ndarray, collective: Callable[..., np.ndarray], *args: Any) -> None:
-    np.copyto(out, collective(*args))
 
 
 @cache

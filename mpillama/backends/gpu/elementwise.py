@@ -9,7 +9,8 @@ import numpy as np
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import Array, Device, Unit
 from mpillama.backends.gpu.inputs import StepInputs
-from mpillama.backends.gpu.launcher import Launcher, int32, product, two_axes
+from mpillama.backends.gpu.launcher import ELEMENTWISE, Launcher, int32, product, two_axes
+from mpillama.backends.gpu.rounded import RoundedArrays
 from mpillama.backends.quants import dequantize
 from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
@@ -21,6 +22,8 @@ TOP_K = Unit("top_k.cu", (("TOP_CHUNK", _TOP_CHUNK),))
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "swiglu_oai": 2}
 # Shorter rows have a warp each.
 _LONG_ROW = 1024
+# Threads of a block, and the most fours of a row that one of them has in add_norm.
+_THREADS, _MOST_FOURS = 1024, 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class ElementwiseOps:
 
     Attributes:
         inputs: what is on the device of the batch of this step.
+        rounded: activations in 8 bits. Norms and activation functions leave them there, so that products of few tokens
+            need not wait for another kernel.
     """
 
     def __init__(self, device: Device) -> None:
@@ -44,6 +49,7 @@ class ElementwiseOps:
         self.run = Launcher(device)
         self._frequencies: dict[tuple[Rope, int], tuple[Array, Array | None]] = {}
         self.inputs: StepInputs | None = None
+        self.rounded = RoundedArrays(device)
 
     def vector(self, raw: RawWeight) -> Array:
         """Return float32 (rows, n)."""
@@ -67,6 +73,13 @@ class ElementwiseOps:
         n = product(tuple(table.shape[1:]))
         out = self.device.empty((*index.shape, *table.shape[1:]))
         self.run.elements("gather_rows", out.size, table, index, np.int32(n), np.int64(out.size), out)
+        return out
+
+    def add_taken(self, x: Array, table: Array, index: Array) -> Array:
+        """Return x + table[index]."""
+        out = self.device.empty(tuple(x.shape))
+        size = np.int64(out.size)
+        self.run.elements("add_rows", out.size, x, table, index, np.int32(x.shape[-1]), size, out)
         return out
 
     def rows(self, x: Array, index: np.ndarray) -> Array:
@@ -93,8 +106,17 @@ class ElementwiseOps:
         """Return act(gate) * up."""
         out = self.device.empty(tuple(gate.shape))
         op = np.int32(_ACTIVATIONS[activation])
-        self.run.elements("gated", out.size, op, gate, up, out, np.int64(out.size))
+        if self._is_rounded(out):
+            n_fours, rounded = out.size // 4, self.rounded.new(out, int(out.shape[-1]))
+            self.run.elements("gated_rounded", n_fours, op, gate, up, out, np.int64(n_fours), *rounded)
+        else:
+            self.run.elements("gated", out.size, op, gate, up, out, np.int64(out.size))
         return out
+
+    def _is_rounded(self, x: Array) -> bool:
+        """Whether to leave an activation in 8 bits too: its rows are whole sub-blocks, and its tokens few enough."""
+        few = not self.device.gemm_tokens or x.shape[0] < self.device.gemm_tokens
+        return bool(few and x.shape[-1] % 32 == 0)
 
     def sum_experts(self, x: Array, weights: Array) -> Array:
         """Return the weighted sum over the chosen experts."""
@@ -120,14 +142,59 @@ class ElementwiseOps:
 
     def rms_norm(self, x: Array, w: Array, eps: float) -> Array:
         """Return the RMS norm."""
-        out = self.device.empty(tuple(x.shape))
         n_rows, n = two_axes(x)
+        # More axes are heads, which no product takes.
+        if x.ndim == 2 and _fits_block(n) and (n > _LONG_ROW or self._is_rounded(x)):
+            return self._add_norm(None, x, w, eps)[1]
+        out = self.device.empty(tuple(x.shape))
         if n <= _LONG_ROW:
             count = np.int32(n), np.int64(n_rows)
             self.run.elements("rms_norm_short", n_rows * self.device.warp, x, w, np.float32(eps), *count, out)
         else:
             self.run.rows("rms_norm_long", n_rows, n, x, w, np.float32(eps), np.int32(n), out)
         return out
+
+    def add_norm(
+        self,
+        h: Array,
+        x: Array,
+        w: Array,
+        eps: float,
+        post: Array | None = None,
+        factor: float = 1.0,
+        weights: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Add to the residual; returns that and its norm; see `Joining.add_norm`."""
+        if _fits_block(int(h.shape[-1])):
+            return self._add_norm(h, x, w, eps, post, factor, weights)
+        x = x if weights is None else self.sum_experts(x, weights)
+        x = x if post is None else self.rms_norm(x, post, eps)
+        h = self.add(h, x if factor == 1.0 else self.mul(x, factor))
+        return h, self.rms_norm(h, w, eps)
+
+    def _add_norm(
+        self,
+        h: Array | None,
+        x: Array,
+        w: Array,
+        eps: float,
+        post: Array | None = None,
+        factor: float = 1.0,
+        weights: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """As `add_norm`, of rows that fit into a block of threads; without h, only the norm is there."""
+        n_rows, n = int(x.shape[0]), int(x.shape[-1])
+        out = self.device.empty((n_rows, n))
+        total = out if h is None else self.device.empty((n_rows, n))
+        rounded = self.rounded.new(out, n) if self._is_rounded(out) else (None, None, None)
+        each = next(each for each in (1, 2, _MOST_FOURS) if n <= 4 * each * _THREADS)
+        block = -(-n // (4 * each * self.device.warp)) * self.device.warp
+        n_used = np.int32(0 if weights is None else weights.shape[1])
+        args = h, x, weights, n_used, post, np.float32(factor), w, np.float32(eps), np.int32(n)
+        if out.size:
+            results = (None if h is None else total), out, *rounded
+            self.device.launch(ELEMENTWISE, f"add_norm_{each}", (n_rows,), block, (*args, *results))
+        return total, out
 
     def sum_squares(self, x: Array, start: int, stop: int) -> Array:
         """Return the sum of squares of a range."""
@@ -204,6 +271,11 @@ class ElementwiseOps:
             if n_chunks == 1:
                 return out
             x, n, merge = out, n_chunks * k, True
+
+
+def _fits_block(n: int) -> bool:
+    """Whether a block of threads can hold a row."""
+    return n % 4 == 0 and n <= 4 * _MOST_FOURS * _THREADS
 
 
 def _steps(shape: tuple[int, ...], out: tuple[int, ...]) -> list[int]:
