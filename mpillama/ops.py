@@ -6,10 +6,10 @@ sum whole first (`Ops.whole`), a norm over a cut axis reduces one number per tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,52 +19,7 @@ from mpillama.comm.base import Group
 from mpillama.config import Rope
 from mpillama.layout import PARTIAL, REPLICATE, Cut, Layout, Partial, Replicate, Routed, Shard
 from mpillama.notes import NotedGroup, Notes
-
-
-@dataclass
-class Value:
-    """An activation, or a norm weight, bias or scale: the rank's array, and how it lies over the ranks."""
-
-    data: Array
-    layout: Layout = REPLICATE
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A matrix or a stack of them, cut along ``axis`` by ``cut``: ``out``, ``in``, ``expert``, or "" (replicated)."""
-
-    name: str
-    handle: Handle
-    axis: str = ""
-    cut: Cut | None = None
-
-    @cached_property
-    def shard(self) -> Shard:
-        """How values lie over the ranks that are cut as it is."""
-        return Shard(_some(self.cut))
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The experts chosen for each token and the weights of their answers, both (T, K), the same on every rank."""
-
-    index: Array
-    weights: Array
-    held: dict[Cut, Array] = field(default_factory=dict, compare=False)
-    """See `Ops._held`."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """What a block adds to the residual: x, its norm if there is a weight for one, times a factor.
-
-    With ``experts``, x is (T, K, N), and the sum of these by the experts' weights is meant.
-    """
-
-    x: Value
-    norm: Value | None = None
-    factor: float = 1.0
-    experts: Experts | None = None
+from mpillama.values import Biased, Branch, Experts, Value, Weight, parts, some
 
 
 class Ops:
@@ -198,6 +153,17 @@ class Ops:
             raise AssertionError(f"cannot add a value cut by {a.layout} and one cut by {b.layout}")
         return Value(self.backend.add(a.data, b.data), a.layout)
 
+    def bias(self, x: Value, bias: Value) -> Value:
+        """Add a bias, now or in the op that takes the result."""
+        if self._joining is None or not self._joins(x, bias):
+            return self.add(x, bias)
+        return Biased(x, bias.data, None, partial(self.backend.add, x.data, bias.data))
+
+    def _joins(self, x: Value, bias: Value) -> bool:
+        """Whether a bias can be added to what each rank has."""
+        alone = self._group.size == 1 and isinstance(bias.layout, Replicate)
+        return x.layout == bias.layout or (alone and isinstance(x.layout, Partial))
+
     def scale(self, x: Value, factor: float | Value) -> Value:
         """Multiply by a number, by a replicated scale of one element, or by one number for each token."""
         if isinstance(factor, Value):
@@ -232,16 +198,16 @@ class Ops:
         A partial sum is made whole before, so that the residual stays what each rank has of it.
         """
         self.whole(h)
-        summed = branch.experts is None or self._joining is None or self._group.size > 1
-        if branch.experts and summed:
-            branch = replace(branch, x=self.expert_sum(branch.x, branch.experts), experts=None)
-        if summed:
+        if self._group.size > 1 or self._joining is None:
+            if branch.experts:
+                branch = replace(branch, x=self.expert_sum(branch.x, branch.experts), experts=None)
             self.whole(branch.x)
         if self._joining is None:
             h = self.join(h, branch, eps)
             return h, self.norm(h, w, eps)
         post, weights = branch.norm and branch.norm.data, branch.experts and branch.experts.weights
-        total, y = self._joining.add_norm(h.data, branch.x.data, w.data, eps, post, branch.factor, weights)
+        x, bias, index = parts(branch.x)
+        total, y = self._joining.add_norm(h.data, x, w.data, eps, post, branch.factor, weights, bias, index)
         return Value(total), Value(y)
 
     def head_norm(self, x: Value, w: Value, n_embd_head: int, eps: float) -> Value:
@@ -263,6 +229,9 @@ class Ops:
     def gated(self, activation: str, gate: Value, up: Value) -> Value:
         """Return act(gate) * up."""
         layout = self._pair(gate, up)
+        (g, gate_bias, index), (u, up_bias, other) = parts(gate), parts(up)
+        if self._joining and index is not None and index is other:
+            return Value(self._joining.gated(activation, g, u, (gate_bias, up_bias, index)), layout)
         return Value(self.backend.gated(activation, gate.data, up.data), layout)
 
     def sigmoid(self, x: Value) -> Value:
@@ -303,9 +272,11 @@ class Ops:
         layout = self._elementwise(q)
         for other in (k, v):
             self._elementwise(other)
-        before: tuple[Handle, ...] = ()
-        if norms and self._joining:
-            before = rope, HeadNorms(norms[0].data, norms[1].data, norms[2])
+        before: tuple[Any, ...] = ()
+        arrays, biases, _ = zip(*map(parts, (q, k, v)), strict=True)
+        if self._joining:
+            head_norms = HeadNorms(norms[0].data, norms[1].data, norms[2]) if norms else None
+            before = rope, head_norms, biases
         elif norms:
             q, k = self.head_norm(q, norms[0], n_k, norms[2]), self.head_norm(k, norms[1], n_k, norms[2])
         if rope is not None and not before:
@@ -313,12 +284,14 @@ class Ops:
                 before = (rope,)
             else:
                 q, k = self.rope(q, rope, n_k), self.rope(k, rope, n_k)
-        n_tokens = q.data.shape[0]
-        params = AttentionParams(scale, softcap, window, self._kv_heads(q, k, n_k))
-        out = self.backend.attention(
-            q.data.reshape(n_tokens, -1, n_k),
-            k.data.reshape(n_tokens, -1, n_k),
-            v.data.reshape(n_tokens, -1, n_v),
+        if not self._joining:
+            arrays = q.data, k.data, v.data
+        n_tokens, *_ = arrays[0].shape
+        n_head, n_kv = (x.shape[1] // n_k for x in arrays[:2])
+        params = AttentionParams(scale, softcap, window, self._kv_heads(q.layout, k.layout, n_head, n_kv, n_k))
+        attend: Callable[..., Array] = self.backend.attention
+        out = attend(
+            *(x.reshape(n_tokens, -1, n) for x, n in zip(arrays, (n_k, n_k, n_v), strict=True)),
             cache,
             batch,
             params,
@@ -329,21 +302,24 @@ class Ops:
             layout = _of_values(layout, n_k, n_v)
         return Value(out.reshape(n_tokens, -1), layout)
 
-    def _kv_heads(self, q: Value, k: Value, n_k: int) -> tuple[int, ...]:
-        """Return, for each query head that the rank holds, which of its KV heads it reads."""
-        n_local = q.data.shape[1] // n_k
-        if not isinstance(q.layout, Shard) or not isinstance(k.layout, Shard):
-            return _readers(n_local, n_local // (k.data.shape[1] // n_k), 0, 0)
-        group = q.layout.cut.size // k.layout.cut.size
-        first = q.layout.cut.ranges[self._group.rank][0] // n_k
-        first_kv = k.layout.cut.ranges[self._group.rank][0] // n_k
-        return _readers(n_local, group, first, first_kv)
+    def _kv_heads(self, q: Layout, k: Layout, n_head: int, n_kv: int, n_k: int) -> tuple[int, ...]:
+        """Return, for each of the rank's query heads, which of its KV heads it reads."""
+        if not isinstance(q, Shard) or not isinstance(k, Shard):
+            return _readers(n_head, n_head // n_kv, 0, 0)
+        group = q.cut.size // k.cut.size
+        first = q.cut.ranges[self._group.rank][0] // n_k
+        first_kv = k.cut.ranges[self._group.rank][0] // n_k
+        return _readers(n_head, group, first, first_kv)
 
     # -- mixture of experts ----------------------------------------------------------------------------------------
 
     def route(self, logits: Value, n_used: int, gating: str, normalize: bool) -> Experts:
         """Choose experts by the router's logits."""
-        index, weights = self.backend.route(self.whole(logits), n_used, gating, normalize)
+        if self._joining and isinstance(logits.layout, Replicate):
+            x, bias, _ = parts(logits)
+            index, weights = self._joining.route(x, n_used, gating, normalize, bias)
+        else:
+            index, weights = self.backend.route(self.whole(logits), n_used, gating, normalize)
         return Experts(index, weights) if self._alike else Experts(self._leaders(index), self._leaders(weights))
 
     def _held(self, cut: Cut, experts: Experts) -> Array:
@@ -358,7 +334,7 @@ class Ops:
     def expert_linear(self, x: Value, w: Weight, experts: Experts) -> Value:
         """Multiply each token, or each token's K activations, by its experts' matrices."""
         if w.axis == "expert":
-            cut = _some(w.cut)
+            cut = some(w.cut)
             if x.layout != Routed(cut):
                 self.whole(x)
             return Value(self.backend.expert_linear(x.data, w.handle, self._held(cut, experts)), Routed(cut))
@@ -379,9 +355,9 @@ class Ops:
             held = index >= 0
             rows = self.backend.mul(self.backend.take(bias.data, index * held), held[..., None].astype("f4"))
             return Value(self.backend.add(x.data, rows), self._pair(x, bias))
-        alone = isinstance(x.layout, Partial) and self._group.leader and isinstance(bias.layout, Replicate)
-        if self._joining and (alone or x.layout == bias.layout):
-            return Value(self._joining.add_taken(x.data, bias.data, experts.index), x.layout)
+        if self._joining and self._joins(x, bias):
+            total = partial(self._joining.add_taken, x.data, bias.data, experts.index)
+            return Biased(x, bias.data, experts.index, total)
         return self.add(x, Value(self.backend.take(bias.data, experts.index), bias.layout))
 
     def expert_sum(self, x: Value, experts: Experts) -> Value:
@@ -407,9 +383,3 @@ def _of_values(keys: Shard, n_k: int, n_v: int) -> Shard:
     """Return the cut of whole heads' values, as heads' keys are cut."""
     heads = Cut(keys.cut.size // n_k, tuple((a // n_k, b // n_k) for a, b in keys.cut.ranges))
     return Shard(heads.scaled(n_v))
-
-
-def _some(cut: Cut | None) -> Cut:
-    if cut is None:
-        raise AssertionError("a cut axis without a cut")
-    return cut

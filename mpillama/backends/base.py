@@ -328,9 +328,19 @@ class Fusing(Backend, Protocol):
 class Joining(Fusing, Protocol):
     """What a device may do in one go whose ops take less time than it takes to start them.
 
-    `Ops` uses it if the backend has all of it; `attention` then takes `HeadNorms` after the rope table, and norms the
-    heads of q and k before it rotates them.
+    `Ops` uses it if the backend has all of it. `attention` then takes, after the rope table, `HeadNorms` and biases
+    of q, k and v, each as wide as all heads or None: biases are added first, then heads are normed, then rotated.
     """
+
+    def route(
+        self, logits: Array, n_used: int, gating: str, normalize: bool, bias: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Choose experts by logits + bias; see `Backend.route`."""
+        ...
+
+    def gated(self, activation: str, gate: Array, up: Array, biases: tuple[Array, Array, Array] | None = None) -> Array:
+        """Return act(gate) * up; ``biases``: two tables and an index, as for `add_taken`, to add to gate and up."""
+        ...
 
     def add_norm(
         self,
@@ -341,6 +351,8 @@ class Joining(Fusing, Protocol):
         post: Array | None = None,
         factor: float = 1.0,
         weights: Array | None = None,
+        bias: Array | None = None,
+        index: Array | None = None,
     ) -> tuple[Array, Array]:
         """Return h + x, and the `rms_norm` of that by ``w``; both (T, N).
 
@@ -352,6 +364,8 @@ class Joining(Fusing, Protocol):
             post: (N,): x is normed by it first.
             factor: on x, after that.
             weights: (T, K).
+            bias: what to add to x before all else: (N,), or with ``index`` (T, K) a table, as for `add_taken`.
+            index: of rows of the table.
         """
         ...
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from mpillama.backends.base import Handle
 from mpillama.config import Config
 from mpillama.models.weights import Weights, project, projects
-from mpillama.ops import Ops, Value
+from mpillama.ops import Ops
+from mpillama.values import Value
 
 if TYPE_CHECKING:
     from mpillama.models.transformer import Step

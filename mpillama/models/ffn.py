@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mpillama.config import Config
 from mpillama.models.weights import Weights, project
-from mpillama.ops import Experts, Ops, Value
+from mpillama.ops import Ops
+from mpillama.values import Experts, Value
 
 
 def dense(ops: Ops, x: Value, w: Weights, cfg: Config, suffix: str = "") -> Value:

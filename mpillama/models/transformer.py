@@ -12,7 +12,8 @@ from mpillama.config import Config, Rope
 from mpillama.models.attention import attention
 from mpillama.models.ffn import dense, experts
 from mpillama.models.weights import Weights, project
-from mpillama.ops import Branch, Ops, Value
+from mpillama.ops import Ops
+from mpillama.values import Branch, Value
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,14 @@ def test_residual_and_norm(warp, order, post, n_used, rng):
         x = rng.standard_normal((n_tokens, n_used, n) if n_used else (n_tokens, n)).astype("f4")
         w, weight_after = rng.standard_normal((2, n)).astype("f4")
         weights = rng.random((n_tokens, n_used)).astype("f4") if n_used else None
+        bias = index = None
+        if rng.integers(2):
+            bias = rng.standard_normal((6, n) if n_used else n).astype("f4")
+            index = rng.integers(0, 6, (n_tokens, n_used)).astype("i4") if n_used else None
         after = weight_after if post else None
-        total, y = backend.add_norm(h, x, w, eps, after, factor, weights)
+        total, y = backend.add_norm(h, x, w, eps, after, factor, weights, bias, index)
+        if bias is not None:
+            x = x + (bias if index is None else bias[index])
         branch = np.einsum("tkn,tk->tn", x.astype("f8"), weights) if n_used else x.astype("f8")
         branch = exact_norm(branch, weight_after, eps) if post else branch
         exact = h + factor * branch
@@ -131,11 +137,14 @@ def test_norms_and_rotation_within_attention(warp, order, kv_type, rng):
     backend, n_kv = emulated(warp, order, int(rng.integers(1 << 30))), int(rng.integers(1, 4))
     n_k, n_v = (int(n) for n in rng.choice([32, 64, 96, 160] if kv_type == "q8_0" else [6, 40, 64, 130], 2))
     sizes, types = (n_kv * int(rng.integers(1, 4)), n_kv, n_k, n_v), (kv_type, kv_type)
-    for with_norms, with_rope in ((True, True), (True, False), (False, True)):
+    ways = ((True, True, False), (True, False, True), (False, True, True), (False, False, True))
+    for with_norms, with_rope, with_biases in ways:
         pair = Pair(rng, backend, sizes, types, n_blocks=4, n_seqs=2)
         plain = backend.new_cache(4, n_kv, n_k, n_v, *types)
         rope = Rope(2 * int(rng.integers(1, n_k // 2 + 1)), bool(rng.integers(2)), 1e4, attn_factor=1.2)
         gains = rng.standard_normal((2, n_k)).astype("f4")
+        widths = sizes[0] * n_k, n_kv * n_k, n_kv * n_v
+        biases = [rng.standard_normal(n).astype("f4") for n in widths] if with_biases else None
         for lens in ((33, 7), (1, 1), (0, 3)):
             batch = pair.batch(lens)
             q, k, v = (
@@ -143,8 +152,11 @@ def test_norms_and_rotation_within_attention(warp, order, kv_type, rng):
             )
             table = backend.rope_table(batch.positions, rope, None) if with_rope else None
             device = backend.backend.device
+            on_device = tuple(map(device.upload, biases)) if biases else (None, None, None)
             norms = HeadNorms(*map(device.upload, gains), 1e-5) if with_norms else None
-            found = backend.attention(q, k, v, pair.cache, batch, pair.params, None, table, norms)
+            found = backend.attention(q, k, v, pair.cache, batch, pair.params, None, table, norms, on_device)
+            if biases:
+                q, k, v = (x + bias.reshape(x.shape[1:]) for x, bias in zip((q, k, v), biases, strict=True))
             if with_norms:
                 q, k = backend.rms_norm(q, gains[0], 1e-5), backend.rms_norm(k, gains[1], 1e-5)
             if with_rope:
@@ -164,3 +176,39 @@ def test_rows_that_are_added(rng):
     x, table = rng.standard_normal((5, 3, n)).astype("f4"), rng.standard_normal((7, n)).astype("f4")
     index = rng.integers(0, 7, (5, 3)).astype("i4")
     same_bits(backend.add_taken(x, table, index), x + table[index])
+
+
+@pytest.mark.parametrize("n", [64, 50])
+def test_biases_of_experts(n, rng):
+    backend = emulated(*VARIANTS[rng.integers(len(VARIANTS))], int(rng.integers(1 << 30)))
+    gate, up = rng.standard_normal((2, 3, 2, n)).astype("f4")
+    tables, index = rng.standard_normal((2, 5, n)).astype("f4"), rng.integers(0, 5, (3, 2)).astype("i4")
+    upload = backend.backend.device.upload
+    for activation in ("silu", "gelu", "swiglu_oai"):
+        found = backend.gated(activation, gate, up, (*map(upload, tables), upload(index)))
+        expected = backend.gated(activation, gate + tables[0][index], up + tables[1][index])
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bias_of_a_router(rng):
+    backend = emulated(*VARIANTS[rng.integers(len(VARIANTS))], int(rng.integers(1 << 30)))
+    logits, bias = rng.standard_normal((4, 70)).astype("f4"), rng.standard_normal(70).astype("f4")
+    for found, expected in zip(
+        backend.route(logits, 6, "softmax_weight", True, bias),
+        backend.route(logits + bias, 6, "softmax_weight", True),
+        strict=True,
+    ):
+        same_bits(found, expected)
+
+
+def test_biases_and_norms_of_other_sizes_are_refused(rng):
+    pair = Pair(rng, emulated(), (4, 2, 32, 64), ("f16", "f16"))
+    batch = pair.batch([3])
+    inputs, device = (*pair.inputs(3), pair.cache, batch, pair.params, None, None), pair.backend.backend.device
+    right = {"bias": [128, 64, 128], "norm": [32, 32]}
+    for kind, sizes in right.items():
+        for wrong in range(len(sizes)):
+            some = [device.empty((size + (i == wrong),)) for i, size in enumerate(sizes)]
+            norms = HeadNorms(*some, 1e-5) if kind == "norm" else None
+            with pytest.raises(ValueError, match="as wide as heads of 32 and 64"):
+                pair.backend.attention(*inputs, norms, tuple(some) if kind == "bias" else (None, None, None))

@@ -101,8 +101,9 @@ class AttentionOps(MatmulOps):
         sinks: Array | None,
         rope: GpuRopeTable | None = None,
         norms: HeadNorms | None = None,
+        biases: tuple[Array | None, ...] = (None, None, None),
     ) -> Array:
-        """Norm the heads of q and k, rotate them, store k and v of the step's tokens, then attend.
+        """Add biases, norm the heads of q and k, rotate them, store k and v of the step's tokens, then attend.
 
         See `Backend.attention` and `Joining`.
 
@@ -113,7 +114,7 @@ class AttentionOps(MatmulOps):
         if self.inputs is None or self.inputs.batch is not batch:
             self.inputs = StepInputs(self.device, batch)
         self.inputs.check(int(cache.keys.shape[0]), params.window)
-        q = self._store(q, k, v, cache, self.inputs, rope, norms)
+        q = self._store(q, k, v, cache, self.inputs, rope, norms, biases)
         out = self.device.empty((*q.shape[:2], cache.n_v))
         if out.size:
             self._attend(q, cache, self.inputs, params, sinks, out)
@@ -128,20 +129,26 @@ class AttentionOps(MatmulOps):
         tables: StepInputs,
         rope: GpuRopeTable | None,
         norms: HeadNorms | None,
+        biases: tuple[Array | None, ...],
     ) -> Array:
-        """Store k and v; norms q and k and rotates them, if asked to, and returns that of q."""
+        """Store k and v, after all that comes before; returns the queries after that."""
         n_tokens, n_head, n_kv = int(q.shape[0]), int(q.shape[1]), cache.n_head_kv
-        turned = q if rope is None and norms is None else self.device.empty(tuple(q.shape))
-        n_rows = n_tokens * (2 * n_kv if turned is q else n_head + 2 * n_kv)
+        as_is = rope is None and norms is None and biases[0] is None
+        turned = q if as_is else self.device.empty(tuple(q.shape))
+        n_rows = n_tokens * (2 * n_kv if as_is else n_head + 2 * n_kv)
         if not n_rows:
             return turned
         weights = (None, None, np.float32(0)) if norms is None else (norms.q, norms.k, np.float32(norms.eps))
+        wide = n_head * cache.n_k, n_kv * cache.n_k, n_kv * cache.n_v, cache.n_k, cache.n_k
+        if any(x is not None and x.size != size for x, size in zip((*biases, *weights[:2]), wide, strict=True)):
+            raise ValueError(f"biases or norms are not as wide as heads of {cache.n_k} and {cache.n_v}")
         pairs = (None, None, np.int32(0), np.int32(0))
         if rope is not None:
             pairs = rope.cos, rope.sin, np.int32(rope.neox), np.int32(rope.cos.shape[1])
         where = tables.positions, tables.sequences, tables.tables, np.int32(tables.tables.shape[1])
         sizes = np.int32(n_tokens), np.int32(n_head), np.int32(n_kv), np.int32(cache.n_k), np.int32(cache.n_v)
-        args = q, k, v, *weights, *pairs, *where, *sizes, None if turned is q else turned, cache.keys, cache.values
+        results = (None if as_is else turned), cache.keys, cache.values
+        args = q, k, v, *biases, *weights, *pairs, *where, *sizes, *results
         shared = 4 * _WARPS * max(cache.n_k, cache.n_v)
         self.device.launch(cache.unit, "store", (-(-n_rows // _WARPS),), _WARPS * self.device.warp, args, shared)
         return turned

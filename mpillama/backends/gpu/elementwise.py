@@ -102,14 +102,17 @@ class ElementwiseOps:
         """Return cap * tanh(x / cap)."""
         return self._unary(2, x, cap)
 
-    def gated(self, activation: str, gate: Array, up: Array) -> Array:
-        """Return act(gate) * up."""
+    def gated(self, activation: str, gate: Array, up: Array, biases: tuple[Array, Array, Array] | None = None) -> Array:
+        """Return act(gate) * up; see `Joining.gated`."""
         out = self.device.empty(tuple(gate.shape))
         op = np.int32(_ACTIVATIONS[activation])
         if self._is_rounded(out):
-            n_fours, rounded = out.size // 4, self.rounded.new(out, int(out.shape[-1]))
-            self.run.elements("gated_rounded", n_fours, op, gate, up, out, np.int64(n_fours), *rounded)
+            n_fours, n = out.size // 4, int(out.shape[-1])
+            args = op, gate, up, *(biases or (None, None, None)), np.int32(n // 4), np.int64(n_fours), out
+            self.run.elements("gated_rounded", n_fours, *args, *self.rounded.new(out, n))
         else:
+            if biases:
+                gate, up = (self.add_taken(x, bias, biases[2]) for x, bias in zip((gate, up), biases, strict=False))
             self.run.elements("gated", out.size, op, gate, up, out, np.int64(out.size))
         return out
 
@@ -163,10 +166,14 @@ class ElementwiseOps:
         post: Array | None = None,
         factor: float = 1.0,
         weights: Array | None = None,
+        bias: Array | None = None,
+        index: Array | None = None,
     ) -> tuple[Array, Array]:
         """Add to the residual; returns that and its norm; see `Joining.add_norm`."""
         if _fits_block(int(h.shape[-1])):
-            return self._add_norm(h, x, w, eps, post, factor, weights)
+            return self._add_norm(h, x, w, eps, post, factor, weights, bias, index)
+        if bias is not None:
+            x = self.add(x, bias) if index is None else self.add_taken(x, bias, index)
         x = x if weights is None else self.sum_experts(x, weights)
         x = x if post is None else self.rms_norm(x, post, eps)
         h = self.add(h, x if factor == 1.0 else self.mul(x, factor))
@@ -181,6 +188,8 @@ class ElementwiseOps:
         post: Array | None = None,
         factor: float = 1.0,
         weights: Array | None = None,
+        bias: Array | None = None,
+        index: Array | None = None,
     ) -> tuple[Array, Array]:
         """As `add_norm`, of rows that fit into a block of threads; without h, only the norm is there."""
         n_rows, n = int(x.shape[0]), int(x.shape[-1])
@@ -190,7 +199,7 @@ class ElementwiseOps:
         each = next(each for each in (1, 2, _MOST_FOURS) if n <= 4 * each * _THREADS)
         block = -(-n // (4 * each * self.device.warp)) * self.device.warp
         n_used = np.int32(0 if weights is None else weights.shape[1])
-        args = h, x, weights, n_used, post, np.float32(factor), w, np.float32(eps), np.int32(n)
+        args = h, x, bias, index, weights, n_used, post, np.float32(factor), w, np.float32(eps), np.int32(n)
         if out.size:
             results = (None if h is None else total), out, *rounded
             self.device.launch(ELEMENTWISE, f"add_norm_{each}", (n_rows,), block, (*args, *results))
@@ -241,12 +250,14 @@ class ElementwiseOps:
         self.run.elements("rope", size, x, table.cos, table.sin, np.int32(table.neox), *sizes, out)
         return out
 
-    def route(self, logits: Array, n_used: int, gating: str, normalize: bool) -> tuple[Array, Array]:
+    def route(
+        self, logits: Array, n_used: int, gating: str, normalize: bool, bias: Array | None = None
+    ) -> tuple[Array, Array]:
         """Choose the ``n_used`` likeliest experts of each token; among equals the first."""
         n_tokens, n_expert = logits.shape
         experts, weights = self.device.empty((n_tokens, n_used), np.int32), self.device.empty((n_tokens, n_used))
         sizes = np.int32(n_expert), np.int32(n_used), np.int32(gating == "softmax"), np.int32(normalize)
-        args = (logits, *sizes, experts, weights)
+        args = (logits, bias, *sizes, experts, weights)
         if n_tokens:
             self.device.launch(EXPERTS, "route", (n_tokens,), self.device.warp, args, shared=4 * n_expert)
         return experts, weights

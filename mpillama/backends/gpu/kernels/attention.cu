@@ -112,11 +112,13 @@ MPL_INLINE i64 row_of(const int* table, int position, int n_kv, int head) {
 }
 
 // Puts the step's keys and values into their places, and queries into `turned`, if there are such. A warp has a head of one
-// token. Heads of queries and keys are normed first where there are weights (n_k) for it, then, with `cosines`, the first 2 half
-// elements turn by their token's position: see `rope` of elementwise.cu.
+// token. Biases, each as wide as all heads, are added first, if they are given; then heads of queries and keys are normed where
+// there are weights (n_k) for it; then, with `cosines`, the first 2 half elements turn by their token's position: see `rope` of
+// elementwise.cu.
 extern "C" __global__ void __launch_bounds__(kWarps* MPL_WARP)
-    store(const float* q, const float* k, const float* v, const float* norm_q, const float* norm_k, float eps, const float* cosines,
-          const float* sines, int neox, int half, const int* positions, const int* sequences, const int* tables, int n_table,
+    store(const float* q, const float* k, const float* v, const float* bias_q, const float* bias_k, const float* bias_v,
+          const float* norm_q, const float* norm_k, float eps, const float* cosines, const float* sines, int neox, int half,
+          const int* positions, const int* sequences, const int* tables, int n_table,
           int n_tokens, int n_head, int n_kv, int n_k, int n_v, float* turned, u8* keys, u8* values) {
   MPL_DYN_SHARED(float, rows);
   const int lane = threadIdx.x % MPL_WARP, warp = threadIdx.x / MPL_WARP, n_heads = (turned ? n_head : 0) + 2 * n_kv;
@@ -128,9 +130,11 @@ extern "C" __global__ void __launch_bounds__(kWarps* MPL_WARP)
   const int n = is_value ? n_v : n_k;
   const i64 at = (token * (is_query ? n_head : n_kv) + head) * n;
   const float *from = (is_query ? q : is_value ? v : k) + at, *norm = is_query ? norm_q : is_value ? nullptr : norm_k;
+  const float* bias = is_query ? bias_q : is_value ? bias_v : bias_k;
+  if (bias) bias += head * n;
   float *row = rows + warp * max(n_k, n_v), sum = 0.f;
   for (int i = lane; i < n; i += MPL_WARP) {
-    row[i] = from[i];
+    row[i] = from[i] + (bias ? bias[i] : 0.f);
     sum += row[i] * row[i];
   }
   if (norm) {

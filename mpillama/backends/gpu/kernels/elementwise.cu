@@ -5,6 +5,11 @@
 
 struct __align__(16) Four { float v[4]; };
 MPL_INLINE Four four_at(const float* p, i64 i) { return ((const Four*)p)[i]; }
+MPL_INLINE Four sum_of(Four a, const Four& b) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) a.v[i] += b.v[i];
+  return a;
+}
 
 // -- activations in 8 bits: sub-blocks of 32 share a scale, their largest size / 127. Eight lanes work on one, each of which
 // has four of its numbers; all lanes must come here, also those that are not `here`.
@@ -109,14 +114,20 @@ extern "C" __global__ void gated(int op, const float* gate, const float* up, flo
 }
 MPL_EXPORT(gated)
 
-// The same for rows of whole sub-blocks, four elements to a thread, which are left in 8 bits too; `size` counts fours.
-extern "C" __global__ void __launch_bounds__(256) gated_rounded(int op, const float* gate, const float* up, float* out, i64 size,
-                                                                int* xq, float* xd, float* xs) {
+// The same for rows of whole sub-blocks, `fours` of four elements each, which are left in 8 bits too. `size` counts fours of all
+// rows; a thread has one. With `index`, rows of two tables are added to gate and up before.
+extern "C" __global__ void __launch_bounds__(256)
+    gated_rounded(int op, const float* gate, const float* up, const float* gate_table, const float* up_table, const int* index,
+                  int fours, i64 size, float* out, int* xq, float* xd, float* xs) {
   const i64 id = THREAD_ID;
   const bool here = id < size;
   Four v = {};
   if (here) {
-    const Four g = four_at(gate, id), u = four_at(up, id);
+    Four g = four_at(gate, id), u = four_at(up, id);
+    if (index) {
+      const i64 at = (i64)index[id / fours] * fours + id % fours;
+      g = sum_of(g, four_at(gate_table, at)), u = sum_of(u, four_at(up_table, at));
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) v.v[i] = act(op, g.v[i], u.v[i]);
     ((Four*)out)[id] = v;
@@ -190,11 +201,12 @@ MPL_INLINE float row_sum(float v, float* scratch) {
 // A branch joins the residual, and the sum is normed: total = h + factor x, out = total / rms(total) * w. A block has a row
 // of n elements (a multiple of 4), and a thread C fours of it, which stay in registers.
 //
-// Where they are given: `weights` (T, K) makes x the weighted sum of x (T, K, n); by `post` x is normed first; without h, x
-// alone is normed, and total may be null; xq gets out in 8 bits, if rows are whole sub-blocks.
+// Where they are given: `bias` (n) is added to x, or rows of it as `index` (T, K) says; `weights` (T, K) makes x the weighted sum
+// of x (T, K, n); by `post` x is normed first; without h, x alone is normed, and total may be null; xq gets out in 8 bits, if rows
+// are whole sub-blocks.
 template <int C>
-MPL_INLINE void add_norm(const float* h, const float* x, const float* weights, int n_used, const float* post, float factor,
-                         const float* w, float eps, int n, float* total, float* out, int* xq, float* xd, float* xs) {
+MPL_INLINE void add_norm(const float* h, const float* x, const float* bias, const int* index, const float* weights, int n_used,
+                         const float* post, float factor, const float* w, float eps, int n, float* total, float* out, int* xq, float* xd, float* xs) {
   __shared__ float scratch[2][32];
   const int fours = n / 4, step = blockDim.x;
   const i64 first = (i64)blockIdx.x * fours;
@@ -209,11 +221,15 @@ MPL_INLINE void add_norm(const float* h, const float* x, const float* weights, i
     if (at >= fours) continue;
     if (kEarly) scale[c] = four_at(w, at);
     if (kEarly && h) old[c] = four_at(h, first + at);
-    if (!weights) v[c] = four_at(x, first + at);
-    else
+    if (!weights) {
+      v[c] = four_at(x, first + at);
+      if (bias) v[c] = sum_of(v[c], four_at(bias, at));
+    } else
+#pragma unroll(C == 1 ? 4 : 2)
       for (int k = 0; k < n_used; k++) {
         const i64 pair = (i64)blockIdx.x * n_used + k;
-        const Four answer = four_at(x, pair * fours + at);
+        Four answer = four_at(x, pair * fours + at);
+        if (bias) answer = sum_of(answer, four_at(bias, (i64)index[pair] * fours + at));
         const float weight = weights[pair];
 #pragma unroll
         for (int i = 0; i < 4; i++) v[c].v[i] += weight * answer.v[i];
@@ -260,9 +276,10 @@ MPL_INLINE void add_norm(const float* h, const float* x, const float* weights, i
 
 #define ADD_NORM(C)                                                                                                           \
   extern "C" __global__ void __launch_bounds__(1024)                                                                          \
-      add_norm_##C(const float* h, const float* x, const float* weights, int n_used, const float* post, float factor,         \
-                   const float* w, float eps, int n, float* total, float* out, int* xq, float* xd, float* xs) {               \
-    add_norm<C>(h, x, weights, n_used, post, factor, w, eps, n, total, out, xq, xd, xs);                                      \
+      add_norm_##C(const float* h, const float* x, const float* bias, const int* index, const float* weights, int n_used,     \
+                   const float* post, float factor, const float* w, float eps, int n, float* total, float* out, int* xq,      \
+                   float* xd, float* xs) {                                                                                    \
+    add_norm<C>(h, x, bias, index, weights, n_used, post, factor, w, eps, n, total, out, xq, xd, xs);                         \
   }                                                                                                                           \
   MPL_EXPORT(add_norm_##C)
 ADD_NORM(1)

@@ -2,8 +2,9 @@
 #include "compat.cuh"
 
 // Chooses, for each token, the n_used experts of the largest logits, among equals the first. One warp to a token.
+// `bias` (n_expert) is added to the logits, if it is given;
 // softmax over all logits before choosing, or over the chosen ones; then, if asked, weights are made to sum to 1.
-extern "C" __global__ void route(const float* logits, int n_expert, int n_used, int over_all, int normalize, int* experts,
+extern "C" __global__ void route(const float* logits, const float* bias, int n_expert, int n_used, int over_all, int normalize, int* experts,
                                  float* weights) {
   MPL_DYN_SHARED(float, left);
   const int lane = threadIdx.x;
@@ -12,7 +13,7 @@ extern "C" __global__ void route(const float* logits, int n_expert, int n_used, 
   weights += (i64)blockIdx.x * n_used;
   float top = -MPL_INF;
   for (int i = lane; i < n_expert; i += MPL_WARP) {
-    left[i] = logits[i];
+    left[i] = logits[i] + (bias ? bias[i] : 0.f);
     top = fmaxf(top, left[i]);
   }
   top = lanes_max<MPL_WARP>(top);
