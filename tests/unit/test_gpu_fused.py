@@ -201,6 +201,23 @@ def test_bias_of_a_router(rng):
         same_bits(found, expected)
 
 
+@pytest.mark.parametrize(("warp", "order"), EVERY)
+def test_equal_logits_and_nan(warp, order, rng):
+    """Among equals the first, also those of other warps; what is no number leaves indices that are in range."""
+    backend, n_expert = emulated(warp, order, int(rng.integers(1 << 30))), int(rng.choice([5, 64, 130, 1500]))
+    n_used = int(rng.integers(1, min(n_expert, 40) + 1))
+    logits = np.round(rng.standard_normal((3, n_expert)) * 2).astype("f4") / 2
+    logits[1] *= 0.0
+    index, weights = backend.route(logits, n_used, "softmax", True)
+    np.testing.assert_array_equal(index, np.argsort(-logits, -1, kind="stable")[:, :n_used])
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    logits[rng.random(logits.shape) < 0.5] = np.nan
+    index, _ = backend.route(logits, n_used, "softmax_weight", False)
+    for row, values in zip(index, logits, strict=True):
+        assert len(set(row.tolist())) == n_used
+        assert np.isnan(values[row]).sum() == min(n_used, np.isnan(values).sum())
+
+
 def test_biases_and_norms_of_other_sizes_are_refused(rng):
     pair = Pair(rng, emulated(), (4, 2, 32, 64), ("f16", "f16"))
     batch = pair.batch([3])

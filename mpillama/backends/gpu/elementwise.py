@@ -259,7 +259,9 @@ class ElementwiseOps:
         sizes = np.int32(n_expert), np.int32(n_used), np.int32(gating == "softmax"), np.int32(normalize)
         args = (logits, bias, *sizes, experts, weights)
         if n_tokens:
-            self.device.launch(EXPERTS, "route", (n_tokens,), self.device.warp, args, shared=4 * n_expert)
+            whole_warps = -(-n_expert // self.device.warp) * self.device.warp
+            block, shared = min(256, whole_warps), 4 * (whole_warps + n_used)
+            self.device.launch(EXPERTS, "route", (n_tokens,), block, args, shared)
         return experts, weights
 
     def top_k(self, x: Array, k: int, first: int) -> Array:
