@@ -260,7 +260,7 @@ class ElementwiseOps:
         args = (logits, bias, *sizes, experts, weights)
         if n_tokens:
             whole_warps = -(-n_expert // self.device.warp) * self.device.warp
-            block, shared = min(256, whole_warps), 4 * (whole_warps + n_used)
+            block, shared = min(256, whole_warps), 4 * (whole_warps + n_used + 32)
             self.device.launch(EXPERTS, "route", (n_tokens,), block, args, shared)
         return experts, weights
 

@@ -162,6 +162,17 @@ extern "C" __global__ void sum_experts(const float* x, const float* weights, int
 MPL_EXPORT(sum_experts)
 
 // -- norms. Short rows (heads) have a warp each, long ones a block.
+// The sum over a block; all threads get it. A kernel may call each CALL once, since warps may still read what it has left.
+template <int CALL> MPL_INLINE float row_sum(float v) {
+  __shared__ float scratch[32];
+  const int lane = threadIdx.x % MPL_WARP, n_warps = blockDim.x / MPL_WARP;
+  v = lanes_sum<MPL_WARP>(v);
+  if (n_warps == 1) return v;
+  if (lane == 0) scratch[threadIdx.x / MPL_WARP] = v;
+  __syncthreads();
+  return lanes_sum<32>(lane % 32 < n_warps ? scratch[lane % 32] : 0.f);
+}
+
 MPL_INLINE void scale_row(const float* x, const float* w, float factor, int n, float* out, int first, int step) {
   for (int i = first; i < n; i += step) out[i] = x[i] * factor * w[i];
 }
@@ -179,24 +190,13 @@ extern "C" __global__ void rms_norm_short(const float* x, const float* w, float 
 MPL_EXPORT(rms_norm_short)
 
 extern "C" __global__ void rms_norm_long(const float* x, const float* w, float eps, int n, float* out) {
-  __shared__ float scratch[32];
   const float* r = x + (i64)blockIdx.x * n;
   float sum = 0.f;
   for (int i = threadIdx.x; i < n; i += blockDim.x) sum += r[i] * r[i];
-  sum = block_sum(sum, scratch);
+  sum = row_sum<0>(sum);
   scale_row(r, w, 1.f / sqrtf(sum / (float)n + eps), n, out + (i64)blockIdx.x * n, threadIdx.x, blockDim.x);
 }
 MPL_EXPORT(rms_norm_long)
-
-// The sum over a block; `scratch` has a float for each warp, and serves one call.
-MPL_INLINE float row_sum(float v, float* scratch) {
-  const int lane = threadIdx.x % MPL_WARP, n_warps = blockDim.x / MPL_WARP;
-  v = lanes_sum<MPL_WARP>(v);
-  if (n_warps == 1) return v;
-  if (lane == 0) scratch[threadIdx.x / MPL_WARP] = v;
-  __syncthreads();
-  return lanes_sum<32>(lane % 32 < n_warps ? scratch[lane % 32] : 0.f);
-}
 
 // A branch joins the residual, and the sum is normed: total = h + factor x, out = total / rms(total) * w. A block has a row
 // of n elements (a multiple of 4), and a thread C fours of it, which stay in registers.
@@ -207,7 +207,6 @@ MPL_INLINE float row_sum(float v, float* scratch) {
 template <int C>
 MPL_INLINE void add_norm(const float* h, const float* x, const float* bias, const int* index, const float* weights, int n_used,
                          const float* post, float factor, const float* w, float eps, int n, float* total, float* out, int* xq, float* xd, float* xs) {
-  __shared__ float scratch[2][32];
   const int fours = n / 4, step = blockDim.x;
   const i64 first = (i64)blockIdx.x * fours;
   // What does not wait for a sum is on its way before the first one, as far as there are registers for it.
@@ -240,7 +239,7 @@ MPL_INLINE void add_norm(const float* h, const float* x, const float* bias, cons
     for (int c = 0; c < C; c++)
 #pragma unroll
       for (int i = 0; i < 4; i++) sum += v[c].v[i] * v[c].v[i];
-    const float inverse = 1.f / sqrtf(row_sum(sum, scratch[0]) / (float)n + eps);
+    const float inverse = 1.f / sqrtf(row_sum<0>(sum) / (float)n + eps);
     sum = 0.f;
 #pragma unroll
     for (int c = 0; c < C; c++) {
@@ -262,7 +261,7 @@ MPL_INLINE void add_norm(const float* h, const float* x, const float* bias, cons
     }
     if (total && at < fours) ((Four*)total)[first + at] = v[c];
   }
-  const float inverse = 1.f / sqrtf(row_sum(sum, scratch[1]) / (float)n + eps);
+  const float inverse = 1.f / sqrtf(row_sum<1>(sum) / (float)n + eps);
 #pragma unroll
   for (int c = 0; c < C; c++) {
     const int at = threadIdx.x + c * step;
@@ -288,11 +287,10 @@ ADD_NORM(4)
 
 // out (rows): the sum of squares of columns [start, stop).
 extern "C" __global__ void sum_squares(const float* x, int n, int start, int stop, float* out) {
-  __shared__ float scratch[32];
   const float* r = x + (i64)blockIdx.x * n;
   float sum = 0.f;
   for (int i = start + threadIdx.x; i < stop; i += blockDim.x) sum += r[i] * r[i];
-  sum = block_sum(sum, scratch);
+  sum = row_sum<0>(sum);
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 MPL_EXPORT(sum_squares)

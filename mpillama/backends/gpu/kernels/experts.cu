@@ -27,10 +27,10 @@ template <bool TIES> MPL_INLINE int larger(const u32* order, u32 mine, int lane)
 // other does.
 extern "C" __global__ void __launch_bounds__(256) route(const float* logits, const float* bias, int n_expert, int n_used,
                                                         int over_all, int normalize, int* experts, float* weights) {
-  MPL_DYN_SHARED(u32, order);  // of the experts, then zeros up to whole warps; then the powers of the n_used chosen ones
-  __shared__ float scratch[32];
+  // Of the experts, then zeros up to whole warps; then the powers of the n_used chosen ones; then 32 words for sums.
+  MPL_DYN_SHARED(u32, order);
   const int padded = (n_expert + MPL_WARP - 1) / MPL_WARP * MPL_WARP, lane = threadIdx.x % MPL_WARP;
-  float *chosen = (float*)(order + padded), top = -MPL_INF, total = 0.f;
+  float *chosen = (float*)(order + padded), *scratch = chosen + n_used, top = -MPL_INF, total = 0.f;
   logits += (i64)blockIdx.x * n_expert;
   experts += (i64)blockIdx.x * n_used;
   weights += (i64)blockIdx.x * n_used;
