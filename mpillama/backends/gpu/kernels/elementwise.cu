@@ -224,7 +224,7 @@ MPL_INLINE void add_norm(const float* h, const float* x, const float* bias, cons
       v[c] = four_at(x, first + at);
       if (bias) v[c] = sum_of(v[c], four_at(bias, at));
     } else
-#pragma unroll(C == 1 ? 4 : 2)
+#pragma unroll 2
       for (int k = 0; k < n_used; k++) {
         const i64 pair = (i64)blockIdx.x * n_used + k;
         Four answer = four_at(x, pair * fours + at);
