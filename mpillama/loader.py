@@ -13,9 +13,9 @@ from mpillama.backends.base import ROW_UNIT, Backend, Filling, Handle, RawWeight
 from mpillama.errors import ModelError
 from mpillama.gguf.reader import TensorInfo
 from mpillama.models.weights import Weights
-from mpillama.ops import Value, Weight
 from mpillama.reading import Files, ReadWatch
 from mpillama.sharding import Sharding, Slice
+from mpillama.values import Value, Weight
 
 PIECE = 1 << 20
 """Bytes of a matrix that are read before they are laid out: they stay in a core's cache meanwhile."""

@@ -8,59 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, Protocol, cast
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any, cast
 
 import numpy as np
 
-from mpillama.backends.base import Array, AttentionParams, Backend, Batch, Fusing, Handle
+from mpillama.backends.base import Array, AttentionParams, Backend, Batch, Fusing, Handle, HeadNorms, Joining
 from mpillama.comm.base import Group
 from mpillama.config import Rope
 from mpillama.layout import PARTIAL, REPLICATE, Cut, Layout, Partial, Replicate, Routed, Shard
-
-
-@dataclass
-class Value:
-    """An activation, or a norm weight, bias or scale: the rank's array, and how it lies over the ranks."""
-
-    data: Array
-    layout: Layout = REPLICATE
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A matrix or a stack of them, cut along ``axis`` by ``cut``: ``out``, ``in``, ``expert``, or "" (replicated)."""
-
-    name: str
-    handle: Handle
-    axis: str = ""
-    cut: Cut | None = None
-
-    @cached_property
-    def shard(self) -> Shard:
-        """How values lie over the ranks that are cut as it is."""
-        return Shard(_some(self.cut))
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The experts chosen for each token and the weights of their answers, both (T, K), the same on every rank."""
-
-    index: Array
-    weights: Array
-
-
-class Notes(Protocol):
-    """Takes note of calls that give the same results again, in the same place."""
-
-    def note(self, result: np.ndarray, call: Callable[..., object], *args: Any) -> np.ndarray:
-        """Note the call that has given a result; returns it."""
-        ...
-
-    def foreign(self, result: np.ndarray, call: Any) -> np.ndarray:
-        """Note a call that native code can make; see `mpillama.comm.native.foreign.h`."""
-        ...
+from mpillama.notes import NotedGroup, Notes
+from mpillama.values import Biased, Branch, Experts, Value, Weight, parts, some
 
 
 class Ops:
@@ -77,6 +36,8 @@ class Ops:
         self.backend, self._group, self._alike = backend, group, alike
         fuses = hasattr(backend, "linears") and hasattr(backend, "gated_linear")
         self._fusing = cast(Fusing, backend) if fuses else None
+        joins = fuses and hasattr(backend, "add_norm") and hasattr(backend, "add_taken")
+        self._joining = cast(Joining, backend) if joins else None
 
     @property
     def capturable(self) -> bool:
@@ -86,14 +47,15 @@ class Ops:
     @contextmanager
     def recorded_by(self, backend: Any, tape: Notes) -> Iterator[None]:
         """Let ``backend``, which has all ops, do the work meanwhile, and tell ``tape`` of collectives."""
-        own = self.backend, self._fusing, self._group
+        own = self.backend, self._fusing, self._joining, self._group
         self.backend, self._fusing = backend, backend if self._fusing else None
+        self._joining = backend if self._joining else None
         if self._group.size > 1:
-            self._group = _NotedGroup(self._group, tape)
+            self._group = NotedGroup(self._group, tape)
         try:
             yield
         finally:
-            self.backend, self._fusing, self._group = own
+            self.backend, self._fusing, self._joining, self._group = own
 
     @property
     def alike(self) -> bool:
@@ -191,6 +153,17 @@ class Ops:
             raise AssertionError(f"cannot add a value cut by {a.layout} and one cut by {b.layout}")
         return Value(self.backend.add(a.data, b.data), a.layout)
 
+    def bias(self, x: Value, bias: Value) -> Value:
+        """Add a bias, now or in the op that takes the result."""
+        if self._joining is None or not self._joins(x, bias):
+            return self.add(x, bias)
+        return Biased(x, bias.data, None, partial(self.backend.add, x.data, bias.data))
+
+    def _joins(self, x: Value, bias: Value) -> bool:
+        """Whether a bias can be added to what each rank has."""
+        alone = self._group.size == 1 and isinstance(bias.layout, Replicate)
+        return x.layout == bias.layout or (alone and isinstance(x.layout, Partial))
+
     def scale(self, x: Value, factor: float | Value) -> Value:
         """Multiply by a number, by a replicated scale of one element, or by one number for each token."""
         if isinstance(factor, Value):
@@ -213,6 +186,30 @@ class Ops:
         mean = self.backend.mul(total, 1.0 / cut.size)
         return Value(self.backend.scale_by_mean_square(x.data, mean, w.data, eps), x.layout)
 
+    def join(self, h: Value, branch: Branch, eps: float) -> Value:
+        """Add a branch to the residual."""
+        x = self.expert_sum(branch.x, branch.experts) if branch.experts else branch.x
+        x = self.norm(x, branch.norm, eps) if branch.norm else x
+        return self.add(h, self.scale(x, branch.factor))
+
+    def join_norm(self, h: Value, branch: Branch, w: Value, eps: float) -> tuple[Value, Value]:
+        """Add a branch to the residual; returns that, and its norm.
+
+        A partial sum is made whole before, so that the residual stays what each rank has of it.
+        """
+        self.whole(h)
+        if self._group.size > 1 or self._joining is None:
+            if branch.experts:
+                branch = replace(branch, x=self.expert_sum(branch.x, branch.experts), experts=None)
+            self.whole(branch.x)
+        if self._joining is None:
+            h = self.join(h, branch, eps)
+            return h, self.norm(h, w, eps)
+        post, weights = branch.norm and branch.norm.data, branch.experts and branch.experts.weights
+        x, bias, index = parts(branch.x)
+        total, y = self._joining.add_norm(h.data, x, w.data, eps, post, branch.factor, weights, bias, index)
+        return Value(total), Value(y)
+
     def head_norm(self, x: Value, w: Value, n_embd_head: int, eps: float) -> Value:
         """RMS norm of each head."""
         layout = self._elementwise(x)
@@ -232,6 +229,9 @@ class Ops:
     def gated(self, activation: str, gate: Value, up: Value) -> Value:
         """Return act(gate) * up."""
         layout = self._pair(gate, up)
+        (g, gate_bias, index), (u, up_bias, other) = parts(gate), parts(up)
+        if self._joining and index is not None and index is other:
+            return Value(self._joining.gated(activation, g, u, (gate_bias, up_bias, index)), layout)
         return Value(self.backend.gated(activation, gate.data, up.data), layout)
 
     def sigmoid(self, x: Value) -> Value:
@@ -262,61 +262,79 @@ class Ops:
         window: int,
         sinks: Value | None,
         rope: Handle | None = None,
+        norms: tuple[Value, Value, float] | None = None,
     ) -> Value:
-        """Rotate q and k, store k and v, then attend causally; ``n_embd_head``: elements of a key and of a value."""
+        """Norm the heads of q and k, rotate them, store k and v, then attend causally.
+
+        ``n_embd_head``: elements of a key and of a value; ``norms``: weights for q and k, and eps.
+        """
         n_k, n_v = n_embd_head
         layout = self._elementwise(q)
         for other in (k, v):
             self._elementwise(other)
-        rotation: tuple[Handle, ...] = ()
-        if rope is not None:
+        before: tuple[Any, ...] = ()
+        arrays, biases, _ = zip(*map(parts, (q, k, v)), strict=True)
+        if self._joining:
+            head_norms = HeadNorms(norms[0].data, norms[1].data, norms[2]) if norms else None
+            before = rope, head_norms, biases
+        elif norms:
+            q, k = self.head_norm(q, norms[0], n_k, norms[2]), self.head_norm(k, norms[1], n_k, norms[2])
+        if rope is not None and not before:
             if self._fusing:
-                rotation = (rope,)
+                before = (rope,)
             else:
                 q, k = self.rope(q, rope, n_k), self.rope(k, rope, n_k)
-        n_tokens = q.data.shape[0]
-        params = AttentionParams(scale, softcap, window, self._kv_heads(q, k, n_k))
-        out = self.backend.attention(
-            q.data.reshape(n_tokens, -1, n_k),
-            k.data.reshape(n_tokens, -1, n_k),
-            v.data.reshape(n_tokens, -1, n_v),
+        if not self._joining:
+            arrays = q.data, k.data, v.data
+        n_tokens, *_ = arrays[0].shape
+        n_head, n_kv = (x.shape[1] // n_k for x in arrays[:2])
+        params = AttentionParams(scale, softcap, window, self._kv_heads(q.layout, k.layout, n_head, n_kv, n_k))
+        attend: Callable[..., Array] = self.backend.attention
+        out = attend(
+            *(x.reshape(n_tokens, -1, n) for x, n in zip(arrays, (n_k, n_k, n_v), strict=True)),
             cache,
             batch,
             params,
             sinks.data if sinks else None,
-            *rotation,
+            *before,
         )
         if isinstance(layout, Shard):
             layout = _of_values(layout, n_k, n_v)
         return Value(out.reshape(n_tokens, -1), layout)
 
-    def _kv_heads(self, q: Value, k: Value, n_k: int) -> tuple[int, ...]:
-        """Return, for each query head that the rank holds, which of its KV heads it reads."""
-        n_local = q.data.shape[1] // n_k
-        if not isinstance(q.layout, Shard) or not isinstance(k.layout, Shard):
-            return _readers(n_local, n_local // (k.data.shape[1] // n_k), 0, 0)
-        group = q.layout.cut.size // k.layout.cut.size
-        first = q.layout.cut.ranges[self._group.rank][0] // n_k
-        first_kv = k.layout.cut.ranges[self._group.rank][0] // n_k
-        return _readers(n_local, group, first, first_kv)
+    def _kv_heads(self, q: Layout, k: Layout, n_head: int, n_kv: int, n_k: int) -> tuple[int, ...]:
+        """Return, for each of the rank's query heads, which of its KV heads it reads."""
+        if not isinstance(q, Shard) or not isinstance(k, Shard):
+            return _readers(n_head, n_head // n_kv, 0, 0)
+        group = q.cut.size // k.cut.size
+        first = q.cut.ranges[self._group.rank][0] // n_k
+        first_kv = k.cut.ranges[self._group.rank][0] // n_k
+        return _readers(n_head, group, first, first_kv)
 
     # -- mixture of experts ----------------------------------------------------------------------------------------
 
     def route(self, logits: Value, n_used: int, gating: str, normalize: bool) -> Experts:
         """Choose experts by the router's logits."""
-        index, weights = self.backend.route(self.whole(logits), n_used, gating, normalize)
+        if self._joining and isinstance(logits.layout, Replicate):
+            x, bias, _ = parts(logits)
+            index, weights = self._joining.route(x, n_used, gating, normalize, bias)
+        else:
+            index, weights = self.backend.route(self.whole(logits), n_used, gating, normalize)
         return Experts(index, weights) if self._alike else Experts(self._leaders(index), self._leaders(weights))
 
     def _held(self, cut: Cut, experts: Experts) -> Array:
         """Return which of this rank's experts the chosen ones are, (T, K), -1 for those of other ranks."""
-        start, stop = cut.ranges[self._group.rank]
-        index = experts.index
-        return (index - start + 1) * ((index >= start) & (index < stop)) - 1
+        found = experts.held.get(cut)
+        if found is None:
+            start, stop = cut.ranges[self._group.rank]
+            index = experts.index
+            found = experts.held[cut] = (index - start + 1) * ((index >= start) & (index < stop)) - 1
+        return found
 
     def expert_linear(self, x: Value, w: Weight, experts: Experts) -> Value:
         """Multiply each token, or each token's K activations, by its experts' matrices."""
         if w.axis == "expert":
-            cut = _some(w.cut)
+            cut = some(w.cut)
             if x.layout != Routed(cut):
                 self.whole(x)
             return Value(self.backend.expert_linear(x.data, w.handle, self._held(cut, experts)), Routed(cut))
@@ -337,39 +355,15 @@ class Ops:
             held = index >= 0
             rows = self.backend.mul(self.backend.take(bias.data, index * held), held[..., None].astype("f4"))
             return Value(self.backend.add(x.data, rows), self._pair(x, bias))
+        if self._joining and self._joins(x, bias):
+            total = partial(self._joining.add_taken, x.data, bias.data, experts.index)
+            return Biased(x, bias.data, experts.index, total)
         return self.add(x, Value(self.backend.take(bias.data, experts.index), bias.layout))
 
     def expert_sum(self, x: Value, experts: Experts) -> Value:
         """Sum the experts' answers by their weights; answers that are elsewhere leave a partial sum."""
         layout = PARTIAL if isinstance(x.layout, Routed) else x.layout
         return Value(self.backend.sum_experts(x.data, experts.weights), layout)
-
-
-class _NotedGroup:
-    """A group whose collectives are noted, with results of their own: a group may use the same memory again."""
-
-    def __init__(self, group: Group, tape: Notes) -> None:
-        self._group, self._tape = group, tape
-        self.rank, self.size, self.leader = group.rank, group.size, group.leader
-        self._native = getattr(group, "native_allreduce", lambda x: None)
-
-    def allreduce(self, x: np.ndarray) -> np.ndarray:
-        """Return the sum over the ranks."""
-        out = self._group.allreduce(x)
-        call = self._native(x) if out is x else None
-        if call is not None:
-            return self._tape.foreign(out, call)
-        out = out.copy()
-        return self._tape.note(out, _copied, out, self._group.allreduce, x)
-
-    def allgather(self, x: np.ndarray, cut: Cut) -> np.ndarray:
-        """Return the slices joined along the last axis."""
-        out = self._group.allgather(x, cut).copy()
-        return self._tape.note(out, _copied, out, self._group.allgather, x, cut)
-
-
-def _copied(out: np.ndarray, collective: Callable[..., np.ndarray], *args: Any) -> None:
-    np.copyto(out, collective(*args))
 
 
 @cache
@@ -389,9 +383,3 @@ def _of_values(keys: Shard, n_k: int, n_v: int) -> Shard:
     """Return the cut of whole heads' values, as heads' keys are cut."""
     heads = Cut(keys.cut.size // n_k, tuple((a // n_k, b // n_k) for a, b in keys.cut.ranges))
     return Shard(heads.scaled(n_v))
-
-
-def _some(cut: Cut | None) -> Cut:
-    if cut is None:
-        raise AssertionError("a cut axis without a cut")
-    return cut

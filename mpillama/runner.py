@@ -19,8 +19,9 @@ from mpillama.comm.virtual import Crew
 from mpillama.config import Config
 from mpillama.models import forward
 from mpillama.models.weights import Weights
-from mpillama.ops import Ops, Value
+from mpillama.ops import Ops
 from mpillama.sharding import Sharding
+from mpillama.values import Value
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,15 @@ class AttentionParams:
     kv_heads: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """Weights (D,) of the norms of each head of q and of k, and what is added to their mean squares."""
+
+    q: Array
+    k: Array
+    eps: float
+
+
 class Backend(Protocol):
     """One device of one rank.
 
@@ -313,4 +322,53 @@ class Fusing(Backend, Protocol):
 
     def gated_linear(self, activation: str, x: Array, gate: Handle, up: Handle) -> Array:
         """Return `gated` of the two `linear`."""
+        ...
+
+
+class Joining(Fusing, Protocol):
+    """What a device may do in one go whose ops take less time than it takes to start them.
+
+    `Ops` uses it if the backend has all of it. `attention` then takes, after the rope table, `HeadNorms` and biases
+    of q, k and v, each as wide as all heads or None: biases are added first, then heads are normed, then rotated.
+    """
+
+    def route(
+        self, logits: Array, n_used: int, gating: str, normalize: bool, bias: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Choose experts by logits + bias; see `Backend.route`."""
+        ...
+
+    def gated(self, activation: str, gate: Array, up: Array, biases: tuple[Array, Array, Array] | None = None) -> Array:
+        """Return act(gate) * up; ``biases``: two tables and an index, as for `add_taken`, to add to gate and up."""
+        ...
+
+    def add_norm(
+        self,
+        h: Array,
+        x: Array,
+        w: Array,
+        eps: float,
+        post: Array | None = None,
+        factor: float = 1.0,
+        weights: Array | None = None,
+        bias: Array | None = None,
+        index: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Return h + x, and the `rms_norm` of that by ``w``; both (T, N).
+
+        Args:
+            h: (T, N).
+            x: (T, N), or with ``weights`` (T, K, N): then `sum_experts` of it is meant.
+            w: (N,).
+            eps: of both norms.
+            post: (N,): x is normed by it first.
+            factor: on x, after that.
+            weights: (T, K).
+            bias: what to add to x before all else: (N,), or with ``index`` (T, K) a table, as for `add_taken`.
+            index: of rows of the table.
+        """
+        ...
+
+    def add_taken(self, x: Array, table: Array, index: Array) -> Array:
+        """Return x + table[index]."""
         ...

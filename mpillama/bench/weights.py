@@ -18,8 +18,8 @@ from mpillama.errors import UserError
 from mpillama.gguf.reader import GGUFHeader, TensorInfo
 from mpillama.gguf.types import GGMLType, row_bytes
 from mpillama.models.weights import Weights
-from mpillama.ops import Value, Weight
 from mpillama.sharding import Sharding, Slice
+from mpillama.values import Value, Weight
 
 # Blocks of a pool by the size of a block: primes, so that rows are seldom alike; a few MB.
 _POOL_BLOCKS = {1: 1_048_573, 32: 131_071, 64: 65_521, 128: 32_749, 256: 16_381}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from mpillama.backends.base import Handle
 from mpillama.config import Config
 from mpillama.models.weights import Weights, project, projects
-from mpillama.ops import Ops, Value
+from mpillama.ops import Ops
+from mpillama.values import Value
 
 if TYPE_CHECKING:
     from mpillama.models.transformer import Step
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 def attention(ops: Ops, x: Value, w: Weights, cfg: Config, il: int, cache: Handle, step: Step) -> Value:
     """Attend to all tokens so far: x (T, n_embd) to (T, n_embd)."""
     q, k, v = projects(ops, x, w, "attn_q", "attn_k", "attn_v")
-    q, k = _qk_norm(ops, q, w, cfg, "attn_q_norm"), _qk_norm(ops, k, w, cfg, "attn_k_norm")
+    norms = None
+    if cfg.arch.qk_norm == "head" and not step.attn_temperature:
+        norms = w.vector("attn_q_norm.weight"), w.vector("attn_k_norm.weight"), cfg.norm_eps
+    else:
+        q, k = _qk_norm(ops, q, w, cfg, "attn_q_norm"), _qk_norm(ops, k, w, cfg, "attn_k_norm")
     if step.attn_temperature:
         q = ops.scale(q, step.attn_temperature)
     y = ops.attention(
@@ -31,6 +36,7 @@ def attention(ops: Ops, x: Value, w: Weights, cfg: Config, il: int, cache: Handl
         window=cfg.windows[il],
         sinks=w.optional("attn_sinks.weight"),
         rope=step.ropes[il],
+        norms=norms,
     )
     return project(ops, y, w, "attn_output")
 

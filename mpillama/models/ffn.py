@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mpillama.config import Config
 from mpillama.models.weights import Weights, project
-from mpillama.ops import Experts, Ops, Value
+from mpillama.ops import Ops
+from mpillama.values import Experts, Value
 
 
 def dense(ops: Ops, x: Value, w: Weights, cfg: Config, suffix: str = "") -> Value:
@@ -24,20 +25,22 @@ def _biased_then_scaled(ops: Ops, x: Value, w: Weights, name: str) -> Value:
     return ops.scale(y, scale) if scale else y
 
 
-def experts(ops: Ops, x: Value, w: Weights, cfg: Config) -> Value:
-    """Send each token to its experts and sum their answers, with the shared expert's if there is one."""
+def experts(ops: Ops, x: Value, w: Weights, cfg: Config) -> tuple[Value, Experts | None]:
+    """Send each token to its experts; returns their answers, to be summed by their weights.
+
+    If there is a shared expert, the sum of all instead, and None.
+    """
     arch = cfg.arch
     chosen = ops.route(project(ops, x, w, "ffn_gate_inp"), cfg.n_expert_used, arch.expert_gating, arch.expert_norm)
     gate = _expert_project(ops, x, w, "ffn_gate_exps", chosen)
     up = _expert_project(ops, x, w, "ffn_up_exps", chosen)
     down = _expert_project(ops, ops.gated(arch.activation, gate, up), w, "ffn_down_exps", chosen)
-    y = ops.expert_sum(down, chosen)
     if not cfg.n_ff_shexp:
-        return y
+        return down, chosen
     shared = dense(ops, x, w, cfg, "_shexp")
     if arch.shared_experts == "gated":
         shared = ops.scale(shared, ops.sigmoid(ops.linear(x, w.matrix("ffn_gate_inp_shexp"))))
-    return ops.add(y, shared)
+    return ops.add(ops.expert_sum(down, chosen), shared), None
 
 
 def _expert_project(ops: Ops, x: Value, w: Weights, name: str, chosen: Experts) -> Value:

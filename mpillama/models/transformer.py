@@ -12,7 +12,8 @@ from mpillama.config import Config, Rope
 from mpillama.models.attention import attention
 from mpillama.models.ffn import dense, experts
 from mpillama.models.weights import Weights, project
-from mpillama.ops import Ops, Value
+from mpillama.ops import Ops
+from mpillama.values import Branch, Value
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,42 @@ class Step:
     batch: Batch
     ropes: Mapping[int, Handle | None]
     attn_temperature: Value | None
+
+
+class Residual:
+    """The sum that every block adds to. A branch joins it together with the norm that reads it next.
+
+    Args:
+        ops: of the device.
+        h: the sum so far (T, n_embd).
+        eps: of all norms.
+    """
+
+    def __init__(self, ops: Ops, h: Value, eps: float) -> None:
+        self._ops, self._h, self._eps = ops, h, eps
+        self._branch: Branch | None = None
+
+    def add(self, branch: Branch) -> None:
+        """Add what a block has computed."""
+        self._h, self._branch = self.sum(), branch
+
+    def sum(self) -> Value:
+        """Return the sum."""
+        if self._branch:
+            self._h, self._branch = self._ops.join(self._h, self._branch, self._eps), None
+        return self._h
+
+    def norm(self, w: Value) -> Value:
+        """Return the norm of the sum."""
+        if self._branch is None:
+            return self._ops.norm(self._h, w, self._eps)
+        self._h, x = self._ops.join_norm(self._h, self._branch, w, self._eps)
+        self._branch = None
+        return x
+
+    def keep(self, index: np.ndarray) -> None:
+        """Go on with these tokens."""
+        self._h = self._ops.rows(self.sum(), index)
 
 
 def forward(
@@ -60,14 +97,15 @@ def forward(
     step = Step(batch, _rope_tables(ops, w, cfg, blocks, batch), _attn_temperature(ops, cfg, batch))
     if h is None:
         h = ops.scale(ops.embedding(batch.tokens, w.matrix("token_embd")), cfg.embedding_scale)
+    residual = Residual(ops, h, cfg.norm_eps)
     for il, cache in zip(blocks, caches, strict=True):
         wanted = batch.logit_rows if il == cfg.n_layer - 1 else None
-        h = _block(ops, h, w.block(il), cfg, il, cache, step, wanted)
-    return ops.gather(h) if blocks.stop < cfg.n_layer else _head(ops, h, w, cfg, batch)
+        _block(ops, residual, w.block(il), cfg, il, cache, step, wanted)
+    return ops.gather(residual.sum()) if blocks.stop < cfg.n_layer else _head(ops, residual, w, cfg, batch)
 
 
-def _head(ops: Ops, h: Value, w: Weights, cfg: Config, batch: Batch) -> Value:
-    h = ops.norm(h, w.vector("output_norm.weight"), cfg.norm_eps)
+def _head(ops: Ops, residual: Residual, w: Weights, cfg: Config, batch: Batch) -> Value:
+    h = residual.norm(w.vector("output_norm.weight"))
     if batch.embedding:
         return ops.gather(h)
     logits = ops.scale(project(ops, h, w, "output"), 1.0 / cfg.logit_scale)
@@ -76,23 +114,25 @@ def _head(ops: Ops, h: Value, w: Weights, cfg: Config, batch: Batch) -> Value:
 
 
 def _block(
-    ops: Ops, h: Value, w: Weights, cfg: Config, il: int, cache: Handle, step: Step, wanted: np.ndarray | None
-) -> Value:
+    ops: Ops, residual: Residual, w: Weights, cfg: Config, il: int, cache: Handle, step: Step, wanted: np.ndarray | None
+) -> None:
     """One block: attention and a feed-forward network, each added to the residual; keeps the ``wanted`` tokens."""
     arch = cfg.arch
-    x = ops.norm(h, w.vector("attn_norm.weight"), cfg.norm_eps) if arch.pre_norms else h
+    x = residual.norm(w.vector("attn_norm.weight")) if arch.pre_norms else residual.sum()
     x = attention(ops, x, w, cfg, il, cache, step)
     if wanted is not None:
-        x, h = ops.rows(x, wanted), ops.rows(h, wanted)
-    if arch.post_norms:
-        x = ops.norm(x, w.vector("post_attention_norm.weight"), cfg.norm_eps)
-    h = ops.add(h, ops.scale(x, cfg.residual_scale))
+        x = ops.rows(x, wanted)
+        residual.keep(wanted)
+    post = w.vector("post_attention_norm.weight") if arch.post_norms else None
+    residual.add(Branch(x, post, cfg.residual_scale))
 
-    x = ops.norm(h, w.vector(f"{arch.ffn_norm}.weight"), cfg.norm_eps) if arch.pre_norms else h
-    x = experts(ops, x, w, cfg) if cfg.n_expert else dense(ops, x, w, cfg)
-    if arch.post_norms:
-        x = ops.norm(x, w.vector("post_ffw_norm.weight"), cfg.norm_eps)
-    return ops.add(h, ops.scale(x, cfg.residual_scale))
+    x = residual.norm(w.vector(f"{arch.ffn_norm}.weight")) if arch.pre_norms else residual.sum()
+    post = w.vector("post_ffw_norm.weight") if arch.post_norms else None
+    if cfg.n_expert:
+        y, chosen = experts(ops, x, w, cfg)
+        residual.add(Branch(y, post, cfg.residual_scale, chosen))
+    else:
+        residual.add(Branch(dense(ops, x, w, cfg), post, cfg.residual_scale))
 
 
 def _rope_tables(ops: Ops, w: Weights, cfg: Config, blocks: range, batch: Batch) -> dict[int, Handle | None]:

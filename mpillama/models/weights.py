@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TypeVar
 
-from mpillama.ops import Ops, Value, Weight
+from mpillama.ops import Ops
+from mpillama.values import Value, Weight
 
 T = TypeVar("T")
 
@@ -78,4 +79,4 @@ def projects(ops: Ops, x: Value, w: Weights, *names: str) -> list[Value]:
 def _finish(ops: Ops, y: Value, w: Weights, name: str) -> Value:
     scale, bias = w.scale_and_bias(name)
     y = ops.scale(y, scale) if scale else y
-    return ops.add(y, bias) if bias else y
+    return ops.bias(y, bias) if bias else y

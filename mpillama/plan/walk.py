@@ -21,10 +21,11 @@ from mpillama.gguf.reader import GGUFHeader, TensorInfo
 from mpillama.layout import REPLICATE, Shard
 from mpillama.models import forward
 from mpillama.models.weights import Weights
-from mpillama.ops import Ops, Value, Weight
+from mpillama.ops import Ops
 from mpillama.plan.shapes import Event, ShapeBackend, ShapeGroup, Tape, shaped
 from mpillama.sharding import Sharding
 from mpillama.tensors import model_tensors
+from mpillama.values import Value, Weight
 
 EMBEDDING, HEAD = "embedding", "head"
 

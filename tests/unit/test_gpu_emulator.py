@@ -173,6 +173,11 @@ for n in (33, 1, 100):
 backend.route(rng.standard_normal((5, 7)).astype("f4"), 3, "softmax", True)
 backend.top_k(rng.standard_normal((2, 2500)).astype("f4"), 7, 0)
 backend.rms_norm(rng.standard_normal((3, 2000)).astype("f4"), np.ones(2000, "f4"), 1e-5)
+backend.rms_norm(rng.standard_normal((3, 2001)).astype("f4"), np.ones(2001, "f4"), 1e-5)
+h, table, index = np.ones((3, 160), "f4"), np.ones((4, 160), "f4"), rng.integers(0, 4, (3, 2)).astype("i4")
+answers = rng.standard_normal((3, 2, 160)).astype("f4")
+backend.add_norm(h, answers, h[0], 1e-5, h[1], 1.0, answers[..., 0].copy(), table, index)
+backend.gated("gelu", answers, answers, tuple(map(backend.backend.device.upload, (table, table, index))))
 backend.rope(rng.standard_normal((3, 2, 10)).astype("f4"), backend.rope_table(np.arange(3, dtype="i4"), {rope}, None))
 print("clean", flush=True)
 read = source.read

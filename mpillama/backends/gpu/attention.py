@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
+from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, HeadNorms
 from mpillama.backends.gpu.device import Array, Device, Unit
 from mpillama.backends.gpu.elementwise import GpuRopeTable
 from mpillama.backends.gpu.inputs import StepInputs
@@ -116,33 +116,58 @@ class AttentionOps(MatmulOps):
         params: AttentionParams,
         sinks: Array | None,
         rope: GpuRopeTable | None = None,
+        norms: HeadNorms | None = None,
+        biases: tuple[Array | None, ...] = (None, None, None),
     ) -> Array:
-        """Rotate q and k, store k and v of the step's tokens, then attend; see `Backend.attention`.
+        """Add biases, norm the heads of q and k, rotate them, store k and v of the step's tokens, then attend.
+
+        See `Backend.attention` and `Joining`.
 
         Raises:
             ValueError: sizes or indices do not fit together; a mistake of the caller.
         """
         _check(q, k, v, cache, batch, params)
-        if rope is not None:
-            q, k = self.rope(q, rope), self.rope(k, rope)
         if self.inputs is None or self.inputs.batch is not batch:
             self.inputs = StepInputs(self.device, batch)
         self.inputs.check(int(cache.keys.shape[0]), params.window)
-        self._store(k, v, cache, self.inputs)
+        q = self._store(q, k, v, cache, self.inputs, rope, norms, biases)
         out = self.device.empty((*q.shape[:2], cache.n_v))
         if out.size:
             self._attend(q, cache, self.inputs, params, sinks, out)
         return out
 
-    def _store(self, k: Array, v: Array, cache: GpuCache, tables: StepInputs) -> None:
-        n_tokens, n_kv = int(k.shape[0]), cache.n_head_kv
-        n_threads = n_tokens * n_kv * max(cache.n_k, cache.n_v)
-        if not n_threads:
-            return
-        sizes = np.int32(tables.tables.shape[1]), np.int32(n_tokens), np.int32(n_kv), np.int32(cache.n_k)
-        args = k, v, tables.positions, tables.sequences, tables.tables, *sizes, np.int32(cache.n_v)
-        grid = (-(-n_threads // 256), 2)
-        self.device.launch(cache.unit, "store", grid, 256, (*args, cache.keys, cache.values))
+    def _store(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: GpuCache,
+        tables: StepInputs,
+        rope: GpuRopeTable | None,
+        norms: HeadNorms | None,
+        biases: tuple[Array | None, ...],
+    ) -> Array:
+        """Store k and v, after all that comes before; returns the queries after that."""
+        n_tokens, n_head, n_kv = int(q.shape[0]), int(q.shape[1]), cache.n_head_kv
+        as_is = rope is None and norms is None and biases[0] is None
+        turned = q if as_is else self.device.empty(tuple(q.shape))
+        n_rows = n_tokens * (2 * n_kv if as_is else n_head + 2 * n_kv)
+        if not n_rows:
+            return turned
+        weights = (None, None, np.float32(0)) if norms is None else (norms.q, norms.k, np.float32(norms.eps))
+        wide = n_head * cache.n_k, n_kv * cache.n_k, n_kv * cache.n_v, cache.n_k, cache.n_k
+        if any(x is not None and x.size != size for x, size in zip((*biases, *weights[:2]), wide, strict=True)):
+            raise ValueError(f"biases or norms are not as wide as heads of {cache.n_k} and {cache.n_v}")
+        pairs = (None, None, np.int32(0), np.int32(0))
+        if rope is not None:
+            pairs = rope.cos, rope.sin, np.int32(rope.neox), np.int32(rope.cos.shape[1])
+        where = tables.positions, tables.sequences, tables.tables, np.int32(tables.tables.shape[1])
+        sizes = np.int32(n_tokens), np.int32(n_head), np.int32(n_kv), np.int32(cache.n_k), np.int32(cache.n_v)
+        results = (None if as_is else turned), cache.keys, cache.values
+        args = q, k, v, *biases, *weights, *pairs, *where, *sizes, *results
+        shared = 4 * _WARPS * max(cache.n_k, cache.n_v)
+        self.device.launch(cache.unit, "store", (-(-n_rows // _WARPS),), _WARPS * self.device.warp, args, shared)
+        return turned
 
     def _attend(
         self, q: Array, cache: GpuCache, tables: StepInputs, params: AttentionParams, sinks: Array | None, out: Array

@@ -9,7 +9,8 @@ import numpy as np
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import Array, Device, Unit
 from mpillama.backends.gpu.inputs import StepInputs
-from mpillama.backends.gpu.launcher import Launcher, int32, product, two_axes
+from mpillama.backends.gpu.launcher import ELEMENTWISE, Launcher, int32, product, two_axes
+from mpillama.backends.gpu.rounded import RoundedArrays
 from mpillama.backends.quants import dequantize
 from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
@@ -18,9 +19,11 @@ EXPERTS = Unit("experts.cu")
 # Values that a block of threads sorts at a time.
 _TOP_CHUNK = 2048
 TOP_K = Unit("top_k.cu", (("TOP_CHUNK", _TOP_CHUNK),))
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "swiglu_oai": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "swiglu_oai": 2}
 # Shorter rows have a warp each.
 _LONG_ROW = 1024
+# Threads of a block, and the most fours of a row that one of them has in add_norm.
+_THREADS, _MOST_FOURS = 1024, 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class ElementwiseOps:
 
     Attributes:
         inputs: what is on the device of the batch of this step.
+        rounded: activations in 8 bits. Norms and activation functions leave them there, so that products of few tokens
+            need not wait for another kernel.
     """
 
     def __init__(self, device: Device) -> None:
@@ -44,6 +49,7 @@ class ElementwiseOps:
         self.run = Launcher(device)
         self._frequencies: dict[tuple[Rope, int], tuple[Array, Array | None]] = {}
         self.inputs: StepInputs | None = None
+        self.rounded = RoundedArrays(device)
 
     def vector(self, raw: RawWeight) -> Array:
         """Return float32 (rows, n)."""
@@ -69,6 +75,13 @@ class ElementwiseOps:
         self.run.elements("gather_rows", out.size, table, index, np.int32(n), np.int64(out.size), out)
         return out
 
+    def add_taken(self, x: Array, table: Array, index: Array) -> Array:
+        """Return x + table[index]."""
+        out = self.device.empty(tuple(x.shape))
+        size = np.int64(out.size)
+        self.run.elements("add_rows", out.size, x, table, index, np.int32(x.shape[-1]), size, out)
+        return out
+
     def rows(self, x: Array, index: np.ndarray) -> Array:
         """Return these rows."""
         return self.take(x, self.upload_index(index))
@@ -89,12 +102,24 @@ class ElementwiseOps:
         """Return cap * tanh(x / cap)."""
         return self._unary(2, x, cap)
 
-    def gated(self, activation: str, gate: Array, up: Array) -> Array:
-        """Return act(gate) * up."""
+    def gated(self, activation: str, gate: Array, up: Array, biases: tuple[Array, Array, Array] | None = None) -> Array:
+        """Return act(gate) * up; see `Joining.gated`."""
         out = self.device.empty(tuple(gate.shape))
-        op = np.int32(_ACTIVATIONS[activation])
-        self.run.elements("gated", out.size, op, gate, up, out, np.int64(out.size))
+        op = np.int32(ACTIVATIONS[activation])
+        if self._is_rounded(out):
+            n_fours, n = out.size // 4, int(out.shape[-1])
+            args = op, gate, up, *(biases or (None, None, None)), np.int32(n // 4), np.int64(n_fours), out
+            self.run.elements("gated_rounded", n_fours, *args, *self.rounded.new(out, n))
+        else:
+            if biases:
+                gate, up = (self.add_taken(x, bias, biases[2]) for x, bias in zip((gate, up), biases, strict=False))
+            self.run.elements("gated", out.size, op, gate, up, out, np.int64(out.size))
         return out
+
+    def _is_rounded(self, x: Array) -> bool:
+        """Whether to leave an activation in 8 bits too: its rows are whole sub-blocks, and its tokens few enough."""
+        few = not self.device.gemm_tokens or x.shape[0] < self.device.gemm_tokens
+        return bool(few and x.shape[-1] % 32 == 0)
 
     def sum_experts(self, x: Array, weights: Array) -> Array:
         """Return the weighted sum over the chosen experts."""
@@ -120,14 +145,65 @@ class ElementwiseOps:
 
     def rms_norm(self, x: Array, w: Array, eps: float) -> Array:
         """Return the RMS norm."""
-        out = self.device.empty(tuple(x.shape))
         n_rows, n = two_axes(x)
+        # More axes are heads, which no product takes.
+        if x.ndim == 2 and _fits_block(n) and (n > _LONG_ROW or self._is_rounded(x)):
+            return self._add_norm(None, x, w, eps)[1]
+        out = self.device.empty(tuple(x.shape))
         if n <= _LONG_ROW:
             count = np.int32(n), np.int64(n_rows)
             self.run.elements("rms_norm_short", n_rows * self.device.warp, x, w, np.float32(eps), *count, out)
         else:
             self.run.rows("rms_norm_long", n_rows, n, x, w, np.float32(eps), np.int32(n), out)
         return out
+
+    def add_norm(
+        self,
+        h: Array,
+        x: Array,
+        w: Array,
+        eps: float,
+        post: Array | None = None,
+        factor: float = 1.0,
+        weights: Array | None = None,
+        bias: Array | None = None,
+        index: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Add to the residual; returns that and its norm; see `Joining.add_norm`."""
+        if _fits_block(int(h.shape[-1])):
+            return self._add_norm(h, x, w, eps, post, factor, weights, bias, index)
+        if bias is not None:
+            x = self.add(x, bias) if index is None else self.add_taken(x, bias, index)
+        x = x if weights is None else self.sum_experts(x, weights)
+        x = x if post is None else self.rms_norm(x, post, eps)
+        h = self.add(h, x if factor == 1.0 else self.mul(x, factor))
+        return h, self.rms_norm(h, w, eps)
+
+    def _add_norm(
+        self,
+        h: Array | None,
+        x: Array,
+        w: Array,
+        eps: float,
+        post: Array | None = None,
+        factor: float = 1.0,
+        weights: Array | None = None,
+        bias: Array | None = None,
+        index: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """As `add_norm`, of rows that fit into a block of threads; without h, only the norm is there."""
+        n_rows, n = int(x.shape[0]), int(x.shape[-1])
+        out = self.device.empty((n_rows, n))
+        total = out if h is None else self.device.empty((n_rows, n))
+        rounded = self.rounded.new(out, n) if self._is_rounded(out) else (None, None, None)
+        each = next(each for each in (1, 2, _MOST_FOURS) if n <= 4 * each * _THREADS)
+        block = -(-n // (4 * each * self.device.warp)) * self.device.warp
+        n_used = np.int32(0 if weights is None else weights.shape[1])
+        args = h, x, bias, index, weights, n_used, post, np.float32(factor), w, np.float32(eps), np.int32(n)
+        if out.size:
+            results = (None if h is None else total), out, *rounded
+            self.device.launch(ELEMENTWISE, f"add_norm_{each}", (n_rows,), block, (*args, *results))
+        return total, out
 
     def sum_squares(self, x: Array, start: int, stop: int) -> Array:
         """Return the sum of squares of a range."""
@@ -174,14 +250,18 @@ class ElementwiseOps:
         self.run.elements("rope", size, x, table.cos, table.sin, np.int32(table.neox), *sizes, out)
         return out
 
-    def route(self, logits: Array, n_used: int, gating: str, normalize: bool) -> tuple[Array, Array]:
+    def route(
+        self, logits: Array, n_used: int, gating: str, normalize: bool, bias: Array | None = None
+    ) -> tuple[Array, Array]:
         """Choose the ``n_used`` likeliest experts of each token; among equals the first."""
         n_tokens, n_expert = logits.shape
         experts, weights = self.device.empty((n_tokens, n_used), np.int32), self.device.empty((n_tokens, n_used))
         sizes = np.int32(n_expert), np.int32(n_used), np.int32(gating == "softmax"), np.int32(normalize)
-        args = (logits, *sizes, experts, weights)
+        args = (logits, bias, *sizes, experts, weights)
         if n_tokens:
-            self.device.launch(EXPERTS, "route", (n_tokens,), self.device.warp, args, shared=4 * n_expert)
+            whole_warps = -(-n_expert // self.device.warp) * self.device.warp
+            block, shared = min(256, whole_warps), 4 * (whole_warps + n_used + 32)
+            self.device.launch(EXPERTS, "route", (n_tokens,), block, args, shared)
         return experts, weights
 
     def top_k(self, x: Array, k: int, first: int) -> Array:
@@ -204,6 +284,11 @@ class ElementwiseOps:
             if n_chunks == 1:
                 return out
             x, n, merge = out, n_chunks * k, True
+
+
+def _fits_block(n: int) -> bool:
+    """Whether a block of threads can hold a row."""
+    return n % 4 == 0 and n <= 4 * _MOST_FOURS * _THREADS
 
 
 def _steps(shape: tuple[int, ...], out: tuple[int, ...]) -> list[int]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mpillama.backends.base import RawWeight
-from mpillama.backends.gpu.device import Array, Device, Unit
-from mpillama.backends.gpu.elementwise import _ACTIVATIONS, EXPERTS, ElementwiseOps
+from mpillama.backends.gpu.device import Array, Unit
+from mpillama.backends.gpu.elementwise import ACTIVATIONS, EXPERTS, ElementwiseOps
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
@@ -73,13 +73,10 @@ def unit_of(type: GGMLType) -> Unit:
 class MatmulOps(ElementwiseOps):
     """The ops of `Backend` that need matrices."""
 
-    def __init__(self, device: Device) -> None:
-        super().__init__(device)
-        self._rounded: tuple[Array, int, int, tuple[Array, ...]] | None = None
-
     def begin_step(self, inputs: StepInputs) -> None:
         """Let the ops that follow find their batch on the device; nothing is kept of the step before."""
-        self.inputs, self._rounded = inputs, None
+        self.inputs = inputs
+        self.rounded.clear()
 
     def supports(self, type: GGMLType) -> bool:
         """Whether there is a decoder for the type."""
@@ -147,7 +144,7 @@ class MatmulOps(ElementwiseOps):
             return self.gated(activation, *self.linears(x, [gate, up]))
         out = self.device.empty((n_tokens, gate.n_rows))
         if out.size:
-            self._matvec(x, [gate, up], [out], n_tokens, activation=_ACTIVATIONS[activation])
+            self._matvec(x, [gate, up], [out], n_tokens, activation=ACTIVATIONS[activation])
         return out
 
     def _matvec(
@@ -236,7 +233,7 @@ class MatmulOps(ElementwiseOps):
         return tiles, order
 
     def _operand(self, x: Array, w: GpuMatrix) -> tuple[Any, ...]:
-        """Return the activations as the kernels for ``w`` take them; the last are kept, for q, k, v and gate, up."""
+        """Return the activations as the kernels for ``w`` take them; often the op that made them has rounded them."""
         n_own = int(x.shape[-1])
         if w.type in FLOATS and n_own == w.n_in:
             return (x,)
@@ -245,16 +242,13 @@ class MatmulOps(ElementwiseOps):
             sizes = np.int32(n_own), np.int32(w.pad), np.int32(w.n_in), np.int64(out.size)
             self.run.elements("pad", out.size, x, *sizes, out)
             return (out,)
-        known = self._rounded
-        if known is not None and known[0] is x and known[1:3] == (w.n_in, w.pad):
-            return known[3]
-        n_units, n_sub = x.size // max(1, n_own) * (w.n_in // 32), w.n_in // 32
-        xq = self.device.empty((n_units, 8), np.int32)
-        xd, xs = self.device.empty((n_units,)), self.device.empty((n_units, 2))
-        sizes = np.int32(n_own), np.int32(w.pad), np.int32(n_sub), np.int64(n_units)
-        self.run.elements("quantize", n_units * 8, x, *sizes, xq, xd, xs)
-        self._rounded = x, w.n_in, w.pad, (xq, xd, xs)
-        return xq, xd, xs
+        known = self.rounded.find(x, w.n_in, w.pad)
+        if known is None:
+            known = self.rounded.new(x, w.n_in, w.pad)
+            n_units = int(known[0].shape[0])
+            sizes = np.int32(n_own), np.int32(w.pad), np.int32(w.n_in // 32), np.int64(n_units)
+            self.run.elements("quantize", n_units * 8, x, *sizes, *known)
+        return known
 
     def _dequantize(
         self, kernel: str, w: GpuMatrix, start: int, index: Array | None, out: Array, n_rows: int, first: int = 0

@@ -132,17 +132,54 @@ MPL_INLINE i64 row_of(const int* table, int position, int n_kv, int head) {
   return ((i64)table[position / 32] * n_kv + head) * 32 + position % 32;
 }
 
-// Puts the step's keys (blockIdx.y 0) or values (1) into their places; a thread has one element, or a block of 32.
-extern "C" __global__ void store(const float* k, const float* v, const int* positions, const int* sequences, const int* tables,
-                                 int n_table, int n_tokens, int n_kv, int n_k, int n_v, u8* keys, u8* values) {
-  const bool is_key = blockIdx.y == 0;
-  const int n = is_key ? n_k : n_v, units = n / (is_key ? K::kUnit : V::kUnit);
-  const i64 id = (i64)blockIdx.x * blockDim.x + threadIdx.x, head = id / units;
-  if (head >= (i64)n_tokens * n_kv) return;
-  const int token = (int)(head / n_kv), unit = (int)(id % units);
-  const i64 row = row_of(tables + (i64)sequences[token] * n_table, positions[token], n_kv, (int)(head % n_kv));
-  if (is_key) K::store(k + head * n, keys + row * K::bytes(n), unit);
-  else V::store(v + head * n, values + row * V::bytes(n), unit);
+// Puts the step's keys and values into their places, and queries into `turned`, if there are such. A warp has a head of one
+// token. Biases, each as wide as all heads, are added first, if they are given; then heads of queries and keys are normed where
+// there are weights (n_k) for it; then, with `cosines`, the first 2 half elements turn by their token's position: see `rope` of
+// elementwise.cu.
+extern "C" __global__ void __launch_bounds__(kWarps* MPL_WARP)
+    store(const float* q, const float* k, const float* v, const float* bias_q, const float* bias_k, const float* bias_v,
+          const float* norm_q, const float* norm_k, float eps, const float* cosines, const float* sines, int neox, int half,
+          const int* positions, const int* sequences, const int* tables, int n_table,
+          int n_tokens, int n_head, int n_kv, int n_k, int n_v, float* turned, u8* keys, u8* values) {
+  MPL_DYN_SHARED(float, rows);
+  const int lane = threadIdx.x % MPL_WARP, warp = threadIdx.x / MPL_WARP, n_heads = (turned ? n_head : 0) + 2 * n_kv;
+  const i64 id = (i64)blockIdx.x * kWarps + warp, token = id / n_heads;
+  if (token >= n_tokens) return;
+  int head = (int)(id % n_heads) - 2 * n_kv;
+  const bool is_query = head >= 0, is_value = !is_query && head >= -n_kv;
+  if (!is_query) head += is_value ? n_kv : 2 * n_kv;
+  const int n = is_value ? n_v : n_k;
+  const i64 at = (token * (is_query ? n_head : n_kv) + head) * n;
+  const float *from = (is_query ? q : is_value ? v : k) + at, *norm = is_query ? norm_q : is_value ? nullptr : norm_k;
+  const float* bias = is_query ? bias_q : is_value ? bias_v : bias_k;
+  if (bias) bias += head * n;
+  float *row = rows + warp * max(n_k, n_v), sum = 0.f;
+  for (int i = lane; i < n; i += MPL_WARP) {
+    row[i] = from[i] + (bias ? bias[i] : 0.f);
+    sum += row[i] * row[i];
+  }
+  if (norm) {
+    const float inverse = 1.f / sqrtf(lanes_sum<MPL_WARP>(sum) / (float)n + eps);
+    for (int i = lane; i < n; i += MPL_WARP) row[i] = row[i] * inverse * norm[i];
+  }
+  __syncwarp();
+  if (cosines && !is_value)
+    for (int pair = lane; pair < half; pair += MPL_WARP) {
+      const int i = neox ? pair : 2 * pair, j = neox ? pair + half : 2 * pair + 1;
+      const float c = cosines[token * half + pair], s = sines[token * half + pair], a = row[i], b = row[j];
+      row[i] = a * c - b * s;
+      row[j] = a * s + b * c;
+    }
+  __syncwarp();
+  if (is_query) {
+    for (int i = lane; i < n; i += MPL_WARP) turned[at + i] = row[i];
+    return;
+  }
+  const i64 place = row_of(tables + (i64)sequences[token] * n_table, positions[token], n_kv, head);
+  if (is_value)
+    for (int unit = lane; unit < n / V::kUnit; unit += MPL_WARP) V::store(row, values + place * V::bytes(n), unit);
+  else
+    for (int unit = lane; unit < n / K::kUnit; unit += MPL_WARP) K::store(row, keys + place * K::bytes(n), unit);
 }
 MPL_EXPORT(store)
 

@@ -1,23 +1,22 @@
 // Ops that look at each element, row or head by itself.
-#include "compat.cuh"
+#include "activation.cuh"
 
 #define THREAD_ID ((i64)blockIdx.x * blockDim.x + threadIdx.x)
 
-// -- activations in 8 bits: sub-blocks of 32 share a scale, their largest size / 127. Eight lanes work on one. Columns
-// before `before` and after the n of x are zeros.
-extern "C" __global__ void __launch_bounds__(256)
-    quantize(const float* x, int n, int before, int n_sub, i64 n_units, int* xq, float* xd, float* xs) {
-  const i64 id = THREAD_ID, unit = id / 8;
-  const int part = id % 8;
-  const bool here = unit < n_units;
-  const float* row = x + (here ? unit / n_sub * n : 0);
-  const int col = (int)(unit % n_sub) * 32 + part * 4 - before;
-  float v[4], top = 0.f;
+struct __align__(16) Four { float v[4]; };
+MPL_INLINE Four four_at(const float* p, i64 i) { return ((const Four*)p)[i]; }
+MPL_INLINE Four sum_of(Four a, const Four& b) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    v[i] = here && col + i >= 0 && col + i < n ? row[col + i] : 0.f;
-    top = fmaxf(top, fabsf(v[i]));
-  }
+  for (int i = 0; i < 4; i++) a.v[i] += b.v[i];
+  return a;
+}
+
+// -- activations in 8 bits: sub-blocks of 32 share a scale, their largest size / 127. Eight lanes work on one, each of which
+// has four of its numbers; all lanes must come here, also those that are not `here`.
+MPL_INLINE void round_four(const float* v, bool here, i64 unit, int part, int* xq, float* xd, float* xs) {
+  float top = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) top = fmaxf(top, fabsf(v[i]));
   top = lanes_max<8>(top);
   const float inverse = top > 0.f ? 127.f / top : 0.f, scale = top / 127.f;
   u32 packed = 0;
@@ -33,6 +32,20 @@ extern "C" __global__ void __launch_bounds__(256)
   xq[unit * 8 + part] = (int)packed;
   if (part == 0) xd[unit] = scale;
   if (part % 4 == 0) xs[unit * 2 + part / 4] = scale * total;
+}
+
+// Columns before `before` and after the n of x are zeros.
+extern "C" __global__ void __launch_bounds__(256)
+    quantize(const float* x, int n, int before, int n_sub, i64 n_units, int* xq, float* xd, float* xs) {
+  const i64 id = THREAD_ID, unit = id / 8;
+  const int part = id % 8;
+  const bool here = unit < n_units;
+  const float* row = x + (here ? unit / n_sub * n : 0);
+  const int col = (int)(unit % n_sub) * 32 + part * 4 - before;
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[i] = here && col + i >= 0 && col + i < n ? row[col + i] : 0.f;
+  round_four(v, here, unit, part, xq, xd, xs);
 }
 MPL_EXPORT(quantize)
 
@@ -72,11 +85,6 @@ extern "C" __global__ void binary(int op, const float* a, const float* b, float*
 }
 MPL_EXPORT(binary)
 
-MPL_INLINE float logistic(float x) {
-  const float e = expf(-fabsf(x));
-  return (x >= 0.f ? 1.f : e) / (1.f + e);
-}
-
 // op 0: x * number; 1: logistic function; 2: number * tanh(x / number).
 extern "C" __global__ void unary(int op, const float* x, float number, float* out, i64 size) {
   const i64 id = THREAD_ID;
@@ -86,22 +94,34 @@ extern "C" __global__ void unary(int op, const float* x, float number, float* ou
 }
 MPL_EXPORT(unary)
 
-// act(gate) * up; op 0: silu, 1: gelu (tanh), 2: the clamped swiglu of gpt-oss.
+// op: see `gate_with`.
 extern "C" __global__ void gated(int op, const float* gate, const float* up, float* out, i64 size) {
   const i64 id = THREAD_ID;
-  if (id >= size) return;
-  float g = gate[id], u = up[id];
-  if (op == 0) {
-    out[id] = g * logistic(g) * u;
-  } else if (op == 1) {
-    out[id] = 0.5f * g * (1.f + tanhf(0.7978845608028654f * g * (1.f + 0.044715f * g * g))) * u;
-  } else {
-    g = fminf(g, 7.f);
-    u = fminf(fmaxf(u, -7.f), 7.f);
-    out[id] = g * logistic(1.702f * g) * (u + 1.f);
-  }
+  if (id < size) out[id] = gate_with(op, gate[id], up[id]);
 }
 MPL_EXPORT(gated)
+
+// The same for rows of whole sub-blocks, `fours` of four elements each, which are left in 8 bits too. `size` counts fours of all
+// rows; a thread has one. With `index`, rows of two tables are added to gate and up before.
+extern "C" __global__ void __launch_bounds__(256)
+    gated_rounded(int op, const float* gate, const float* up, const float* gate_table, const float* up_table, const int* index,
+                  int fours, i64 size, float* out, int* xq, float* xd, float* xs) {
+  const i64 id = THREAD_ID;
+  const bool here = id < size;
+  Four v = {};
+  if (here) {
+    Four g = four_at(gate, id), u = four_at(up, id);
+    if (index) {
+      const i64 at = (i64)index[id / fours] * fours + id % fours;
+      g = sum_of(g, four_at(gate_table, at)), u = sum_of(u, four_at(up_table, at));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) v.v[i] = gate_with(op, g.v[i], u.v[i]);
+    ((Four*)out)[id] = v;
+  }
+  round_four(v.v, here, id / 8, (int)(id % 8), xq, xd, xs);
+}
+MPL_EXPORT(gated_rounded)
 
 // out (rows, n): row index[i] of table.
 extern "C" __global__ void gather_rows(const float* table, const int* index, int n, i64 size, float* out) {
@@ -109,6 +129,13 @@ extern "C" __global__ void gather_rows(const float* table, const int* index, int
   if (id < size) out[id] = table[(i64)index[id / n] * n + id % n];
 }
 MPL_EXPORT(gather_rows)
+
+// out (rows, n): x, to which row index[i] of table is added.
+extern "C" __global__ void add_rows(const float* x, const float* table, const int* index, int n, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = x[id] + table[(i64)index[id / n] * n + id % n];
+}
+MPL_EXPORT(add_rows)
 
 // out (T, n): the sum over K of weights (T, K) times x (T, K, n).
 extern "C" __global__ void sum_experts(const float* x, const float* weights, int n_used, int n, i64 size, float* out) {
@@ -122,6 +149,17 @@ extern "C" __global__ void sum_experts(const float* x, const float* weights, int
 MPL_EXPORT(sum_experts)
 
 // -- norms. Short rows (heads) have a warp each, long ones a block.
+// The sum over a block; all threads get it. A kernel may call each CALL once, since warps may still read what it has left.
+template <int CALL> MPL_INLINE float row_sum(float v) {
+  __shared__ float scratch[32];
+  const int lane = threadIdx.x % MPL_WARP, n_warps = blockDim.x / MPL_WARP;
+  v = lanes_sum<MPL_WARP>(v);
+  if (n_warps == 1) return v;
+  if (lane == 0) scratch[threadIdx.x / MPL_WARP] = v;
+  __syncthreads();
+  return lanes_sum<32>(lane % 32 < n_warps ? scratch[lane % 32] : 0.f);
+}
+
 MPL_INLINE void scale_row(const float* x, const float* w, float factor, int n, float* out, int first, int step) {
   for (int i = first; i < n; i += step) out[i] = x[i] * factor * w[i];
 }
@@ -139,22 +177,107 @@ extern "C" __global__ void rms_norm_short(const float* x, const float* w, float 
 MPL_EXPORT(rms_norm_short)
 
 extern "C" __global__ void rms_norm_long(const float* x, const float* w, float eps, int n, float* out) {
-  __shared__ float scratch[32];
   const float* r = x + (i64)blockIdx.x * n;
   float sum = 0.f;
   for (int i = threadIdx.x; i < n; i += blockDim.x) sum += r[i] * r[i];
-  sum = block_sum(sum, scratch);
+  sum = row_sum<0>(sum);
   scale_row(r, w, 1.f / sqrtf(sum / (float)n + eps), n, out + (i64)blockIdx.x * n, threadIdx.x, blockDim.x);
 }
 MPL_EXPORT(rms_norm_long)
 
+// A branch joins the residual, and the sum is normed: total = h + factor x, out = total / rms(total) * w. A block has a row
+// of n elements (a multiple of 4), and a thread C fours of it, which stay in registers.
+//
+// Where they are given: `bias` (n) is added to x, or rows of it as `index` (T, K) says; `weights` (T, K) makes x the weighted sum
+// of x (T, K, n); by `post` x is normed first; without h, x alone is normed, and total may be null; xq gets out in 8 bits, if rows
+// are whole sub-blocks.
+template <int C>
+MPL_INLINE void add_norm(const float* h, const float* x, const float* bias, const int* index, const float* weights, int n_used,
+                         const float* post, float factor, const float* w, float eps, int n, float* total, float* out, int* xq, float* xd, float* xs) {
+  const int fours = n / 4, step = blockDim.x;
+  const i64 first = (i64)blockIdx.x * fours;
+  // What does not wait for a sum is on its way before the first one, as far as there are registers for it.
+  constexpr bool kEarly = C < 4;
+  Four v[C], old[C], scale[C];
+  float sum = 0.f;
+#pragma unroll
+  for (int c = 0; c < C; c++) {
+    const int at = threadIdx.x + c * step;
+    v[c] = old[c] = scale[c] = Four{};
+    if (at >= fours) continue;
+    if (kEarly) scale[c] = four_at(w, at);
+    if (kEarly && h) old[c] = four_at(h, first + at);
+    if (!weights) {
+      v[c] = four_at(x, first + at);
+      if (bias) v[c] = sum_of(v[c], four_at(bias, at));
+    } else
+#pragma unroll 2
+      for (int k = 0; k < n_used; k++) {
+        const i64 pair = (i64)blockIdx.x * n_used + k;
+        Four answer = four_at(x, pair * fours + at);
+        if (bias) answer = sum_of(answer, four_at(bias, (i64)index[pair] * fours + at));
+        const float weight = weights[pair];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[c].v[i] += weight * answer.v[i];
+      }
+  }
+  if (post) {
+#pragma unroll
+    for (int c = 0; c < C; c++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum += v[c].v[i] * v[c].v[i];
+    const float inverse = 1.f / sqrtf(row_sum<0>(sum) / (float)n + eps);
+    sum = 0.f;
+#pragma unroll
+    for (int c = 0; c < C; c++) {
+      const int at = threadIdx.x + c * step;
+      if (at >= fours) continue;
+      const Four p = four_at(post, at);
+#pragma unroll
+      for (int i = 0; i < 4; i++) v[c].v[i] = v[c].v[i] * inverse * p.v[i];
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < C; c++) {
+    const int at = threadIdx.x + c * step;
+    if (!kEarly && h && at < fours) old[c] = four_at(h, first + at);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      v[c].v[i] = h ? old[c].v[i] + factor * v[c].v[i] : v[c].v[i];
+      sum += v[c].v[i] * v[c].v[i];
+    }
+    if (total && at < fours) ((Four*)total)[first + at] = v[c];
+  }
+  const float inverse = 1.f / sqrtf(row_sum<1>(sum) / (float)n + eps);
+#pragma unroll
+  for (int c = 0; c < C; c++) {
+    const int at = threadIdx.x + c * step;
+    if (!kEarly && at < fours) scale[c] = four_at(w, at);
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[c].v[i] = v[c].v[i] * inverse * scale[c].v[i];
+    if (at < fours) ((Four*)out)[first + at] = v[c];
+    if (xq) round_four(v[c].v, at < fours, (first + at) / 8, at % 8, xq, xd, xs);
+  }
+}
+
+#define ADD_NORM(C)                                                                                                           \
+  extern "C" __global__ void __launch_bounds__(1024)                                                                          \
+      add_norm_##C(const float* h, const float* x, const float* bias, const int* index, const float* weights, int n_used,     \
+                   const float* post, float factor, const float* w, float eps, int n, float* total, float* out, int* xq,      \
+                   float* xd, float* xs) {                                                                                    \
+    add_norm<C>(h, x, bias, index, weights, n_used, post, factor, w, eps, n, total, out, xq, xd, xs);                         \
+  }                                                                                                                           \
+  MPL_EXPORT(add_norm_##C)
+ADD_NORM(1)
+ADD_NORM(2)
+ADD_NORM(4)
+
 // out (rows): the sum of squares of columns [start, stop).
 extern "C" __global__ void sum_squares(const float* x, int n, int start, int stop, float* out) {
-  __shared__ float scratch[32];
   const float* r = x + (i64)blockIdx.x * n;
   float sum = 0.f;
   for (int i = start + threadIdx.x; i < stop; i += blockDim.x) sum += r[i] * r[i];
-  sum = block_sum(sum, scratch);
+  sum = row_sum<0>(sum);
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 MPL_EXPORT(sum_squares)

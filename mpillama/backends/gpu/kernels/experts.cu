@@ -1,52 +1,62 @@
 // Mixtures of experts: choosing them, and collecting the tokens of each.
 #include "compat.cuh"
 
-// Chooses, for each token, the n_used experts of the largest logits, among equals the first. One warp to a token.
-// softmax over all logits before choosing, or over the chosen ones; then, if asked, weights are made to sum to 1.
-extern "C" __global__ void route(const float* logits, int n_expert, int n_used, int over_all, int normalize, int* experts,
-                                 float* weights) {
-  MPL_DYN_SHARED(float, left);
-  const int lane = threadIdx.x;
+struct __align__(16) FourWords { u32 v[4]; };
+
+// Numbers in their order, NaN the largest; never 0.
+MPL_INLINE u32 order_of(float value) {
+  const u32 bits = value != value ? 0x7FFFFFFFu : as_bits(value + 0.f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// How many of a warp's numbers are larger than mine, or with TIES as large and on a lower lane.
+template <bool TIES> MPL_INLINE int larger(const u32* order, u32 mine, int lane) {
+  int n = 0;
+#pragma unroll
+  for (int j = 0; j < MPL_WARP; j += 4) {
+    const FourWords other = *(const FourWords*)(order + j);
+#pragma unroll
+    for (int k = 0; k < 4; k++) n += other.v[k] > (TIES && j + k < lane ? mine - 1 : mine);
+  }
+  return n;
+}
+
+// Chooses, for each token, the n_used experts of the largest logits, among equals the first; `bias` (n_expert) is added to the
+// logits, if it is given. softmax over all logits before choosing, or over the chosen ones; then, if asked, weights are made to
+// sum to 1. One block to a token. A thread counts what comes before its expert, which takes no turns as choosing one after the
+// other does.
+extern "C" __global__ void __launch_bounds__(256) route(const float* logits, const float* bias, int n_expert, int n_used,
+                                                        int over_all, int normalize, int* experts, float* weights) {
+  // Of the experts, then zeros up to whole warps; then the powers of the n_used chosen ones; then 32 words for sums.
+  MPL_DYN_SHARED(u32, order);
+  const int padded = (n_expert + MPL_WARP - 1) / MPL_WARP * MPL_WARP, lane = threadIdx.x % MPL_WARP;
+  float *chosen = (float*)(order + padded), *scratch = chosen + n_used, top = -MPL_INF, total = 0.f;
   logits += (i64)blockIdx.x * n_expert;
   experts += (i64)blockIdx.x * n_used;
   weights += (i64)blockIdx.x * n_used;
-  float top = -MPL_INF;
-  for (int i = lane; i < n_expert; i += MPL_WARP) {
-    left[i] = logits[i];
-    top = fmaxf(top, left[i]);
+  for (int i = threadIdx.x; i < padded; i += blockDim.x) {
+    const float logit = i < n_expert ? logits[i] + (bias ? bias[i] : 0.f) : -MPL_INF;
+    order[i] = i < n_expert ? order_of(logit) : 0;
+    top = fmaxf(top, logit);
   }
-  top = lanes_max<MPL_WARP>(top);
-  float total = 0.f;
-  if (over_all) {
-    for (int i = lane; i < n_expert; i += MPL_WARP) total += expf(left[i] - top);
-    total = lanes_sum<MPL_WARP>(total);
+  top = block_max(top, scratch);
+  __syncthreads();
+  for (int i = threadIdx.x; i < n_expert; i += blockDim.x) {
+    const u32 mine = order[i];
+    const float power = expf(logits[i] + (bias ? bias[i] : 0.f) - top);
+    total += power;
+    // Of equal ones, those with smaller numbers come before too: of other warps' experts all or none.
+    int before = 0;
+    for (int first = 0; first < padded; first += MPL_WARP)
+      before += first == i - lane ? larger<true>(order + first, mine, lane) : larger<false>(order + first, mine - (first < i), lane);
+    if (before < n_used) experts[before] = i, chosen[before] = power;
   }
-  float chosen = 0.f, mine = 0.f;
-  for (int k = 0; k < n_used; k++) {
-    float best = -MPL_INF;
-    int at = n_expert;
-    for (int i = lane; i < n_expert; i += MPL_WARP)
-      if (left[i] > best || at == n_expert) best = left[i], at = i;
-    for (int m = MPL_WARP / 2; m > 0; m /= 2) {
-      const float other = MPL_SHFL_XOR(best, m);
-      const int where = MPL_SHFL_XOR(at, m);
-      if (where < n_expert && (at == n_expert || other > best || (other == best && where < at))) best = other, at = where;
-    }
-    // The lane that owns the element takes it out; no other reads it.
-    if (at % MPL_WARP == lane) left[at] = -MPL_INF;
-    const float weight = expf(best - top);
-    chosen += weight;
-    if (lane == k % MPL_WARP) mine = weight;
-    if (lane == 0) experts[k] = at;
-    if (k % MPL_WARP == MPL_WARP - 1 || k == n_used - 1) {
-      const int first = k / MPL_WARP * MPL_WARP;
-      if (first + lane <= k) weights[first + lane] = mine;
-    }
-  }
-  const float all = over_all ? total : chosen;
-  // Each lane reads the weights that it wrote.
-  const float sum = normalize ? fmaxf(chosen / all, 6.103515625e-5f) : 1.f;
-  for (int k = lane; k < n_used; k += MPL_WARP) weights[k] = weights[k] / all / sum;
+  if (over_all) total = block_sum(total, scratch);
+  __syncthreads();
+  float sum = 0.f;
+  for (int k = 0; k < n_used; k++) sum += chosen[k];
+  const float all = over_all ? total : sum, rest = normalize ? fmaxf(sum / all, 6.103515625e-5f) : 1.f;
+  for (int k = threadIdx.x; k < n_used; k += blockDim.x) weights[k] = chosen[k] / all / rest;
 }
 MPL_EXPORT(route)
 
