@@ -218,7 +218,7 @@ ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
 """
 
 
-@pytest.mark.skipif("avx512" not in LEVELS, reason="tiles are trapped on x86 only")
+@pytest.mark.skipif("avx512" not in LEVELS, reason="tiles are trapped where there is AVX-512")
 @pytest.mark.parametrize("instruction", ["0f0b", "c4e27b49c0"], ids=["ud2", "a tile that is not set up"])
 def test_what_is_no_good_tile_instruction_still_ends_the_process(instruction):
     result = subprocess.run([sys.executable, "-c", UNKNOWN.format(instruction=instruction)], capture_output=True)
