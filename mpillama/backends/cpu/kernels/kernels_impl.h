@@ -52,7 +52,8 @@ void float_panel(const uint16_t*, const uint8_t* group, size_t n_groups, const u
 template <int type, int log>
 constexpr void set_panel(Kernels& kernels) {
   constexpr int n = 1 << log;
-  if constexpr ((Vec::block_sizes & n) == 0) {
+  constexpr int sizes = is_float(format_of(type)) ? Vec::float_block_sizes : Vec::block_sizes;
+  if constexpr ((sizes & n) == 0) {
     kernels.panel[type][log] = nullptr;
   } else if constexpr (is_float(format_of(type))) {
     kernels.panel[type][log] = float_panel<type, n>;

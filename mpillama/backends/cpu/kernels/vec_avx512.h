@@ -13,7 +13,7 @@ namespace {
 struct Vec {
   static constexpr int lanes = 16;
   static constexpr bool signed_codes = false;
-  static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16;  // for how many tokens there are kernels
+  static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16, float_block_sizes = block_sizes;  // for how many tokens there are kernels
 
   using Bytes = __m512i;
   struct Int { __m512i v; };

@@ -12,7 +12,7 @@ namespace {
 struct Vec {
   static constexpr int lanes = 16;
   static constexpr bool signed_codes = false;  // whether codes of 8 bits are taken as signed numbers
-  static constexpr int block_sizes = 1 | 4;  // for how many tokens there are kernels
+  static constexpr int block_sizes = 1 | 4, float_block_sizes = block_sizes;  // for how many tokens there are kernels
 
   struct Bytes { uint8_t v[64]; };
   struct Int { int32_t v[16]; };
