@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def finish(job: subprocess.Popen[str], limit: float = 60.0) -> Ended:
 def run(arguments: Sequence[object], n_ranks: int = 0, limit: float = 60.0, **options: object) -> Ended:
     """Run a job to its end."""
     return finish(start(arguments, n_ranks, **options), limit)  # type: ignore[arg-type]
+
+
+@lru_cache
+def soon() -> float:
+    """Return the seconds within which a job ends that has no more to do; machines differ in what a start takes."""
+    ended = run(["generate", "-p", "Once", "-n", "1"])
+    assert ended.code == 0, ended.err
+    return max(5.0, 6 * ended.seconds)
 
 
 def ranks_of(job: subprocess.Popen[str], n_ranks: int, limit: float = 20.0) -> list[int]:
