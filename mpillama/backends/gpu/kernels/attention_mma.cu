@@ -310,8 +310,11 @@ MPL_INLINE void attend_tiles(const float* q, const u8* keys, const u8* values, c
   }
 }
 
+// Two blocks on a multiprocessor where that leaves registers enough: what is decoded takes more of them than what is copied.
+constexpr int kBlocks = kK + kV <= 128 && MPL_K_TYPE == T_F16 && MPL_V_TYPE == T_F16 ? 2 : 1;
+
 #define TILES(WARPS)                                                                                                            \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 && kK + kV <= 128 ? 2 : 1)                                 \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS == 8 ? kBlocks : 1)                                              \
       attend_tiles_##WARPS(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,        \
                            const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head,   \
                            int n_kv, float scale, float softcap, int window, const float* sinks, float* part, float* out) {     \
