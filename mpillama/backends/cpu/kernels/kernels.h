@@ -19,6 +19,12 @@ constexpr int max_tokens = 16;
 constexpr size_t int_group_bytes(size_t n) { return n * (32 + 3 * 4 + 2 * 8); }
 constexpr size_t float_group_bytes(size_t n) { return n * 128; }
 
+// Where these are in a group of quantized types, in bytes; q comes first.
+struct IntGroup {
+  size_t d, sum, dsum, sums, dsums;
+};
+constexpr IntGroup int_group(size_t n) { return {32 * n, 36 * n, 40 * n, 44 * n, 52 * n}; }
+
 // y[i][0 .. n_rows) = the product for token i; n_rows <= 16. codebook: of the types that have one.
 using PanelFn = void (*)(const uint16_t* codebook, const uint8_t* panel, size_t n_units, const uint8_t* block,
                          float* const* y, int n_rows);

@@ -1,5 +1,5 @@
-// The kernels of `kernels.h` over whichever `Vec`, and whichever product of quantized weights, was included before. Everything has internal linkage: what is compiled
-// for one instruction set must never be taken for that of another.
+// The kernels of `kernels.h` over whichever `Vec`, and whichever product of quantized weights, was included before. Everything
+// has internal linkage: what is compiled for one instruction set must never be taken for that of another.
 #pragma once
 #include <cstring>
 
@@ -64,10 +64,11 @@ constexpr void set_panel(Kernels& kernels) {
 
 template <bool permuted>
 void quantize_token(const float* x, size_t n_groups, int n, int i, uint8_t* block) {
-  const size_t count = size_t(n), at = size_t(i);
+  const size_t count = size_t(n), token = size_t(i);
+  const IntGroup at = int_group(count);
   for (size_t g = 0; g < n_groups; g++, block += int_group_bytes(count)) {
     int32_t sums[2];
-    int8_t* q = reinterpret_cast<int8_t*>(block) + 32 * at;
+    int8_t* q = reinterpret_cast<int8_t*>(block) + 32 * token;
     const float d = Vec::quantize(x + 32 * g, q, sums);
     if constexpr (permuted) {
       // See `column_at`: pairs of columns change places.
@@ -78,11 +79,11 @@ void quantize_token(const float* x, size_t n_groups, int n, int i, uint8_t* bloc
     }
     const int32_t negative[3] = {-(sums[0] + sums[1]), -sums[0], -sums[1]};
     const float dsums[3] = {d * float(sums[0] + sums[1]), d * float(sums[0]), d * float(sums[1])};
-    std::memcpy(block + 32 * count + 4 * at, &d, 4);
-    std::memcpy(block + 36 * count + 4 * at, negative, 4);
-    std::memcpy(block + 40 * count + 4 * at, dsums, 4);
-    std::memcpy(block + 44 * count + 8 * at, negative + 1, 8);
-    std::memcpy(block + 52 * count + 8 * at, dsums + 1, 8);
+    std::memcpy(block + at.d + 4 * token, &d, 4);
+    std::memcpy(block + at.sum + 4 * token, negative, 4);
+    std::memcpy(block + at.dsum + 4 * token, dsums, 4);
+    std::memcpy(block + at.sums + 8 * token, negative + 1, 8);
+    std::memcpy(block + at.dsums + 8 * token, dsums + 1, 8);
   }
 }
 

@@ -15,7 +15,8 @@ namespace {
 template <int type, int n>
 void quantized_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_units, const uint8_t* x, float* const* y, int n_rows) {
   constexpr Format f = format_of(type);
-  // Codes that are used as signed numbers: their sign moves over to x.
+  // vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits: codes above 127 would not fit, so that codes
+  // of 8 bits are made signed, and their sign moved over to x.
   constexpr bool wide = f.bits == 8 || f.table != Table::none;
   constexpr int offset = wide ? f.offset - 128 : f.offset;
   constexpr int spans = has_halves(f) ? 2 : 1, span = 8 / spans;
@@ -24,7 +25,7 @@ void quantized_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_uni
   constexpr int most = chain > 1 && chain < span ? 2 : 4, together = n < most ? n : most;
   // A single token leaves nothing to share between the parts.
   constexpr int width = n == 1 ? 1 : parts;
-  constexpr size_t d_at = 32 * n, sum_at = 36 * n, dsum_at = 40 * n, sums_at = 44 * n, dsums_at = 52 * n;
+  constexpr IntGroup at = int_group(n);
   Vec::Float acc[n][parts];
   for (int i = 0; i < n; i++)
     for (int part = 0; part < parts; part++) acc[i][part] = Vec::all(0.0f);
@@ -80,9 +81,9 @@ void quantized_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_uni
             }
 #pragma GCC unroll 4
             for (int i = 0; i < together; i++) {
-              const Vec::Float d = Vec::all(load_float(x + d_at + 4 * (t + i)));
-              const uint8_t* negative = spans == 1 ? x + sum_at + 4 * (t + i) : x + sums_at + 8 * (t + i) + 4 * s;
-              const uint8_t* dsum = spans == 1 ? x + dsum_at + 4 * (t + i) : x + dsums_at + 8 * (t + i) + 4 * s;
+              const Vec::Float d = Vec::all(load_float(x + at.d + 4 * (t + i)));
+              const uint8_t* negative = spans == 1 ? x + at.sum + 4 * (t + i) : x + at.sums + 8 * (t + i) + 4 * s;
+              const uint8_t* dsum = spans == 1 ? x + at.dsum + 4 * (t + i) : x + at.dsums + 8 * (t + i) + 4 * s;
 #pragma GCC unroll 2
               for (int part = 0; part < width; part++) {
                 Vec::Float& a = acc[t + i][first + part];

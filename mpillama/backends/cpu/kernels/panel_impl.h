@@ -10,10 +10,7 @@ namespace {
 template <int type, int n>
 void quantized_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_units, const uint8_t* x, float* const* y, int n_rows) {
   constexpr Format f = format_of(type);
-  constexpr bool wide = f.bits == 8 || f.table != Table::none;
-  constexpr int largest = largest_code(type);
-  constexpr int offset = wide && Vec::signed_codes ? f.offset - 128 : f.offset;
-  constexpr size_t d_at = 32 * n, sum_at = 36 * n, dsum_at = 40 * n, sums_at = 44 * n, dsums_at = 52 * n;
+  constexpr IntGroup at = int_group(n);
   Vec::Float acc[parts][n];
   for (int part = 0; part < parts; part++)
     for (int i = 0; i < n; i++) acc[part][i] = Vec::all(0.0f);
@@ -28,26 +25,25 @@ void quantized_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_uni
         const FactorVecs fv = factors<type>(unit, g, part);
 #pragma GCC unroll 16
         for (int i = 0; i < n; i++) {
-          const size_t at = size_t(i);
-          const int8_t* q = reinterpret_cast<const int8_t*>(x) + 32 * at;
-          const Vec::Float d = Vec::all(load_float(x + d_at + 4 * at));
+          const int8_t* q = reinterpret_cast<const int8_t*>(x) + 32 * i;
+          const Vec::Float d = Vec::all(load_float(x + at.d + 4 * i));
           Vec::Float& a = acc[part][i];
           if constexpr (has_halves(f)) {
-            Vec::Int first = Vec::times<offset>(load_int(x + sums_at + 8 * at));
-            Vec::Int second = Vec::times<offset>(load_int(x + sums_at + 8 * at + 4));
-            first = Vec::dots<wide, largest, 4>(first, w, q);
-            second = Vec::dots<wide, largest, 4>(second, w + 4, q + 16);
+            Vec::Int first = Vec::times<f.offset>(load_int(x + at.sums + 8 * i));
+            Vec::Int second = Vec::times<f.offset>(load_int(x + at.sums + 8 * i + 4));
+            first = Vec::dots<4>(first, w, q);
+            second = Vec::dots<4>(second, w + 4, q + 16);
             const Vec::Float v = Vec::mul(Vec::to_float(first), fv.s0);
             a = Vec::fma(Vec::fma(Vec::to_float(second), fv.s1, v), d, a);
             if constexpr (has_min(f)) {
-              a = Vec::fnma(fv.m0, Vec::all(load_float(x + dsums_at + 8 * at)), a);
-              a = Vec::fnma(fv.m1, Vec::all(load_float(x + dsums_at + 8 * at + 4)), a);
+              a = Vec::fnma(fv.m0, Vec::all(load_float(x + at.dsums + 8 * i)), a);
+              a = Vec::fnma(fv.m1, Vec::all(load_float(x + at.dsums + 8 * i + 4)), a);
             }
           } else {
-            Vec::Int all = Vec::times<offset>(load_int(x + sum_at + 4 * at));
-            all = Vec::dots<wide, largest, 8>(all, w, q);
+            Vec::Int all = Vec::times<f.offset>(load_int(x + at.sum + 4 * i));
+            all = Vec::dots<8>(all, w, q);
             a = Vec::fma(Vec::mul(Vec::to_float(all), fv.s0), d, a);
-            if constexpr (has_min(f)) a = Vec::fnma(fv.m0, Vec::all(load_float(x + dsum_at + 4 * at)), a);
+            if constexpr (has_min(f)) a = Vec::fnma(fv.m0, Vec::all(load_float(x + at.dsum + 4 * i)), a);
           }
         }
       }

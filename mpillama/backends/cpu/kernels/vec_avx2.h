@@ -12,9 +12,6 @@ namespace {
 
 struct Vec {
   static constexpr int lanes = 8;
-  // vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits: codes above 127 would not fit, so that codes
-  // of 8 bits are made signed, and their sign moved over to x.
-  static constexpr bool signed_codes = true;
   // For how many tokens there are kernels; floating-point weights leave registers for the sums of four.
   static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16, float_block_sizes = 1 | 2 | 4;
 

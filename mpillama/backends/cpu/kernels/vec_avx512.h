@@ -12,7 +12,6 @@ namespace {
 
 struct Vec {
   static constexpr int lanes = 16;
-  static constexpr bool signed_codes = false;
   static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16, float_block_sizes = block_sizes;  // for how many tokens there are kernels
 
   using Bytes = __m512i;
@@ -78,7 +77,7 @@ struct Vec {
     if (!factor) return {_mm512_setzero_si512()};
     return {_mm512_slli_epi32(_mm512_set1_epi32(value), __builtin_ctz(unsigned(factor)))};
   }
-  template <bool, int, int n> static Int dots(Int a, const Bytes* w, const int8_t* x) {
+  template <int n> static Int dots(Int a, const Bytes* w, const int8_t* x) {
     for (int j = 0; j < n; j++) {
       int32_t four;
       std::memcpy(&four, x + 4 * j, 4);

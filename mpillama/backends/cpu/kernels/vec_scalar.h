@@ -11,7 +11,6 @@ namespace {
 
 struct Vec {
   static constexpr int lanes = 16;
-  static constexpr bool signed_codes = false;  // whether codes of 8 bits are taken as signed numbers
   static constexpr int block_sizes = 1 | 4, float_block_sizes = block_sizes;  // for how many tokens there are kernels
 
   struct Bytes { uint8_t v[64]; };
@@ -77,7 +76,7 @@ struct Vec {
     return each<uint16_t>(index, [&](uint16_t i) { return table[i]; });
   }
   template <int factor> static Int times(int32_t value) { Int r; for (int32_t& i : r.v) i = factor * value; return r; }
-  template <bool, int, int n> static Int dots(Int a, const Bytes* w, const int8_t* x) {
+  template <int n> static Int dots(Int a, const Bytes* w, const int8_t* x) {
     for (int j = 0; j < n; j++, w++, x += 4)
       for (int i = 0; i < 16; i++)
         a.v[i] += w->v[4 * i] * x[0] + w->v[4 * i + 1] * x[1] + w->v[4 * i + 2] * x[2] + w->v[4 * i + 3] * x[3];
