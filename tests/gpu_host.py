@@ -26,6 +26,7 @@ only_emulated = pytest.mark.skipif(bool(REAL), reason="this is about the emulate
 
 # Warps of both sizes, and every order of threads.
 VARIANTS = ((32, 2), (64, 1), (32, 0))
+EVERY_VARIANT = tuple((warp, order) for warp in (32, 64) for order in range(3))
 
 
 def gpu_backend(
@@ -95,6 +96,7 @@ def emulated(warp: int = 32, order: int = 0, seed: int = 1, **options: Any) -> H
 
 
 __all__ = [
+    "EVERY_VARIANT",
     "NO_COMPILER",
     "REAL",
     "VARIANTS",

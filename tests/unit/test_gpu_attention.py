@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attention_pair import Pair, kept
-from gpu_host import VARIANTS, emulated, needs_compiler
+from gpu_host import EVERY_VARIANT, VARIANTS, emulated, needs_compiler
 from mpillama.backends.attention import attend
 from mpillama.backends.base import KV_BLOCK, AttentionParams
 from mpillama.backends.kv_codec import CACHE_TYPES, row_bytes
@@ -38,7 +38,7 @@ def test_sizes_of_heads(rng, size):
         pair.step(n_tokens)
 
 
-@pytest.mark.parametrize(("warp", "order"), [(32, 0), (32, 1), (32, 2), (64, 0), (64, 1), (64, 2)])
+@pytest.mark.parametrize(("warp", "order"), EVERY_VARIANT)
 def test_splits_warps_and_orders(rng, warp, order, monkeypatch):
     monkeypatch.setattr("mpillama.backends.gpu.attention._SPLIT_KEYS", 40)
     backend = emulated(warp, order, int(rng.integers(1 << 30)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_host import emulated, needs_compiler
+from gpu_host import EVERY_VARIANT, emulated, needs_compiler
 from mpillama.backends.gpu import source
 from mpillama.backends.gpu.device import Unit
 from mpillama.backends.gpu.emulated import EmulatedDevice
@@ -93,7 +93,7 @@ def test_wrong_arguments_are_refused(mistakes):
             launch(x, x, **options)
 
 
-@pytest.mark.parametrize(("warp", "order"), [(32, 0), (32, 1), (32, 2), (64, 0), (64, 1), (64, 2)])
+@pytest.mark.parametrize(("warp", "order"), EVERY_VARIANT)
 def test_ops_of_rows_and_heads_in_every_order(warp, order, rng):
     """Those of `elementwise.cu` and `experts.cu`, with random sizes, against NumPy in float64."""
     backend = emulated(warp, order, int(rng.integers(1 << 30)))

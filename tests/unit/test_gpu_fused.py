@@ -4,21 +4,20 @@ import numpy as np
 import pytest
 
 from attention_pair import Pair
-from gpu_host import VARIANTS, HostView, emulated, gpu_backend, needs_compiler
+from gpu_host import EVERY_VARIANT, VARIANTS, HostView, emulated, gpu_backend, needs_compiler
 from mpillama.backends.base import HeadNorms
 from mpillama.config import Rope
 from mpillama.gguf.types import GGMLType
 from products import make_weight
 
 pytestmark = needs_compiler
-EVERY = ((32, 0), (32, 1), (32, 2), (64, 0), (64, 1), (64, 2))
 
 
 def exact_norm(x, w, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * w
 
 
-@pytest.mark.parametrize(("warp", "order"), EVERY)
+@pytest.mark.parametrize(("warp", "order"), EVERY_VARIANT)
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("n_used", [0, 3])
 def test_residual_and_norm(warp, order, post, n_used, rng):
@@ -76,7 +75,7 @@ def same_bits(a, b):
     np.testing.assert_array_equal(a.view("u4"), b.view("u4"))
 
 
-@pytest.mark.parametrize(("warp", "order"), EVERY)
+@pytest.mark.parametrize(("warp", "order"), EVERY_VARIANT)
 def test_what_is_left_in_8_bits_is_what_a_product_would_make_of_it(warp, order, rng, monkeypatch):
     """Of norms, with and without a residual, and of activations; products of copies of these round for themselves."""
     backend = gpu_backend(warp, order, int(rng.integers(1 << 30)))
@@ -130,7 +129,7 @@ def test_what_was_rounded_long_ago_is_rounded_again(rng, monkeypatch):
     assert not backend.rounded.find(other, 64, 0)
 
 
-@pytest.mark.parametrize(("warp", "order"), EVERY)
+@pytest.mark.parametrize(("warp", "order"), EVERY_VARIANT)
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
 def test_norms_and_rotation_within_attention(warp, order, kv_type, rng):
     """Against the ops one by one: the results, and what the cache keeps."""
@@ -201,7 +200,7 @@ def test_bias_of_a_router(rng):
         same_bits(found, expected)
 
 
-@pytest.mark.parametrize(("warp", "order"), EVERY)
+@pytest.mark.parametrize(("warp", "order"), EVERY_VARIANT)
 def test_equal_logits_and_nan(warp, order, rng):
     """Among equals the first, also those of other warps; what is no number leaves indices that are in range."""
     backend, n_expert = emulated(warp, order, int(rng.integers(1 << 30))), int(rng.choice([5, 64, 130, 1500]))

@@ -32,8 +32,8 @@ SHAPES = {
 MOST = {"llama": 11, "qwen2": 11, "qwen3": 11, "gemma3": 11, "qwen3moe": 15, "gpt-oss": 14}
 
 
-def launches(monkeypatch, name, n_tokens=1):
-    """Return the kernels of a step of so many sequences, after a prompt long enough to be split."""
+def launches(monkeypatch, name):
+    """Return the kernels of a step of one token, after a prompt long enough to be split."""
     monkeypatch.setitem(shapes.SHAPES, "small", SHAPES[name])
     monkeypatch.setattr("mpillama.backends.gpu.attention._SPLIT_KEYS", 8)
     backend = gpu_backend()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpu_host import REAL, VARIANTS, emulated, needs_compiler
+from gpu_host import EVERY_VARIANT, REAL, VARIANTS, emulated, needs_compiler
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.matmul import FLOATS
 from mpillama.backends.quants import SUPPORTED
@@ -70,7 +70,7 @@ def test_every_type(type, rng):
 @pytest.mark.parametrize("n_tokens", range(1, 10))
 @pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.Q4_K, GGMLType.Q8_0], ids=lambda t: t.name)
 def test_every_number_of_tokens_warp_and_order(type, n_tokens, rng):
-    for warp, order in ((32, 0), (32, 1), (32, 2), (64, 0), (64, 1), (64, 2)):
+    for warp, order in EVERY_VARIANT:
         backend = emulated(warp, order, int(rng.integers(1 << 30)))
         n_rows, n_in = int(rng.integers(1, 90)), some_width(rng, type)
         w, floats = make_weight(rng, backend, type, 1, n_rows, n_in)

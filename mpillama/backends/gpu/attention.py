@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, HeadNorms
-from mpillama.backends.gpu.device import Array, Device, Unit
+from mpillama.backends.gpu.device import SHARED_BYTES, Array, Device, Unit
 from mpillama.backends.gpu.elementwise import GpuRopeTable
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.gpu.launcher import int32
@@ -21,7 +21,6 @@ _MAX_ROWS = 8
 _SPLIT_KEYS = 128
 # Query rows of a thread block of attention_mma.cu, 16 for each warp: few, or as many as the registers allow.
 _TILE_ROWS = 32, 128
-_SHARED_BYTES = 48 << 10
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,26 @@ class _Heads:
     largest: int
     groups: Array
     heads: Array
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of `AttentionOps.attention` is about, once keys and values are stored."""
+
+    q: Array
+    cache: GpuCache
+    tables: StepInputs
+    params: AttentionParams
+    sinks: Array | None
+    out: Array
+
+    def most_splits(self, longest: int) -> int:
+        """Return how often the keys that so many tokens see can be split.
+
+        Nothing that it depends on changes as long as the bound stays: a recorded step serves for all of them.
+        """
+        n_seen, window = self.tables.n_seen, self.params.window
+        return -(-(min(n_seen, window + longest) if window else n_seen) // _SPLIT_KEYS)
 
 
 class AttentionOps(MatmulOps):
@@ -133,7 +152,7 @@ class AttentionOps(MatmulOps):
         q = self._store(q, k, v, cache, self.inputs, rope, norms, biases)
         out = self.device.empty((*q.shape[:2], cache.n_v))
         if out.size:
-            self._attend(q, cache, self.inputs, params, sinks, out)
+            self._attend(_Call(q, cache, self.inputs, params, sinks, out))
         return out
 
     def _store(
@@ -169,101 +188,84 @@ class AttentionOps(MatmulOps):
         self.device.launch(cache.unit, "store", (-(-n_rows // _WARPS),), _WARPS * self.device.warp, args, shared)
         return turned
 
-    def _attend(
-        self, q: Array, cache: GpuCache, tables: StepInputs, params: AttentionParams, sinks: Array | None, out: Array
-    ) -> None:
+    def _attend(self, call: _Call) -> None:
+        tiles = call.cache.tiles
+        if tiles is None:
+            self._attend_few(call)
+            return
+        groups = self._groups_of(call.params.kv_heads, max(_TILE_ROWS))
         # So many tokens of a sequence are more rows than a thread block of attention.cu has.
-        many = max(2, _MAX_ROWS // self._groups_of(params.kv_heads, max(_TILE_ROWS)).largest + 1)
-        if cache.tiles is None:
-            self._attend_few(q, cache, tables, params, sinks, out, 0)
-        else:
-            self._attend_few(q, cache, tables, params, sinks, out, many)
-            self._attend_many(q, cache, cache.tiles, tables, params, sinks, out, many)
+        many = max(2, _MAX_ROWS // groups.largest + 1)
+        self._attend_few(call, many)
+        self._attend_many(call, tiles, groups, many)
 
-    def _attend_few(
-        self,
-        q: Array,
-        cache: GpuCache,
-        tables: StepInputs,
-        params: AttentionParams,
-        sinks: Array | None,
-        out: Array,
-        below: int,
-    ) -> None:
+    def _attend_few(self, call: _Call, below: int = 0) -> None:
         """Attend from sequences with less than so many tokens, or from all if it is 0."""
+        cache, warp = call.cache, self.device.warp
         # More would not fit into registers.
-        max_rows = _MAX_ROWS if cache.n_v <= 4 * self.device.warp else _MAX_ROWS // 2
-        groups = self._groups_of(params.kv_heads, max_rows)
-        tiles, n_tiles, longest = tables.tiles(max_rows // groups.largest, below=below)
+        max_rows = _MAX_ROWS if cache.n_v <= 4 * warp else _MAX_ROWS // 2
+        groups = self._groups_of(call.params.kv_heads, max_rows)
+        tiles, n_tiles, longest = call.tables.tiles(max_rows // groups.largest, below=below)
         if not n_tiles:
             return
         n_rows = next(n for n in (1, 2, 4, 8) if n >= groups.largest * longest)
-        n_groups = groups.n_groups
-        # Nothing that a launch depends on changes as long as the bound stays: a recorded step serves for all of them.
-        n_seen = min(tables.n_seen, params.window + longest) if params.window else tables.n_seen
         # Four blocks on each multiprocessor, as far as there are keys for them: a warp has 1 to 2 KB on their way from
         # memory, and it takes 16 warps to keep that busy.
-        n_split = min(-(-4 * self.device.n_cores // (n_groups * n_tiles)), -(-n_seen // _SPLIT_KEYS))
-        plan = tiles, groups.groups, groups.heads
-        part = self.device.empty((n_tiles * n_groups * n_split * n_rows * (cache.n_v + 2),)) if n_split > 1 else None
-        n_head, warp = np.int32(q.shape[1]), self.device.warp
-        sizes = n_head, np.int32(cache.n_head_kv), np.int32(cache.n_k), np.int32(cache.n_v)
-        fixed = np.float32(params.scale), np.float32(params.softcap), np.int32(params.window)
-        where = tables.positions, tables.sequences, tables.tables, np.int32(tables.tables.shape[1])
-        args = q, cache.keys, cache.values, *where, *plan, *sizes, *fixed, sinks, part, out
+        n_split = min(-(-4 * self.device.n_cores // (groups.n_groups * n_tiles)), call.most_splits(longest))
         shared = 4 * (n_rows * cache.n_k + _WARPS * n_rows * (warp + 2) + _WARPS * cache.n_v)
-        grid = n_groups, n_tiles, n_split
-        self.device.launch(cache.unit, f"attend_{n_rows}", grid, _WARPS * warp, args, shared)
-        if part is not None:
-            self._combine(cache, part, n_split, n_rows, plan, (n_groups, n_tiles, n_rows), sinks, out)
+        kernel = cache.unit, f"attend_{n_rows}", _WARPS * warp, shared
+        sizes = np.int32(cache.n_k), np.int32(cache.n_v)
+        self._start(call, kernel, groups, tiles, (groups.n_groups, n_tiles, n_split), n_rows, sizes)
 
-    def _attend_many(
-        self,
-        q: Array,
-        cache: GpuCache,
-        unit: Unit,
-        tables: StepInputs,
-        params: AttentionParams,
-        sinks: Array | None,
-        out: Array,
-        least: int,
-    ) -> None:
+    def _attend_many(self, call: _Call, unit: Unit, groups: _Heads, least: int) -> None:
         """Attend from sequences with at least so many tokens, on matrix units."""
-        groups = self._groups_of(params.kv_heads, max(_TILE_ROWS))
-        tiles, n_tiles, longest = tables.tiles(max(_TILE_ROWS) // groups.largest, least=least)
+        cache = call.cache
+        tiles, n_tiles, longest = call.tables.tiles(max(_TILE_ROWS) // groups.largest, least=least)
         if not n_tiles:
             return
-        n_groups, n_rows = groups.n_groups, next(n for n in _TILE_ROWS if n >= groups.largest * longest)
-        n_seen = min(tables.n_seen, params.window + longest) if params.window else tables.n_seen
+        n_rows = next(n for n in _TILE_ROWS if n >= groups.largest * longest)
+        n_warps = n_rows // 16
         # A block fills a multiprocessor: more blocks than that only add to what has to be joined.
-        n_split = max(1, min(self.device.n_cores // (n_groups * n_tiles), -(-n_seen // _SPLIT_KEYS)))
+        n_split = max(1, min(self.device.n_cores // (groups.n_groups * n_tiles), call.most_splits(longest)))
+        shared = _tile_bytes(dict(unit.defines)["MPL_KEYS"], cache.n_k, cache.n_v)
+        kernel = unit, f"attend_tiles_{n_warps}", n_warps * self.device.warp, shared
+        self._start(call, kernel, groups, tiles, (groups.n_groups, n_tiles, n_split), n_rows, ())
+
+    def _start(
+        self,
+        call: _Call,
+        kernel: tuple[Unit, str, int, int],
+        groups: _Heads,
+        tiles: Array,
+        grid: tuple[int, int, int],
+        n_rows: int,
+        sizes: tuple[np.int32, ...],
+    ) -> None:
+        """Start a kernel that attends, and what joins its splits.
+
+        Args:
+            call: what it is about.
+            kernel: unit, name, threads of a block, bytes of shared memory.
+            groups: heads that share a block.
+            tiles: tokens that do.
+            grid: number of groups, tiles and splits.
+            n_rows: of a block, at most.
+            sizes: of heads, for a kernel that is not compiled for them.
+        """
+        cache, tables, params = call.cache, call.tables, call.params
+        n_groups, n_tiles, n_split = grid
         plan = tiles, groups.groups, groups.heads
         part = self.device.empty((n_tiles * n_groups * n_split * n_rows * (cache.n_v + 2),)) if n_split > 1 else None
+        n_head, n_v = np.int32(call.q.shape[1]), np.int32(cache.n_v)
         where = tables.positions, tables.sequences, tables.tables, np.int32(tables.tables.shape[1])
-        sizes = np.int32(q.shape[1]), np.int32(cache.n_head_kv)
-        fixed = np.float32(params.scale), np.float32(params.softcap), np.int32(params.window)
-        args = q, cache.keys, cache.values, *where, *plan, *sizes, *fixed, sinks, part, out
-        shared = _tile_bytes(dict(unit.defines)["MPL_KEYS"], cache.n_k, cache.n_v)
-        grid = n_groups, n_tiles, n_split
-        n_warps = n_rows // 16
-        self.device.launch(unit, f"attend_tiles_{n_warps}", grid, n_warps * self.device.warp, args, shared)
+        fixed = np.float32(params.scale), np.float32(params.softcap), np.int32(params.window), call.sinks
+        heads = n_head, np.int32(cache.n_head_kv), *sizes
+        args = call.q, cache.keys, cache.values, *where, *plan, *heads, *fixed, part, call.out
+        unit, name, n_threads, shared = kernel
+        self.device.launch(unit, name, grid, n_threads, args, shared)
         if part is not None:
-            self._combine(cache, part, n_split, n_rows, plan, (n_groups, n_tiles, n_rows), sinks, out)
-
-    def _combine(
-        self,
-        cache: GpuCache,
-        part: Array,
-        n_split: int,
-        n_rows: int,
-        plan: tuple[Array, Array, Array],
-        grid: tuple[int, int, int],
-        sinks: Array | None,
-        out: Array,
-    ) -> None:
-        """Join the splits of all rows."""
-        args = part, np.int32(n_split), np.int32(n_rows), *plan, np.int32(out.shape[1]), np.int32(cache.n_v), sinks, out
-        self.device.launch(cache.unit, "combine", grid, 2 * self.device.warp, args)
+            rest = part, np.int32(n_split), np.int32(n_rows), *plan, n_head, n_v, call.sinks, call.out
+            self.device.launch(cache.unit, "combine", (n_groups, n_tiles, n_rows), 2 * self.device.warp, rest)
 
     def _groups_of(self, kv_heads: tuple[int, ...], max_rows: int) -> _Heads:
         known = self._heads.get((kv_heads, max_rows))
@@ -286,7 +288,7 @@ def tiles_unit(type_k: GGMLType, type_v: GGMLType, n_k: int, n_v: int) -> Unit |
     fits = n_k % 16 == n_v % 16 == 0 and max(n_k, n_v) <= 256
     if not fits or GGMLType.F32 in (type_k, type_v):
         return None
-    keys = 64 if _tile_bytes(64, n_k, n_v) <= _SHARED_BYTES else 32
+    keys = 64 if _tile_bytes(64, n_k, n_v) <= SHARED_BYTES else 32
     sizes = ("MPL_N_K", n_k), ("MPL_N_V", n_v), ("MPL_KEYS", keys)
     return Unit("attention_mma.cu", (("MPL_K_TYPE", int(type_k)), ("MPL_V_TYPE", int(type_v)), *sizes))
 

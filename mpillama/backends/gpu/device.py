@@ -14,6 +14,10 @@ Array = Any
 """An array in the device's memory, C-contiguous, with ``shape``, ``dtype``, ``size`` and ``reshape`` as in NumPy."""
 
 
+SHARED_BYTES = 48 << 10
+"""Shared memory that a block of threads has without asking for more."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """A kernel file and the macros that it is compiled with."""

@@ -148,7 +148,7 @@ class ElementwiseOps:
         n_rows, n = two_axes(x)
         # More axes are heads, which no product takes.
         if x.ndim == 2 and _fits_block(n) and (n > _LONG_ROW or self._is_rounded(x)):
-            return self._add_norm(None, x, w, eps)[1]
+            return self.add_norm(None, x, w, eps)[1]
         out = self.device.empty(tuple(x.shape))
         if n <= _LONG_ROW:
             count = np.int32(n), np.int64(n_rows)
@@ -158,28 +158,6 @@ class ElementwiseOps:
         return out
 
     def add_norm(
-        self,
-        h: Array,
-        x: Array,
-        w: Array,
-        eps: float,
-        post: Array | None = None,
-        factor: float = 1.0,
-        weights: Array | None = None,
-        bias: Array | None = None,
-        index: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """Add to the residual; returns that and its norm; see `Joining.add_norm`."""
-        if _fits_block(int(h.shape[-1])):
-            return self._add_norm(h, x, w, eps, post, factor, weights, bias, index)
-        if bias is not None:
-            x = self.add(x, bias) if index is None else self.add_taken(x, bias, index)
-        x = x if weights is None else self.sum_experts(x, weights)
-        x = x if post is None else self.rms_norm(x, post, eps)
-        h = self.add(h, x if factor == 1.0 else self.mul(x, factor))
-        return h, self.rms_norm(h, w, eps)
-
-    def _add_norm(
         self,
         h: Array | None,
         x: Array,
@@ -191,8 +169,18 @@ class ElementwiseOps:
         bias: Array | None = None,
         index: Array | None = None,
     ) -> tuple[Array, Array]:
-        """As `add_norm`, of rows that fit into a block of threads; without h, only the norm is there."""
+        """Add to the residual; returns that and its norm; see `Joining.add_norm`.
+
+        Without h, only the norm is there, of rows that fit into a block of threads.
+        """
         n_rows, n = int(x.shape[0]), int(x.shape[-1])
+        if h is not None and not _fits_block(n):
+            if bias is not None:
+                x = self.add(x, bias) if index is None else self.add_taken(x, bias, index)
+            x = x if weights is None else self.sum_experts(x, weights)
+            x = x if post is None else self.rms_norm(x, post, eps)
+            h = self.add(h, x if factor == 1.0 else self.mul(x, factor))
+            return h, self.rms_norm(h, w, eps)
         out = self.device.empty((n_rows, n))
         total = out if h is None else self.device.empty((n_rows, n))
         rounded = self.rounded.new(out, n) if self._is_rounded(out) else (None, None, None)

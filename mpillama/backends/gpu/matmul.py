@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpillama.backends.base import RawWeight
-from mpillama.backends.gpu.device import Array, Unit
+from mpillama.backends.gpu.device import SHARED_BYTES, Array, Unit
 from mpillama.backends.gpu.elementwise import ACTIVATIONS, EXPERTS, ElementwiseOps
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.quants import SUPPORTED
@@ -22,7 +22,6 @@ _SHARED_FLOATS = (_TILE_ROWS + _TILE_TOKENS) * 33 * 4
 _SHARED_BLOCKS = 4 * sum(4 * (12 * n + 8) + 16 * (n + 2) for n in (_TILE_ROWS, _TILE_TOKENS))
 # As in matvec.cuh.
 _MATVEC_TOKENS, _MATVEC_THREADS, _MATVEC_PARTS = 8, 256, 3
-_SHARED_BYTES = 48 << 10
 # Weights that are made floats at a time, for a product with many tokens.
 _GEMM_ELEMENTS = 32 << 20
 _MAX_GRID = 65535
@@ -87,13 +86,11 @@ class MatmulOps(ElementwiseOps):
         data, rest = raw.raw, -raw.raw.nbytes % 16
         if rest:
             # The kernels read whole pieces of 16 bytes.
-            padded = self.device.upload(np.concatenate([data.reshape(-1), np.zeros(rest, np.uint8)]))
-            return self._matrix(padded[: data.size].reshape(data.shape), raw)
-        return self._matrix(self.device.upload(data), raw)
-
-    @staticmethod
-    def _matrix(data: Array, raw: RawWeight) -> GpuMatrix:
-        return GpuMatrix(data, raw.type, raw.n_in, raw.pad[0], unit_of(raw.type))
+            data = np.concatenate([data.reshape(-1), np.zeros(rest, np.uint8)])
+        stored = self.device.upload(data)
+        if rest:
+            stored = stored[: raw.raw.size].reshape(raw.raw.shape)
+        return GpuMatrix(stored, raw.type, raw.n_in, raw.pad[0], unit_of(raw.type))
 
     def embedding(self, tokens: np.ndarray, w: GpuMatrix, first: int) -> Array:
         """Return rows of the embedding, zeros for those that are elsewhere."""
@@ -193,7 +190,7 @@ class MatmulOps(ElementwiseOps):
             pieces = (warp * 32 // w.type.block_size * w.type.block_bytes + 14) // 16 + 1
             stage = pieces * 16 + 16
             ring = stage * (2 if warp == 64 else 4 if stage > 640 else 8)
-            most = min(most, _SHARED_BYTES // ring)
+            most = min(most, SHARED_BYTES // ring)
         chunks = max(1, -(-w.n_in // (warp * unit)))
         warps = -(-chunks // -(-chunks // most))
         return warps, warps * ring

@@ -12,8 +12,6 @@ constexpr int kWarps = 4;
 // Less than any score, and yet its differences are numbers.
 constexpr float kLeast = -1e30f;
 
-struct __align__(16) Quad { u32 x, y, z, w; };
-
 // So many floats, read and written as a whole.
 template <int N> struct __align__(N >= 4 ? 16 : 4 * N) Floats { float v[N]; };
 
@@ -27,7 +25,7 @@ template <> struct Row<T_F32> {
   MPL_INLINE float at(const u8* row, int i) { return ((const float*)row)[i]; }
   MPL_INLINE Floats<2> two(const u8* row, int i) { return *(const Floats<2>*)(row + 4 * i); }
   MPL_INLINE void eight(const u8* row, int i, float* v) {
-    const Quad a = *(const Quad*)(row + 4 * i), b = *(const Quad*)(row + 4 * i + 16);
+    const Piece a = *(const Piece*)(row + 4 * i), b = *(const Piece*)(row + 4 * i + 16);
     v[0] = as_float(a.x), v[1] = as_float(a.y), v[2] = as_float(a.z), v[3] = as_float(a.w);
     v[4] = as_float(b.x), v[5] = as_float(b.y), v[6] = as_float(b.z), v[7] = as_float(b.w);
   }
@@ -44,7 +42,7 @@ template <bool BRAIN> struct Row16 {
     return {wide((u16)both), wide((u16)(both >> 16))};
   }
   MPL_INLINE void eight(const u8* row, int i, float* v) {
-    const Quad a = *(const Quad*)(row + 2 * i);
+    const Piece a = *(const Piece*)(row + 2 * i);
     const u32 words[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
     for (int j = 0; j < 4; j++) v[2 * j] = wide((u16)words[j]), v[2 * j + 1] = wide((u16)(words[j] >> 16));

@@ -77,37 +77,37 @@ template <int TYPE, int N> struct Part;
 template <int N> struct Part<T_F16, N> { static constexpr int kBytes = 2 * N; };
 template <int N> struct Part<T_BF16, N> {
   static constexpr int kBytes = 2 * N;
-  MPL_INLINE Words4 get(const u8* row, int i) {
-    const Words4 from = *(const Words4*)(row + 16 * i);
-    Words4 to;
+  MPL_INLINE Piece get(const u8* row, int i) {
+    const Piece from = *(const Piece*)(row + 16 * i);
+    u32 to[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) to.w[j] = halves(clamped(as_float(from.w[j] << 16)), clamped(as_float(from.w[j] & 0xFFFF0000u)));
-    return to;
+    for (int j = 0; j < 4; j++) to[j] = halves(clamped(as_float(word_of(from, j) << 16)), clamped(as_float(word_of(from, j) & 0xFFFF0000u)));
+    return piece_of(to[0], to[1], to[2], to[3]);
   }
 };
 template <int N> struct Part<T_Q8_0, N> {
   static constexpr int kBytes = N / 32 * 34;
-  MPL_INLINE Words4 get(const u8* row, int i) {
+  MPL_INLINE Piece get(const u8* row, int i) {
     const u8* b = row + i / 4 * 34;
     const u16 d = *(const u16*)b;
-    Words4 to;
+    u32 to[4];
     // Signed bytes, 128 larger: less 1152.
-    four(word<2>(b + 2 + i % 4 * 8) ^ 0x80808080u, 0x64806480u, d, to.w);
-    four(word<2>(b + 6 + i % 4 * 8) ^ 0x80808080u, 0x64806480u, d, to.w + 2);
-    return to;
+    four(word<2>(b + 2 + i % 4 * 8) ^ 0x80808080u, 0x64806480u, d, to);
+    four(word<2>(b + 6 + i % 4 * 8) ^ 0x80808080u, 0x64806480u, d, to + 2);
+    return piece_of(to[0], to[1], to[2], to[3]);
   }
 };
 template <int N> struct Part<T_Q4_0, N> {
   static constexpr int kBytes = N / 32 * 18;
-  MPL_INLINE Words4 get(const u8* row, int i) {
+  MPL_INLINE Piece get(const u8* row, int i) {
     const u8* b = row + i / 4 * 18;
     const u16 d = *(const u16*)b;
     const int shift = i % 4 / 2 * 4;
-    Words4 to;
+    u32 to[4];
     // Less 1032.
-    four(word<2>(b + 2 + i % 2 * 8) >> shift & 0x0F0F0F0Fu, 0x64086408u, d, to.w);
-    four(word<2>(b + 6 + i % 2 * 8) >> shift & 0x0F0F0F0Fu, 0x64086408u, d, to.w + 2);
-    return to;
+    four(word<2>(b + 2 + i % 2 * 8) >> shift & 0x0F0F0F0Fu, 0x64086408u, d, to);
+    four(word<2>(b + 6 + i % 2 * 8) >> shift & 0x0F0F0F0Fu, 0x64086408u, d, to + 2);
+    return piece_of(to[0], to[1], to[2], to[3]);
   }
 };
 
@@ -142,7 +142,7 @@ MPL_INLINE void bring(SharedAt to, const u8* cache, const Blocks& blocks, int st
       if constexpr (TYPE == T_F16) {
         copy_16(at, from + 16 * i, !there);
       } else {
-        Words4 v = {};
+        Piece v = piece_of(0, 0, 0, 0);
         if (there) v = Part<TYPE, N>::get(from + row * kBytes, part);
         store_16(at, v);
       }

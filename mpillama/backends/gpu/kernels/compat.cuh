@@ -99,6 +99,83 @@ MPL_INLINE int dot4(int a, int b, int c) {
 #endif
 }
 
+// Sixteen bytes, read and written as a whole.
+#if defined(MPL_HIP)
+// Of structs that are copied as a whole clang makes memory.
+typedef u32 Piece __attribute__((ext_vector_type(4)));
+#else
+struct __align__(16) Piece { u32 x, y, z, w; };
+#endif
+MPL_INLINE Piece piece_of(u32 x, u32 y, u32 z, u32 w) {
+  Piece q;
+  q.x = x, q.y = y, q.z = z, q.w = w;
+  return q;
+}
+MPL_INLINE u32 word_of(Piece q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+
+// -- copies of 16 bytes to shared memory, which go on while the thread does other things (PTX ISA, "cp.async"). Those started
+// since the last `commit_copies` are a group; wait_for_copies<N> returns when all groups of this thread but the last N are there,
+// and without N when all copies are: for this thread, others need a barrier too.
+#if defined(MPL_EMULATE)
+#define MPL_ASYNC (MPL_WARP == 32)
+#elif defined(MPL_HIP) || !defined(__CUDA_ARCH__)
+#define MPL_ASYNC 0
+#else
+#define MPL_ASYNC (__CUDA_ARCH__ >= 800)
+#endif
+
+#if MPL_ASYNC
+// A place in shared memory, counted in bytes.
+#if defined(MPL_EMULATE)
+typedef u8* SharedAt;
+MPL_INLINE SharedAt shared_at(u8* p) { return p; }
+#else
+typedef u32 SharedAt;
+MPL_INLINE SharedAt shared_at(u8* p) {
+  u64 at; asm("cvta.to.shared.u64 %0, %1;" : "=l"(at) : "l"(p)); return (u32)at;
+}
+#endif
+
+MPL_INLINE void copy_16(SharedAt to, const void* from) {
+#if defined(MPL_EMULATE)
+  emulate::copy_later(to, from);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+#endif
+}
+// The same, or zeros.
+MPL_INLINE void copy_16(SharedAt to, const void* from, bool zeros) {
+#if defined(MPL_EMULATE)
+  static const u8 nothing[16] = {};
+  emulate::copy_later(to, zeros ? nothing : from);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(zeros ? 0 : 16) : "memory");
+#endif
+}
+MPL_INLINE void commit_copies() {
+#if defined(MPL_EMULATE)
+  emulate::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+template <int N> MPL_INLINE void wait_for_copies() {
+#if defined(MPL_EMULATE)
+  emulate::finish_copies(N);
+#else
+  asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
+#endif
+}
+MPL_INLINE void wait_for_copies() {
+#if defined(MPL_EMULATE)
+  emulate::commit_copies();
+  emulate::finish_copies(0);
+#else
+  asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
+}
+#endif
+
 // -- matrix units: products of signed bytes by a warp of 32 (PTX ISA, "Matrix fragments for mma.m16n8k32" and "m16n8k16").
 //
 // a is 16 x K, b is K x 8, c is 16 x 8. With g = lane / 4 and t = lane % 4 a lane has the words t of rows g and g + 8 of a, of the
@@ -189,17 +266,6 @@ MPL_INLINE u32 halves(float low, float high) {
 #endif
 }
 
-// A place in shared memory, counted in bytes.
-#if defined(MPL_EMULATE)
-typedef u8* SharedAt;
-MPL_INLINE SharedAt shared_at(u8* p) { return p; }
-#else
-typedef u32 SharedAt;
-MPL_INLINE SharedAt shared_at(u8* p) {
-  u64 at; asm("cvta.to.shared.u64 %0, %1;" : "=l"(at) : "l"(p)); return (u32)at;
-}
-#endif
-
 // Four matrices of 8 rows of 16 bytes, 8 x 8 halves; lane i says where row i % 8 of matrix i / 8 is, and gets of each matrix word
 // t of row g or, transposed, the halves 2 t and 2 t + 1 of column g.
 template <bool TRANSPOSED> MPL_INLINE void load_matrices(u32* out, SharedAt row) {
@@ -237,30 +303,11 @@ MPL_INLINE bool any_lane(bool here) {
 #endif
 }
 
-struct __align__(16) Words4 { u32 w[4]; };
-
-MPL_INLINE void store_16(SharedAt to, Words4 v) {
+MPL_INLINE void store_16(SharedAt to, Piece v) {
 #if defined(MPL_EMULATE)
   memcpy(to, &v, 16);
 #else
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" : : "r"(to), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
-#endif
-}
-
-// Brings 16 bytes to shared memory, or zeros; they are there for this thread after `wait_for_copies`.
-MPL_INLINE void copy_16(SharedAt to, const u8* from, bool zeros) {
-#if defined(MPL_EMULATE)
-  static const u8 nothing[16] = {};
-  emulate::copy_later(to, zeros ? nothing : from);
-#else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(zeros ? 0 : 16) : "memory");
-#endif
-}
-MPL_INLINE void wait_for_copies() {
-#if defined(MPL_EMULATE)
-  emulate::finish_copies();
-#else
-  asm volatile("cp.async.wait_all;" : : : "memory");
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" : : "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 #endif
 }
 #endif
@@ -322,20 +369,7 @@ MPL_INLINE float block_sum(float v, float* scratch) {
   return v;
 }
 
-// -- bytes on their way
-
-#if defined(MPL_HIP)
-// Of structs that are copied as a whole clang makes memory.
-typedef u32 Piece __attribute__((ext_vector_type(4)));
-#else
-struct __align__(16) Piece { u32 x, y, z, w; };
-#endif
-MPL_INLINE Piece piece_of(u32 x, u32 y, u32 z, u32 w) {
-  Piece q;
-  q.x = x, q.y = y, q.z = z, q.w = w;
-  return q;
-}
-MPL_INLINE u32 word_of(Piece q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+// -- words
 
 // 32 of 64 bits, from bit 0 <= shift < 32 on.
 MPL_INLINE u32 shift_pair(u32 low, u32 high, int shift) {
@@ -355,49 +389,4 @@ MPL_INLINE u32 shift_pair(u32 low, u32 high, int shift) {
 #else
 #define MPL_KEEP(x) asm volatile("" : "+r"(x))
 #define MPL_KEEP_POINTER(x) asm volatile("" : "+l"(x))
-#endif
-
-// Copies of 16 bytes from global memory to byte `at` of a place in shared memory, which go on while the thread does other things
-// (PTX ISA, "cp.async"). Those started since the last `commit` are a group; wait<N> returns when all groups of this thread but
-// the last N are there, for this thread: others of its warp need a __syncwarp too.
-#if defined(MPL_EMULATE)
-#define MPL_ASYNC (MPL_WARP == 32)
-#elif defined(MPL_HIP) || !defined(__CUDA_ARCH__)
-#define MPL_ASYNC 0
-#else
-#define MPL_ASYNC (__CUDA_ARCH__ >= 800)
-#endif
-
-#if MPL_ASYNC
-#if defined(MPL_EMULATE)
-// The bytes come as late as they may, and what was there before is gone at once.
-struct Copies {
-  struct Copy { u8* to; const void* from; int group; };
-  u8* to;
-  std::vector<Copy> open;
-  int group = 0;
-
-  explicit Copies(u8* shared) : to(shared) {}
-  void start(int at, const void* from) {
-    memset(to + at, 0xFD, 16);
-    open.push_back({to + at, from, group});
-  }
-  void commit() { group++; }
-  template <int N> void wait() {
-    size_t n = 0;
-    for (; n < open.size() && open[n].group < group - N; n++) memcpy(open[n].to, open[n].from, 16);
-    open.erase(open.begin(), open.begin() + n);
-  }
-};
-#else
-struct Copies {
-  u32 to;
-  __device__ __forceinline__ explicit Copies(u8* shared) : to((u32)__cvta_generic_to_shared(shared)) { MPL_KEEP(to); }
-  __device__ __forceinline__ void start(int at, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from) : "memory");
-  }
-  __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-};
-#endif
 #endif

@@ -29,8 +29,8 @@ namespace emulate {
 struct Dim { unsigned x, y, z; };
 constexpr size_t kStack = 64 * 1024, kSlot = 24;
 
-struct Copy { unsigned char* to; const unsigned char* from; };
-struct Fiber { jmp_buf at; ucontext_t start; bool made = false, done = false; Dim thread; unsigned lane, warp; std::vector<Copy> copies; };
+struct Copy { unsigned char* to; const void* from; unsigned group; };
+struct Fiber { jmp_buf at; ucontext_t start; bool made = false, done = false; Dim thread; unsigned lane, warp, group = 0; std::vector<Copy> copies; };
 struct Warp {
   unsigned generation = 0, waiting = 0, alive = 0, size = 0;
   unsigned char slot[2][64][kSlot];
@@ -195,16 +195,24 @@ template <class F> inline const float* product(unsigned char (*slots)[kSlot], F 
   return w.product[set];
 }
 
-// A copy of 16 bytes that may be done at any time until its thread waits for it: at once in order 0, else at the latest.
-inline void copy_later(unsigned char* to, const unsigned char* from) {
+// A copy of 16 bytes that may be done at any time until its thread waits for it: at once in order 0, else at the latest, and then
+// what was there before is gone at once.
+inline void copy_later(unsigned char* to, const void* from) {
   Machine& m = MPL_MACHINE;
-  if (m.order_of_threads) m.fibers[m.current]->copies.push_back({to, from});
+  Fiber& f = *m.fibers[m.current];
+  f.copies.push_back({to, from, f.group});
+  if (m.order_of_threads) memset(to, 0xFD, 16);
   else memcpy(to, from, 16);
 }
-inline void finish_copies() {
-  auto& copies = MPL_MACHINE.fibers[MPL_MACHINE.current]->copies;
-  for (const Copy& copy : copies) memcpy(copy.to, copy.from, 16);
-  copies.clear();
+inline void commit_copies() { MPL_MACHINE.fibers[MPL_MACHINE.current]->group++; }
+// Waits for all groups but the last n.
+inline void finish_copies(unsigned n) {
+  Machine& m = MPL_MACHINE;
+  Fiber& f = *m.fibers[m.current];
+  auto open = f.copies.begin();
+  for (; open != f.copies.end() && open->group + n < f.group; open++)
+    if (m.order_of_threads) memcpy(open->to, open->from, 16);
+  f.copies.erase(f.copies.begin(), open);
 }
 
 // -- launching

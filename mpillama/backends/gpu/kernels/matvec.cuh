@@ -129,18 +129,18 @@ constexpr int kRing = kStages * kStage, kTurns = (kPieces + MPL_WARP - 1) / MPL_
 #if MPL_ASYNC
 template <int SLOTS> struct Pipe {
   static constexpr int ahead = SLOTS - 1;
-  Copies copies;
-  __device__ __forceinline__ explicit Pipe(u8* own) : copies(own) {}
+  SharedAt to;
+  __device__ __forceinline__ explicit Pipe(u8* own) : to(shared_at(own)) { MPL_KEEP(to); }
   __device__ __forceinline__ void start(int slot, const u8* from, int left) {
     const int before = (int)((size_t)from & 15);
     const u8* piece = (const u8*)((size_t)from & ~(size_t)15);
 #pragma unroll
     for (int at = 0; at < kTurns * MPL_WARP * 16; at += MPL_WARP * 16)
-      if (at < before + left) copies.start(slot * kStage + at, piece + at);
-    copies.commit();
+      if (at < before + left) copy_16(to + (slot * kStage + at), piece + at);
+    commit_copies();
   }
   // The oldest is there, once the lanes have met.
-  __device__ __forceinline__ void arrive(int) { copies.template wait<ahead - 1>(); }
+  __device__ __forceinline__ void arrive(int) { wait_for_copies<ahead - 1>(); }
 };
 #else
 template <int SLOTS> struct Pipe {
