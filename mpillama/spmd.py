@@ -74,6 +74,10 @@ def start(place: Launch, limit: float | None = None, embedded: bool = False) -> 
         return SoloWorld()
     # MPICH's words at an abort would follow ours, which already say what happened.
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")
+    if os.environ.get("SLURM_MPI_TYPE") == "pmi2" and _mpich_wheel():
+        # Over UCX, MPICH 5 hands each host's address around as 4096 bytes of its heap. By what happens to lie there,
+        # some of its lines are longer than the 1023 bytes that Slurm's PMI reads at once: then the start fails.
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
     try:
         with warnings.catch_warnings():
             # mpi4py's hint that launcher and library do not match; below it becomes an error.
@@ -97,6 +101,18 @@ def start(place: Launch, limit: float | None = None, embedded: bool = False) -> 
         )
     options: dict[str, Any] = {} if limit is None else {"limit": limit}
     return MPIWorld(embedded=embedded, **options)
+
+
+def _mpich_wheel() -> bool:
+    """Whether MPI comes from the mpich wheel, which has both UCX and libfabric; another build may not."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    if "MPI4PY_LIBMPI" in os.environ:
+        return False
+    try:
+        return bool(version("mpich"))
+    except PackageNotFoundError:
+        return False
 
 
 def embed(comm: Any = None) -> World:
