@@ -198,6 +198,7 @@ class RawModule:
 
         def call(grid, block, args, *, shared_mem=0):
             assert len(grid) == len(block) == 3
+            assert shared_mem <= call.max_dynamic_shared_size_bytes
             values = []
             for arg in args:
                 # As CuPy, which takes arrays by address and NumPy's scalars by their bytes.
@@ -213,6 +214,7 @@ class RawModule:
 
             Stream.current.do(run)
 
+        call.max_dynamic_shared_size_bytes = 48 << 10
         return call
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mpillama.backends.base import AttentionParams, Batch, RawWeight
 from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.backends.gpu.emulated import EmulatedDevice
 
+SEED = "MPILLAMA_TEST_SEED"
 REAL = os.environ.get("MPILLAMA_TEST_GPU", "")
 NO_COMPILER = "" if REAL or shutil.which("g++") else "the emulated GPU needs g++"
 needs_compiler = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
@@ -27,6 +29,15 @@ only_emulated = pytest.mark.skipif(bool(REAL), reason="this is about the emulate
 # Warps of both sizes, and every order of threads.
 VARIANTS = ((32, 2), (64, 1), (32, 0))
 EVERY_VARIANT = tuple((warp, order) for warp in (32, 64) for order in range(3))
+
+
+def variant_of(name: str, rng: np.random.Generator) -> tuple[int, int]:
+    """Return a warp and an order; in a session, the warp is one for each name.
+
+    Compiling takes longest, so few types are compiled for the larger warps too: others in each session.
+    """
+    number = zlib.crc32(f"{os.environ[SEED]} {name}".encode())
+    return (64 if number % 4 == 0 else 32), int(rng.integers(3))
 
 
 def gpu_backend(
@@ -108,4 +119,5 @@ __all__ = [
     "gpu_backend",
     "needs_compiler",
     "only_emulated",
+    "variant_of",
 ]

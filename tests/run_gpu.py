@@ -29,14 +29,22 @@ STAGES = ("kernels", "ranks", "memcheck", "racecheck")
 KERNELS = (
     "test_backend_contract.py",
     "test_gpu_matmul.py",
+    "test_gpu_matmul_mma.py",
     "test_gpu_attention.py",
     "test_gpu_attention_mma.py",
     "test_gpu_golden.py",
     "test_gpu_steps.py",
 )
 # Under a tool that watches each access, what reaches every kernel.
-WATCHED = (
-    "token_by_token and moe or quantized_model and f16 or splits_warps and 32-0 or many_tokens or same_bits and False"
+WATCHED = " or ".join(
+    (
+        "token_by_token and moe",
+        "quantized_model and f16",
+        "splits_warps and 32-0",
+        "many_tokens",
+        "share_the_columns",
+        "same_bits and False",
+    )
 )
 
 

@@ -174,16 +174,17 @@ def test_where_there_are_no_matrix_units_or_floats_are_kept(rng, launched):
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 def test_logits_of_a_model(rng, kv_type, tmp_path, launched):
     """With and without matrix units: what the rounding of queries and weights does to logits."""
-    path = write_llama(tmp_path / "m.gguf", rng, GGMLType.F16, n_embd=64, n_ff=64, n_head=4, n_head_kv=2, n_head_dim=32)
+    path = write_llama(tmp_path / "m.gguf", rng, GGMLType.F32, n_embd=64, n_ff=64, n_head=4, n_head_kv=2, n_head_dim=32)
     tokens = rng.integers(0, 96, 50).tolist()
     make = functools.partial(gpu_backend, 32, int(rng.integers(3)))
     exact = run_on(path, tokens, [1.0], 20, kv_type, make=make)[0]
+    # Where a key is between two codes of the cache, a small difference becomes a large one.
+    bound = 1e-6 + 0.1 * nmse(exact, run_on(path, tokens, [1.0], 20, "f32", make=make)[0])
     assert many_rows(launched) == 0
     for weights in ([1.0], [1.0, 2.0]):
         result = run_on(path, tokens, weights, 20, kv_type, make=functools.partial(make, matrix_units=True))[0]
         error = nmse(result, exact)
-        print(error)
-        assert 0 < error < 1e-6
+        assert 0 < error < bound
     assert many_rows(launched) > 0
 
 

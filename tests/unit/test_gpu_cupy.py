@@ -47,14 +47,15 @@ def test_products_through_the_cupy_device(install, rng, monkeypatch):
     monkeypatch.setattr("mpillama.backends.gpu.cupy_device._PIECE", 1000)
     monkeypatch.setattr("mpillama.backends.gpu.cupy_device._GEMM_TOKENS", 40)
     backend = make_backend("cuda", device=1)
-    for type in (GGMLType.Q4_0, GGMLType.F32):
+    for type in (GGMLType.Q8_0, GGMLType.F32):
         raw = random_blocks(rng, type, (1, 50, 96))
         w, exact = backend.weight(RawWeight("w", type, raw, 96)), dequantize(raw[0], type).astype(np.float64)
+        # By dot products, on matrix units, by cuBLAS.
         for n_tokens in (1, 9, 45):
             x = rng.standard_normal((n_tokens, 96)).astype(np.float32)
-            seen = rounded_to_int8(x) if type == GGMLType.Q4_0 and n_tokens < 40 else x.astype(np.float64)
+            seen = rounded_to_int8(x) if type == GGMLType.Q8_0 and n_tokens < 9 else x.astype(np.float64)
             y = backend.to_host(backend.linear(backend.asarray(x), w))
-            assert nmse(y, seen @ exact.T) < (4e-7 if n_tokens == 45 and type != GGMLType.F32 else 4e-12)
+            assert nmse(y, seen @ exact.T) < (4e-12 if n_tokens == 1 or type == GGMLType.F32 else 4e-7)
 
 
 @needs_compiler

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from gpu_host import EVERY_VARIANT, REAL, VARIANTS, emulated, needs_compiler
-from mpillama.backends.base import RawWeight
+from gpu_host import EVERY_VARIANT, VARIANTS, emulated, needs_compiler, variant_of
 from mpillama.backends.gpu.matmul import FLOATS
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
 from products import error, make_weight
-from tiny import random_blocks, rounded_to_int8
+from tiny import rounded_to_int8
 
 pytestmark = needs_compiler
 TYPES = sorted(SUPPORTED)
@@ -42,8 +41,7 @@ def check_type(rng, type, backend):
 
 @pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
 def test_every_type(type, rng):
-    warp, order = VARIANTS[rng.integers(len(VARIANTS))]
-    backend = emulated(warp, order, int(rng.integers(1 << 30)))
+    backend = emulated(*variant_of(type.name, rng), int(rng.integers(1 << 30)))
     check_type(rng, type, backend)
 
     n_rows, n_in, first = int(rng.integers(1, 60)), some_width(rng, type), int(rng.integers(0, 5))
@@ -97,22 +95,6 @@ def test_float_products_of_many_tokens(type, rng, monkeypatch):
     exact = np.pad(x.astype(np.float64), ((0, 0), pad)) @ floats[0].T
     for row, expected in zip(y, exact, strict=True):
         assert error(row, expected) < (1e-6 if type == GGMLType.F32 else 6e-4)
-
-
-@pytest.mark.skipif(bool(REAL), reason="a GPU has one way")
-@pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.Q8_0], ids=lambda t: t.name)
-def test_matrix_units_give_the_bits_of_plain_products(type, rng):
-    """Warps of 32 multiply tiles with `mma`, warps of 64 by dot products."""
-    raw = random_blocks(rng, type, (3, int(rng.integers(1, 140)), 512))
-    n_tokens = int(rng.integers(9, 80))
-    x, experts = rng.standard_normal((n_tokens, 512)).astype("f4"), rng.integers(-1, 3, (n_tokens, 2)).astype("i4")
-    results = []
-    for warp in (32, 64):
-        backend = emulated(warp, 2, int(rng.integers(1 << 30)))
-        w = backend.weight(RawWeight("w", type, raw, 512))
-        results.append((backend.linear(x, w), backend.expert_linear(x, w, experts)))
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_array_equal(a.view("u4"), b.view("u4"))
 
 
 def test_empty_shares(rng):

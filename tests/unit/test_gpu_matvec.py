@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpu_host import EVERY_VARIANT, REAL, emulated, gpu_backend, needs_compiler
+from gpu_host import EVERY_VARIANT, REAL, emulated, gpu_backend, needs_compiler, variant_of
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.matmul import FLOATS
 from mpillama.backends.quants import SUPPORTED, dequantize
@@ -48,8 +48,7 @@ def test_rows_of_several_chunks_that_begin_anywhere(type, rng):
 
 @pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
 def test_gate_and_up_are_one_product(type, rng):
-    # One of them for each type: compiling takes longest.
-    warp = int(rng.choice([32, 64]))
+    warp, _ = variant_of(type.name, rng)
     for activation, formula in ACTIVATIONS.items():
         backend = some_backend(rng, warp, int(rng.integers(3)))
         n_in, n_tokens = int(rng.integers(1, 4)) * max(8, type.block_size), int(rng.integers(1, 12))
@@ -91,7 +90,7 @@ def test_matrices_of_one_type_share_a_launch(n_tokens, rng, monkeypatch):
     gate = backend.weight(RawWeight("w", GGMLType.Q4_K, random_blocks(rng, GGMLType.Q4_K, (1, 30, 512)), 512))
     backend.gated_linear("silu", device.upload(x), gate, gate)
     assert launches == (
-        ["quantize", "matmul_tokens", "matmul_tokens", "gated"]
+        ["quantize", "matmul", "matmul", "gated"]
         if n_tokens == 9
         else ["quantize", f"matvec_{1 << (n_tokens - 1).bit_length()}"]
     )

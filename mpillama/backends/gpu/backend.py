@@ -16,8 +16,9 @@ class GpuBackend(AttentionOps):
     """All ops on one device.
 
     Products of quantized weights round the activations to 8 bits, a factor for each 32 of them (relative error about
-    5e-3); with very many tokens, on devices with a library for it, weights and activations are rounded to float16
-    instead (about 3e-4). Products of F32 weights are float32 throughout, as is everything else.
+    5e-3); those of 9 tokens and more on matrix units, or of very many tokens by a library, round weights and
+    activations to float16 instead (below 1e-3). Products of F32 weights are float32 throughout; attention is in
+    `attention.py`.
     """
 
     host_arrays = False

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpillama.backends.gpu.device import Array, Unit
+from mpillama.backends.gpu.device import SHARED_BYTES, Array, Unit
 from mpillama.backends.gpu.driver import compile_failure, load_cupy, visible_gpus
 from mpillama.backends.gpu.source import assemble
 from mpillama.errors import UserError
@@ -185,6 +185,8 @@ class CupyDevice:
     ) -> None:
         """Start a kernel."""
         function = self._kernels.get((unit, kernel)) or self._kernel(unit, kernel)
+        if shared > SHARED_BYTES and function.max_dynamic_shared_size_bytes < shared:
+            function.max_dynamic_shared_size_bytes = shared
         values = tuple(np.uint64(0) if arg is None else arg for arg in args)
         function((*grid, 1, 1)[:3], (block, 1, 1), values, shared_mem=shared)
 

@@ -10,12 +10,14 @@ from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import Array, Device, Unit
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.gpu.launcher import ELEMENTWISE, Launcher, int32, product, two_axes
-from mpillama.backends.gpu.rounded import RoundedArrays
+from mpillama.backends.gpu.rounded import Rounded, RoundedArrays
 from mpillama.backends.quants import dequantize
 from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
 
 EXPERTS = Unit("experts.cu")
+# The most tokens of matvec.cuh, in which each weight is read once.
+MATVEC_TOKENS = 8
 # Values that a block of threads sorts at a time.
 _TOP_CHUNK = 2048
 TOP_K = Unit("top_k.cu", (("TOP_CHUNK", _TOP_CHUNK),))
@@ -42,6 +44,7 @@ class ElementwiseOps:
         inputs: what is on the device of the batch of this step.
         rounded: activations in 8 bits. Norms and activation functions leave them there, so that products of few tokens
             need not wait for another kernel.
+        halved: activations in float16, for products of many tokens.
     """
 
     def __init__(self, device: Device) -> None:
@@ -49,7 +52,7 @@ class ElementwiseOps:
         self.run = Launcher(device)
         self._frequencies: dict[tuple[Rope, int], tuple[Array, Array | None]] = {}
         self.inputs: StepInputs | None = None
-        self.rounded = RoundedArrays(device)
+        self.rounded, self.halved = RoundedArrays(), RoundedArrays()
 
     def vector(self, raw: RawWeight) -> Array:
         """Return float32 (rows, n)."""
@@ -109,7 +112,7 @@ class ElementwiseOps:
         if self._is_rounded(out):
             n_fours, n = out.size // 4, int(out.shape[-1])
             args = op, gate, up, *(biases or (None, None, None)), np.int32(n // 4), np.int64(n_fours), out
-            self.run.elements("gated_rounded", n_fours, *args, *self.rounded.new(out, n))
+            self.run.elements("gated_rounded", n_fours, *args, *self.new_rounded(out, n))
         else:
             if biases:
                 gate, up = (self.add_taken(x, bias, biases[2]) for x, bias in zip((gate, up), biases, strict=False))
@@ -118,8 +121,20 @@ class ElementwiseOps:
 
     def _is_rounded(self, x: Array) -> bool:
         """Whether to leave an activation in 8 bits too: its rows are whole sub-blocks, and its tokens few enough."""
-        few = not self.device.gemm_tokens or x.shape[0] < self.device.gemm_tokens
+        few = not self.half_tokens or x.shape[0] < self.half_tokens
         return bool(few and x.shape[-1] % 32 == 0)
+
+    @property
+    def half_tokens(self) -> int:
+        """From so many tokens on products of quantized weights take activations in float16; 0: never."""
+        return MATVEC_TOKENS + 1 if self.device.matrix_units else self.device.gemm_tokens
+
+    def new_rounded(self, x: Array, n_in: int, pad: int = 0) -> Rounded:
+        """Return arrays for activations in 8 bits, which the caller fills."""
+        n_units = x.size // max(1, int(x.shape[-1])) * (n_in // 32)
+        empty = self.device.empty
+        arrays = empty((n_units, 8), np.int32), empty((n_units,)), empty((n_units, 2))
+        return self.rounded.keep(x, n_in, pad, arrays)
 
     def sum_experts(self, x: Array, weights: Array) -> Array:
         """Return the weighted sum over the chosen experts."""
@@ -183,7 +198,7 @@ class ElementwiseOps:
             return h, self.rms_norm(h, w, eps)
         out = self.device.empty((n_rows, n))
         total = out if h is None else self.device.empty((n_rows, n))
-        rounded = self.rounded.new(out, n) if self._is_rounded(out) else (None, None, None)
+        rounded = self.new_rounded(out, n) if self._is_rounded(out) else (None, None, None)
         each = next(each for each in (1, 2, _MOST_FOURS) if n <= 4 * each * _THREADS)
         block = -(-n // (4 * each * self.device.warp)) * self.device.warp
         n_used = np.int32(0 if weights is None else weights.shape[1])

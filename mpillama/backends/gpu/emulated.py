@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mpillama.backends.gpu.cache import cached, user_cache
-from mpillama.backends.gpu.device import Array, Unit
+from mpillama.backends.gpu.device import MOST_SHARED_BYTES, SHARED_BYTES, Array, Unit
 from mpillama.backends.gpu.source import assemble
 from mpillama.errors import UserError
 
@@ -216,7 +216,8 @@ class EmulatedDevice:
             RuntimeError: its threads wait for each other.
         """
         grid = (*grid, 1, 1)[:3]
-        if min(grid) < 1 or max(grid[1:]) > 65535 or not 0 < block <= 1024 or block % self.warp or shared > 48 << 10:
+        room = MOST_SHARED_BYTES if self.matrix_units else SHARED_BYTES
+        if min(grid) < 1 or max(grid[1:]) > 65535 or not 0 < block <= 1024 or block % self.warp or shared > room:
             raise ValueError(f"{kernel}: grid {grid}, block {block}, {shared} bytes of shared memory")
         function, signature = self._kernel(unit, kernel)
         if len(args) != len(signature):

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import SHARED_BYTES, Array, Unit
-from mpillama.backends.gpu.elementwise import ACTIVATIONS, EXPERTS, ElementwiseOps
+from mpillama.backends.gpu.elementwise import ACTIVATIONS, EXPERTS, MATVEC_TOKENS, ElementwiseOps
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
@@ -21,7 +21,9 @@ _TILE_ROWS, _TILE_TOKENS = 64, 32
 _SHARED_FLOATS = (_TILE_ROWS + _TILE_TOKENS) * 33 * 4
 _SHARED_BLOCKS = 4 * sum(4 * (12 * n + 8) + 16 * (n + 2) for n in (_TILE_ROWS, _TILE_TOKENS))
 # As in matvec.cuh.
-_MATVEC_TOKENS, _MATVEC_THREADS, _MATVEC_PARTS = 8, 256, 3
+_MATVEC_THREADS, _MATVEC_PARTS = 256, 3
+# As in matmul_mma.cuh; a block of threads that shares the columns with others has at least so many steps.
+_MMA_ROWS, _MMA_THREADS, _MMA_STEP, _MMA_SHARE = 128, 128, 128, 4
 # Weights that are made floats at a time, for a product with many tokens.
 _GEMM_ELEMENTS = 32 << 20
 _MAX_GRID = 65535
@@ -64,6 +66,17 @@ class GpuMatrix:
         return int(self.data.nbytes)
 
 
+def _mma_bytes(w: GpuMatrix, n_tokens: int) -> int:
+    """Return the shared memory of matmul_mma.cuh: two spans of weights, two steps of activations."""
+    span = (
+        _MMA_STEP * 2
+        if w.type in FLOATS
+        else max(_MMA_STEP, w.type.block_size) // w.type.block_size * w.type.block_bytes
+    )
+    pieces = (span + 14) // 16 + 1
+    return 2 * (_MMA_ROWS * 16 * (pieces | 1) + n_tokens * _MMA_STEP * 2)
+
+
 def unit_of(type: GGMLType) -> Unit:
     """Return the kernels for weights of a type."""
     return Unit("matmul.cu", (("MPL_TYPE", int(type)),))
@@ -76,6 +89,7 @@ class MatmulOps(ElementwiseOps):
         """Let the ops that follow find their batch on the device; nothing is kept of the step before."""
         self.inputs = inputs
         self.rounded.clear()
+        self.halved.clear()
 
     def supports(self, type: GGMLType) -> bool:
         """Whether there is a decoder for the type."""
@@ -107,20 +121,18 @@ class MatmulOps(ElementwiseOps):
         out = self.device.empty((n_tokens, w.n_rows))
         if out.size == 0:
             return out
-        if n_tokens <= _MATVEC_TOKENS:
+        if n_tokens <= MATVEC_TOKENS:
             self._matvec(x, [w], [out], n_tokens)
         elif self.device.gemm_tokens and n_tokens >= self.device.gemm_tokens:
             self._gemm(x, w, out)
         else:
-            args = (w.data, w.row_bytes, *self._operand(x, w), out, np.int32(w.n_rows), np.int32(w.n_in))
-            grid = (-(-w.n_rows // _TILE_ROWS), -(-n_tokens // _TILE_TOKENS))
-            self.device.launch(w.unit, "matmul_tokens", grid, 256, (*args, np.int32(n_tokens)), self._shared(w))
+            self._tiles(x, w, out, n_tokens)
         return out
 
     def linears(self, x: Array, ws: Sequence[GpuMatrix]) -> list[Array]:
         """Return `linear` of each of several matrices; for few tokens, those of one type together."""
         n_tokens = int(x.shape[0])
-        if n_tokens > _MATVEC_TOKENS:
+        if n_tokens > MATVEC_TOKENS:
             return [self.linear(x, w) for w in ws]
         outs = [self.device.empty((n_tokens, w.n_rows)) for w in ws]
         groups: dict[tuple[object, ...], list[int]] = {}
@@ -137,7 +149,7 @@ class MatmulOps(ElementwiseOps):
         """Return `gated` of two `linear`."""
         n_tokens = int(x.shape[0])
         alike = (gate.unit, gate.n_in, gate.pad, gate.n_rows) == (up.unit, up.n_in, up.pad, up.n_rows)
-        if n_tokens > _MATVEC_TOKENS or not alike:
+        if n_tokens > MATVEC_TOKENS or not alike:
             return self.gated(activation, *self.linears(x, [gate, up]))
         out = self.device.empty((n_tokens, gate.n_rows))
         if out.size:
@@ -202,32 +214,73 @@ class MatmulOps(ElementwiseOps):
         out = self.device.empty((n_tokens, n_used, w.n_rows))
         if out.size == 0:
             return out
-        if n_tokens <= _MATVEC_TOKENS:
+        if n_tokens <= MATVEC_TOKENS:
             self._matvec(x, [w], [out], n_pairs, experts=experts)
         else:
-            share = np.int32(n_used if x.ndim == 2 else 1)
-            operand = self._operand(x, w)
-            sizes = np.int32(w.n_rows), np.int32(w.n_in)
-            tiles, order = self._group(experts, int(w.data.shape[0]))
-            grid = (-(-w.n_rows // _TILE_ROWS), int(tiles.shape[0]))
-            args = (w.data, w.row_bytes, w.mat_bytes, tiles, order, share, *operand, out, *sizes)
-            self.device.launch(w.unit, "matmul_experts", grid, 256, args, self._shared(w))
+            self._tiles(x, w, out, n_pairs, experts)
         return out
 
-    @staticmethod
-    def _shared(w: GpuMatrix) -> int:
-        return _SHARED_FLOATS if w.type in FLOATS else _SHARED_BLOCKS
+    def _tiles(self, x: Array, w: GpuMatrix, out: Array, n_tokens: int, experts: Array | None = None) -> None:
+        """Multiply in tiles, whose weights are decoded once for all their tokens.
 
-    def _group(self, experts: Array, n_expert: int) -> tuple[Array, Array]:
-        """Return tiles of pairs that share an expert, and the pairs by expert."""
+        Args:
+            x: of tokens, or of pairs.
+            w: the matrix, or those of all experts.
+            out: rows of tokens or pairs.
+            n_tokens: how many there are.
+            experts: the matrix of each pair.
+        """
+        on_units = self.device.matrix_units and w.type != GGMLType.F32
+        n_mats = int(w.data.shape[0])
+        # Tiles of 64 do with half of the decoding, but most experts do not have so many; their floats have no room.
+        wide = on_units and w.type not in FLOATS and n_tokens > 32 and (experts is None or n_tokens >= 48 * n_mats)
+        size = 64 if wide else _TILE_TOKENS
+        rows, n_tiles = _MMA_ROWS if on_units else _TILE_ROWS, -(-n_tokens // size)
+        tiles, order, share = None, None, 1
+        if experts is not None:
+            tiles, order = self._group(experts, n_mats, size)
+            n_tiles, share = int(tiles.shape[0]), int(experts.shape[1]) if x.ndim == 2 else 1
+        matrix, which = (w.data, w.row_bytes, w.mat_bytes), (tiles, order, np.int32(share))
+        sizes = np.int32(w.n_rows), np.int32(w.n_in), np.int32(n_tokens)
+        grid = -(-w.n_rows // rows), n_tiles
+        if not on_units:
+            args = (*matrix, *which, *self._operand(x, w), out, *sizes)
+            shared = _SHARED_FLOATS if w.type in FLOATS else _SHARED_BLOCKS
+            self.device.launch(w.unit, "matmul", grid, 256, args, shared)
+            return
+        n_shares = 1 if experts is not None else self._mma_shares(w, grid[0] * grid[1])
+        result = out if n_shares == 1 else self.device.empty((n_shares, *out.shape))
+        args = (*matrix, *which, *self._halves_of(x, -(-w.n_in // 32) * 32, w.pad), result, *sizes)
+        self.device.launch(w.unit, f"matmul_mma_{size}", (*grid, n_shares), _MMA_THREADS, args, _mma_bytes(w, size))
+        if n_shares > 1:
+            self.run.elements("sum_parts", out.size, result, np.int32(n_shares), np.int64(out.size), out)
+
+    def _mma_shares(self, w: GpuMatrix, n_blocks: int) -> int:
+        """Return how many blocks share the columns of a row, so that all multiprocessors have two of them."""
+        return max(1, min(2 * self.device.n_cores // n_blocks, w.n_in // (_MMA_SHARE * _MMA_STEP)))
+
+    def _group(self, experts: Array, n_expert: int, size: int) -> tuple[Array, Array]:
+        """Return tiles of up to ``size`` pairs that share an expert, and the pairs by expert."""
         n_pairs = int(experts.size)
         # One more for what is on other ranks.
-        n_tiles = n_pairs // _TILE_TOKENS + min(n_expert + 1, n_pairs)
+        n_tiles = n_pairs // size + min(n_expert + 1, n_pairs)
         tiles, order = self.device.empty((n_tiles, 3), np.int32), self.device.empty((n_pairs,), np.int32)
-        sizes = np.int32(n_pairs), np.int32(n_expert), np.int32(_TILE_TOKENS), np.int32(n_tiles)
+        sizes = np.int32(n_pairs), np.int32(n_expert), np.int32(size), np.int32(n_tiles)
         shared = 4 * (3 * (n_expert + 1) + 1)
         self.device.launch(EXPERTS, "group_pairs", (1,), 256, (experts, *sizes, order, tiles), shared)
         return tiles, order
+
+    def _halves_of(self, x: Array, n_in: int, pad: int) -> tuple[Array, Array]:
+        """Return activations in float16, in rows of ``n_in`` of which ``pad`` zeros come first, and their scales."""
+        known = self.halved.find(x, n_in, pad)
+        if known is None:
+            n_own = int(x.shape[-1])
+            n_rows = x.size // n_own
+            arrays = self.device.empty((n_rows, n_in), np.uint16), self.device.empty((n_rows, 1))
+            known = self.halved.keep(x, n_in, pad, arrays)
+            self.run.rows("halve", n_rows, n_in, x, np.int32(n_own), np.int32(pad), np.int32(n_in), *known)
+        halves, scales = known
+        return halves, scales
 
     def _operand(self, x: Array, w: GpuMatrix) -> tuple[Any, ...]:
         """Return the activations as the kernels for ``w`` take them; often the op that made them has rounded them."""
@@ -241,7 +294,7 @@ class MatmulOps(ElementwiseOps):
             return (out,)
         known = self.rounded.find(x, w.n_in, w.pad)
         if known is None:
-            known = self.rounded.new(x, w.n_in, w.pad)
+            known = self.new_rounded(x, w.n_in, w.pad)
             n_units = int(known[0].shape[0])
             sizes = np.int32(n_own), np.int32(w.pad), np.int32(w.n_in // 32), np.int64(n_units)
             self.run.elements("quantize", n_units * 8, x, *sizes, *known)
@@ -273,9 +326,7 @@ class MatmulOps(ElementwiseOps):
             (padded,) = self._operand(x, w)
             self.device.gemm(padded, w.data.reshape(-1).view(np.float32).reshape(w.n_rows, w.n_in), out)
             return
-        halves, scales = self.device.empty((n_tokens, w.n_in), np.uint16), self.device.empty((n_tokens, 1))
-        sizes = np.int32(x.shape[1]), np.int32(w.pad), np.int32(w.n_in)
-        self.run.rows("halve", n_tokens, w.n_in, x, *sizes, halves, scales)
+        halves, scales = self._halves_of(x, w.n_in, w.pad)
         result = self.device.empty((w.n_rows, n_tokens))
         step = min(_MAX_GRID, max(1, _GEMM_ELEMENTS // w.n_in))
         for start in range(0, w.n_rows, step):

@@ -1,27 +1,21 @@
-"""Activations in 8 bits, as products of quantized weights take them, for as long as other products may want them."""
+"""What products make of their activations before they begin, for as long as other products may want the same."""
 
 from __future__ import annotations
 
-import numpy as np
-
-from mpillama.backends.gpu.device import Array, Device
+from mpillama.backends.gpu.device import Array
 
 # Those of a block's norm and of its experts: a shared expert wants the first again.
 _KEPT = 2
 
-Rounded = tuple[Array, Array, Array]
-"""For each 32 elements int32 (8,) with four of them each; their scale; the scaled sums of their halves."""
+Rounded = tuple[Array, ...]
+"""In 8 bits: for each 32 elements int32 (8,) with four of them each, their scale, and the scaled sums of their halves.
+In float16: rows, and the scale of each."""
 
 
 class RoundedArrays:
-    """What was rounded last, by the array that it was made of.
+    """What was rounded last, by the array that it was made of."""
 
-    Args:
-        device: where the arrays are.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._kept: list[tuple[Array, int, int, Rounded]] = []
 
     def find(self, x: Array, n_in: int, pad: int) -> Rounded | None:
@@ -32,11 +26,8 @@ class RoundedArrays:
                 return rounded
         return None
 
-    def new(self, x: Array, n_in: int, pad: int = 0) -> Rounded:
-        """Return arrays that whoever calls will fill from ``x`` before anybody finds them; x must not change after."""
-        n_units = x.size // max(1, int(x.shape[-1])) * (n_in // 32)
-        empty = self._device.empty
-        rounded = empty((n_units, 8), np.int32), empty((n_units,)), empty((n_units, 2))
+    def keep(self, x: Array, n_in: int, pad: int, rounded: Rounded) -> Rounded:
+        """Remember arrays that the caller fills from ``x`` before anybody finds them; x must not change after."""
         self._kept = [*self._kept[1 - _KEPT :], (x, n_in, pad, rounded)]
         return rounded
 

@@ -5,6 +5,7 @@
 // tiles of MPL_KEYS. A tile lies in shared memory as float16, once for all warps: its values arrive while the keys are multiplied,
 // and the next keys while the values are. Scores and weights of a warp's rows stay in its registers.
 #include "codec.cuh"
+#include "half_math.cuh"
 
 #if MPL_MMA
 constexpr int kK = MPL_N_K, kV = MPL_N_V, kKeys = MPL_KEYS;
@@ -44,34 +45,11 @@ MPL_INLINE int thread_again() {
 
 // -- eight numbers of a row as float16, from its part i. What float16 has no room for becomes its largest number.
 
-// Both halves of a word times a number.
-MPL_INLINE u32 times(u32 pair, u16 factor) {
-#if defined(MPL_EMULATE)
-  const float f = half_to_float(factor), top = 65504.f;
-  const float low = half_to_float((u16)pair) * f, high = half_to_float((u16)(pair >> 16)) * f;
-  return halves(low > top ? top : low < -top ? -top : low, high > top ? top : high < -top ? -top : high);
-#else
-  u32 y;
-  asm("{.reg .b32 f; mov.b32 f, {%2, %2}; mul.rn.f16x2 f, %1, f; min.NaN.f16x2 f, f, %3; max.NaN.f16x2 %0, f, %4;}"
-      : "=r"(y) : "r"(pair), "h"(factor), "r"(0x7BFF7BFFu), "r"(0xFBFFFBFFu));
-  return y;
-#endif
-}
-// Two unsigned bytes, in the low bytes of the halves of a word, less an offset: 1024 + n is 0x6400 + n as float16.
-MPL_INLINE u32 small(u32 pair, u32 offset) {
-#if defined(MPL_EMULATE)
-  const float minus = half_to_float((u16)offset);
-  return halves(half_to_float((u16)(pair | 0x6400u)) - minus, half_to_float((u16)(pair >> 16 | 0x6400u)) - minus);
-#else
-  u32 y; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(pair | 0x64006400u), "r"(offset)); return y;
-#endif
-}
 // Four bytes as two words.
 MPL_INLINE void four(u32 bytes, u32 offset, u16 factor, u32* out) {
-  out[0] = times(small((bytes & 0xFFu) | (bytes & 0xFF00u) << 8, offset), factor);
-  out[1] = times(small((bytes >> 16 & 0xFFu) | (bytes >> 8 & 0xFF0000u), offset), factor);
+  out[0] = times(bytes_less<0>(bytes, offset), factor);
+  out[1] = times(bytes_less<1>(bytes, offset), factor);
 }
-MPL_INLINE float clamped(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
 
 template <int TYPE, int N> struct Part;
 template <int N> struct Part<T_F16, N> { static constexpr int kBytes = 2 * N; };
@@ -91,9 +69,8 @@ template <int N> struct Part<T_Q8_0, N> {
     const u8* b = row + i / 4 * 34;
     const u16 d = *(const u16*)b;
     u32 to[4];
-    // Signed bytes, 128 larger: less 1152.
-    four(word<2>(b + 2 + i % 4 * 8) ^ 0x80808080u, 0x64806480u, d, to);
-    four(word<2>(b + 6 + i % 4 * 8) ^ 0x80808080u, 0x64806480u, d, to + 2);
+    four(word<2>(b + 2 + i % 4 * 8) ^ 0x80808080u, kSigned, d, to);
+    four(word<2>(b + 6 + i % 4 * 8) ^ 0x80808080u, kSigned, d, to + 2);
     return piece_of(to[0], to[1], to[2], to[3]);
   }
 };

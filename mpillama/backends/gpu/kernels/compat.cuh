@@ -176,11 +176,6 @@ MPL_INLINE void wait_for_copies() {
 }
 #endif
 
-// -- matrix units: products of signed bytes by a warp of 32 (PTX ISA, "Matrix fragments for mma.m16n8k32" and "m16n8k16").
-//
-// a is 16 x K, b is K x 8, c is 16 x 8. With g = lane / 4 and t = lane % 4 a lane has the words t of rows g and g + 8 of a, of the
-// first 16 columns and then of the next 16; the words t of column g of b likewise; and of c columns 2 t and 2 t + 1 in row g, then
-// in row g + 8.
 #if defined(MPL_EMULATE)
 #define MPL_MMA (MPL_WARP == 32)
 #elif defined(MPL_HIP) || !defined(__CUDA_ARCH__)
@@ -190,37 +185,12 @@ MPL_INLINE void wait_for_copies() {
 #endif
 
 #if MPL_MMA
-template <int K> MPL_INLINE void mma(int* c, const int* a, const int* b) {
-#if defined(MPL_EMULATE)
-  int rows[2][8] = {}, columns[2][8] = {};
-  const unsigned lane = emulate::lane(), g = lane / 4, t = lane % 4;
-  for (int half = 0; half < K / 16; half++) {
-    const auto* slots = emulate::exchange(std::pair<int, int>(a[2 * half], a[2 * half + 1]));
-    for (unsigned i = 0; i < 4; i++)
-      for (unsigned r = 0; r < 2; r++) memcpy(&rows[r][4 * half + i], slots[4 * g + i] + 4 * r, 4);
-  }
-  const auto* slots = emulate::exchange(std::pair<int, int>(b[0], K == 32 ? b[1] : 0));
-  for (unsigned i = 0; i < 4; i++)
-    for (unsigned column = 0; column < 2; column++)
-      for (unsigned half = 0; half < 2; half++)
-        memcpy(&columns[column][4 * half + i], slots[4 * (2 * t + column) + i] + 4 * half, 4);
-  for (int i = 0; i < 4; i++)
-    for (int word = 0; word < K / 4; word++) c[i] = dot4(rows[i / 2][word], columns[i % 2][word], c[i]);
-#else
-  if (K == 32)
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
-#endif
-}
-
-// The same of float16 with sums in float32 ("m16n8k16" with floating point types): a lane's words of a are t of row g and of row g
-// + 8, then t + 4 of both; of b words t and t + 4 of column g. A word has two neighbours, the first in its low half.
-// `first`: c is set to the product, not added to.
+// -- matrix units: products of float16 by a warp of 32, with sums in float32 (PTX ISA, "Matrix fragments for mma.m16n8k16 with
+// floating point types").
+//
+// a is 16 x 16, b is 16 x 8, c is 16 x 8. With g = lane / 4 and t = lane % 4 a lane has of a word t of row g and of row g + 8, then word
+// t + 4 of both; of b words t and t + 4 of column g; and of c columns 2 t and 2 t + 1 in row g, then in row g + 8. A word has two
+// neighbours, the first in its low half. `first`: c is set to the product, not added to.
 MPL_INLINE void mma_half(float* c, const u32* a, u32 b0, u32 b1, bool first) {
 #if defined(MPL_EMULATE)
   struct Words { u32 a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};

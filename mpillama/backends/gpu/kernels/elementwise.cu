@@ -328,6 +328,16 @@ extern "C" __global__ void rope(const float* x, const float* cosines, const floa
 }
 MPL_EXPORT(rope)
 
+// Adds n parts (n, size) up, in their order.
+extern "C" __global__ void sum_parts(const float* parts, int n, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  float v = parts[id];
+  for (int i = 1; i < n; i++) v += parts[i * size + id];
+  out[id] = v;
+}
+MPL_EXPORT(sum_parts)
+
 // out (cols, rows) = x (rows, cols) transposed, times the factor of each of its columns.
 extern "C" __global__ void transpose_scaled(const float* x, const float* factors, int rows, int cols, i64 size, float* out) {
   const i64 id = THREAD_ID;

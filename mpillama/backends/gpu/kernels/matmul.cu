@@ -2,8 +2,9 @@
 //
 // Quantized weights meet activations rounded to 8 bits (`quantize` in elementwise.cu): xq (T, subs, 8) words of four, xd
 // (T, subs) their scales, xs (T, subs, 2) the scaled sums of 16, which minima need. Floating-point weights meet float32.
-// A product for few tokens (matvec.cuh) reads each weight once; one for many works on tiles of 64 rows and 32 tokens. With
-// experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
+// A product for few tokens (matvec.cuh) reads each weight once; one for many works on tiles: on matrix units (matmul_mma.cuh), or
+// here, of 64 rows and 32 tokens. With experts, tokens are pairs (token, choice), and the pairs of an expert are tiles of their own.
+#include "matmul_mma.cuh"
 #include "matvec.cuh"
 
 // Rows as floats: out (n, 32 n_sub) of rows index[i] - first, or i where index is null; zeros for rows outside of [0, n_rows).
@@ -39,48 +40,35 @@ DEQUANTIZE(dequantize_f32, float, )
 DEQUANTIZE(dequantize_f16, u16, float_to_half)
 
 #if !MPL_FLOAT
-// What 32 weights add to the product with one token's activations, given the products of their codes: where halves differ in
-// scale those of each half. d and sums are the token's.
-MPL_INLINE float scaled(int low, int high, const float* scale, const float* min, float d, const float* sums) {
-  float v = scale[0] * (float)low;
-  if (kHalves) v += scale[1] * (float)high;
-  v *= d;
-  if (kMin) v -= min[0] * sums[0] + min[1] * sums[1];
-  return v;
-}
-
 // Two scales and two minima of weights; scale and sums of activations.
 struct Factors { float v[4]; };
 MPL_INLINE Factors factors(Piece q) { return {{as_float(q.x), as_float(q.y), as_float(q.z), as_float(q.w)}}; }
 
+// What 32 weights add to the product with one token's activations.
 MPL_INLINE float dot_sub(const Sub& s, const int* a, float d, const float* sums) {
   int low = 0, high = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) low = dot4(s.q[i], a[i], low);
 #pragma unroll
   for (int i = 4; i < 8; i++) (kHalves ? high : low) = dot4(s.q[i], a[i], kHalves ? high : low);
-  return scaled(low, high, s.scale, s.min, d, sums);
+  float v = s.scale[0] * (float)low;
+  if (kHalves) v += s.scale[1] * (float)high;
+  v *= d;
+  if (kMin) v -= s.min[0] * sums[0] + s.min[1] * sums[1];
+  return v;
 }
 #endif
 
-// -- many tokens: 256 threads, each with 8 sums of a tile: 4 rows by 2 tokens, or 2 by 4 as matrix units have them.
+// -- many tokens: 256 threads, each with 8 sums of a tile, 4 rows by 2 tokens.
 constexpr int kRows = 64, kTokens = 32;
-constexpr bool kMma = MPL_MMA && !MPL_FLOAT;
-
-// Where sum i of a thread lies in the tile.
-MPL_INLINE int row_of(int i) {
-  const int t = threadIdx.x;
-  return kMma ? t / 32 % 4 * 16 + t % 32 / 4 + i % 4 / 2 * 8 : t % 16 + i / 2 * 16;
-}
-MPL_INLINE int token_of(int i) {
-  const int t = threadIdx.x;
-  return kMma ? t / 128 * 16 + i / 4 * 8 + t % 4 * 2 + i % 2 : t / 16 + i % 2 * 16;
-}
+MPL_INLINE int row_of(int i) { return threadIdx.x % 16 + i / 2 * 16; }
+MPL_INLINE int token_of(int i) { return threadIdx.x / 16 + i % 2 * 16; }
 
 // `tiles` (n, 3): expert, first, count; `order`: the pairs, by expert; the answer of a negative expert is zero. Without them,
 // tile y is tokens 32 y to 32 y + 31.
-MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, X_ARGS, float* y,
-                       int n_rows, int n_in, int n_tokens) {
+extern "C" __global__ void __launch_bounds__(256, 2)
+    matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, X_ARGS, float* y, int n_rows,
+           int n_in, int n_tokens) {
   int first = blockIdx.y * kTokens, n = min(kTokens, n_tokens - first);
   if (tiles) {
     const int* tile = tiles + 3 * blockIdx.y;
@@ -146,27 +134,6 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
     }
     __syncthreads();
     for (int i = 0; i < kSubs; i++) {
-#if MPL_MMA
-      const int g = t % 32 / 4, word = t % 4;
-      const int *upper = wq + i * kPlane + (t / 32 % 4 * 16 + g) * kStride, *lower = upper + 8 * kStride;
-      const int a[4] = {upper[word], lower[word], upper[4 + word], lower[4 + word]};
-      const Factors of_rows[2] = {factors(wf[i * kFactors + row_of(0)]), factors(wf[i * kFactors + row_of(2)])};
-#pragma unroll
-      for (int tile = 0; tile < 2; tile++) {
-        const int* column = aq + i * kTokenPlane + (t / 128 * 16 + tile * 8 + g) * kStride;
-        const int b[2] = {column[word], column[4 + word]};
-        int low[4] = {}, high[4] = {};
-        if (kHalves) mma<16>(low, a, b), mma<16>(high, a + 2, b + 1);
-        else mma<32>(low, a, b);
-        const Factors of_tokens[2] = {factors(af[i * kTokenFactors + token_of(4 * tile)]),
-                                      factors(af[i * kTokenFactors + token_of(4 * tile + 1)])};
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const float *f = of_rows[k / 2].v, *x = of_tokens[k % 2].v;
-          sum[4 * tile + k] += scaled(low[k], high[k], f, f + 2, x[0], x + 1);
-        }
-      }
-#else
 #pragma unroll
       for (int a = 0; a < 8; a += 2) {
         const int* from = wq + i * kPlane + row_of(a) * kStride;
@@ -180,7 +147,6 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
           sum[k] += dot_sub(s, aq + i * kTokenPlane + token_of(k) * kStride, x.v[0], x.v + 1);
         }
       }
-#endif
     }
     __syncthreads();
   }
@@ -191,16 +157,4 @@ MPL_INLINE void matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* til
     if (token < n && row < n_rows) y[(i64)(order ? order[first + token] : first + token) * n_rows + row] = sum[k];
   }
 }
-
-extern "C" __global__ void __launch_bounds__(256, 2)
-    matmul_tokens(const u8* w, i64 row_bytes, X_ARGS, float* y, int n_rows, int n_in, int n_tokens) {
-  matmul(w, row_bytes, 0, nullptr, nullptr, 1, X_CALL, y, n_rows, n_in, n_tokens);
-}
-MPL_EXPORT(matmul_tokens)
-
-extern "C" __global__ void __launch_bounds__(256, 2)
-    matmul_experts(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, X_ARGS, float* y,
-                   int n_rows, int n_in) {
-  matmul(w, row_bytes, mat_bytes, tiles, order, share, X_CALL, y, n_rows, n_in, 0);
-}
-MPL_EXPORT(matmul_experts)
+MPL_EXPORT(matmul)

@@ -1,0 +1,205 @@
+// Products of 9 tokens and more on matrix units: weights and activations in float16, sums in float32.
+//
+// A block of threads has 128 rows, 32 for each of its 4 warps, and N tokens, and goes through the columns in steps of 128. The bytes
+// of weights come to the ring of the warp that needs them, in pieces of 16 and a span of columns ahead (see matvec.cuh), those of
+// activations to memory of all warps. Weights are decoded into the registers that `mma_half` takes them from: a lane has 4
+// rows, and in each of them all of one sub-block of the step's four. For that the columns of a step change places, which no sum
+// minds: where `mma_half` has a lane's columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 there are, in its product j, columns 4 j to 4 j + 3 of
+// sub-block t, of weights and of activations alike. So each weight is decoded once for N tokens, and a lane reads activations for
+// two products in a piece of 16 bytes.
+#pragma once
+#include "decode.cuh"
+#include "half_math.cuh"
+
+#if MPL_MMA && MPL_TYPE != T_F32
+constexpr int kStep = 128, kMmaWarps = 4, kWarpRows = 32, kMmaThreads = 32 * kMmaWarps, kMmaRows = kWarpRows * kMmaWarps;
+#if MPL_FLOAT
+constexpr int kSpan = kStep, kSpanBytes = kSpan * kBytes;
+// Of quantized weights float16 has the products by this, that it may have digits enough for small ones.
+constexpr float kGrown = 1.f;
+#else
+constexpr int kSpan = kBlock > kStep ? kBlock : kStep, kSpanBytes = kSpan / kBlock * kBytes;
+constexpr float kGrown = 64.f;
+// Codes without a sign are counted from the one in their middle, that a minimum may be small beside what is multiplied.
+constexpr int kMiddle = !kMin ? 0
+                        : MPL_TYPE == T_Q6_K ? 32
+                        : MPL_TYPE == T_Q5_0 || MPL_TYPE == T_Q5_1 || MPL_TYPE == T_Q5_K ? 16
+                        : MPL_TYPE == T_IQ1_S || MPL_TYPE == T_IQ1_M ? 9
+                        : MPL_TYPE == T_Q4_0 || MPL_TYPE == T_Q4_1 || MPL_TYPE == T_Q4_K ? 8
+                        : MPL_TYPE == T_Q3_K ? 4
+                        : MPL_TYPE == T_Q1_0 ? 0
+                        : 1;
+#endif
+// Bytes from row to row: an odd number of 16, so that eight rows are in all the banks.
+constexpr int kSpanPieces = (kSpanBytes + 14) / 16 + 1, kPitch = 16 * (kSpanPieces | 1), kSteps = kSpan / kStep;
+constexpr int kSpanRing = kWarpRows * kPitch;
+
+// 32 weights as 16 words; `left` columns of the row begin here.
+MPL_INLINE void halves_of(Staged row, int sub, int left, u32* out) {
+#if MPL_FLOAT
+  words<2, 16>(row + 64 * sub, out);
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    if (2 * i + 1 >= left) out[i] &= 2 * i < left ? 0xFFFFu : 0u;
+#if MPL_TYPE == T_BF16
+    out[i] = halves(as_float(out[i] << 16), as_float(out[i] & 0xFFFF0000u));
+#endif
+  }
+#else
+  Sub s;
+  decode(row, sub, s);
+  u32 scale[2], minus[2];
+#pragma unroll
+  for (int h = 0; h < (kHalves ? 2 : 1); h++) {
+    scale[h] = halves(s.scale[h] * kGrown, s.scale[h] * kGrown);
+    const float min = (s.min[h] - (float)kMiddle * s.scale[h]) * kGrown;
+    minus[h] = kMin ? halves(-min, -min) : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const u32 bytes = kMin ? (u32)s.q[i] : (u32)s.q[i] ^ 0x80808080u, offset = kMin ? 0x64006400u + 0x10001u * kMiddle : kSigned;
+    const int h = kHalves ? i / 4 : 0;
+    out[2 * i] = fused(bytes_less<0>(bytes, offset), scale[h], minus[h]);
+    out[2 * i + 1] = fused(bytes_less<1>(bytes, offset), scale[h], minus[h]);
+  }
+#endif
+}
+
+// Where of N tokens' activations for a step those for products 2 j and 2 j + 1 of a token and sub-block t are, in pieces; `at` is 4
+// token + t. A warp reads 32 neighbours; what 8 neighbouring threads write, 2 sub-blocks of a token, is in different banks.
+template <int N> MPL_INLINE int place(int j, int at) { return j * 4 * N + (at ^ ((j & 1) << 2 | (j & 2))); }
+
+// x (T, 32 subs) float16 and scales (T): `halve` in elementwise.cu. tiles, order and share are those of matmul.cu. Several blocks
+// may share the columns, grid z: then y (z, T, n_rows) are parts of sums.
+template <int N>
+MPL_INLINE void matmul_mma(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, const u16* x,
+                           const float* scales, float* y, int n_rows, int n_in, int n_tokens) {
+  const int n_sub = (n_in + 31) / 32;
+  int first = blockIdx.y * N, n = min(N, n_tokens - first), n_steps = (n_sub + 3) / 4;
+  if (tiles) {
+    const int* tile = tiles + 3 * blockIdx.y;
+    if (tile[0] < 0) n_steps = 0;
+    else w += tile[0] * mat_bytes;
+    first = tile[1];
+    n = tile[2];
+    if (n == 0) return;
+  }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int row0 = blockIdx.x * kMmaRows + warp * kWarpRows;
+  const int spans = (n_steps + kSteps - 1) / kSteps, own = (spans + (int)gridDim.z - 1) / (int)gridDim.z * kSteps;
+  const int begin = min((int)blockIdx.z * own, n_steps), stop = min(begin + own, n_steps);
+
+  MPL_DYN_SHARED(u8, memory);
+  const u8* ring = memory + warp * (2 * kSpanRing);
+  const u8* tokens = memory + kMmaWarps * 2 * kSpanRing;
+  const SharedAt ring_at = shared_at(memory) + warp * (2 * kSpanRing), tokens_at = shared_at(memory) + kMmaWarps * 2 * kSpanRing;
+
+  // A thread brings part i of the activations of every eighth token.
+  const int i = threadIdx.x % 16, token0 = threadIdx.x / 16;
+  u32 source[N / 8];
+#pragma unroll
+  for (int k = 0; k < N / 8; k++) {
+    const int token = first + min(token0 + 8 * k, n - 1);
+    source[k] = (u32)((order ? order[token] : token) / share);
+  }
+  const auto bring_tokens = [&](int step) {
+    const bool here = 4 * step + i / 4 < n_sub;
+#pragma unroll
+    for (int k = 0; k < N / 8; k++) {
+      const int token = token0 + 8 * k;
+      const u16* from = here ? x + (i64)source[k] * (32 * n_sub) + kStep * step + 8 * i : x;
+      copy_16(tokens_at + (step % 2 * N * 2 * kStep + 16 * place<N>(i % 4, 4 * token + i / 4)), from, !here || token >= n);
+    }
+  };
+  // A lane brings every fourth piece of the rows that it decodes: g, g + 8, g + 16 and g + 24 of the warp.
+  const u8* rows[4];
+#pragma unroll
+  for (int r = 0; r < 4; r++) rows[r] = w + (i64)min(row0 + g + 8 * r, n_rows - 1) * row_bytes;
+  const auto bring_weights = [&](int span) {
+    const i64 at = (i64)span * kSpanBytes;
+    const int left = (int)(row_bytes - at < kSpanBytes ? row_bytes - at : kSpanBytes);
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int before = (int)((size_t)(rows[r] + at) & 15);
+      const u8* from = rows[r] + at - before + 16 * t;
+      const SharedAt to = ring_at + (span % 2 * kSpanRing + (g + 8 * r) * kPitch + 16 * t);
+#pragma unroll
+      for (int piece = 0; piece < 16 * kSpanPieces; piece += 64)
+        if (piece + 16 * t < before + left) copy_16(to + piece, from + piece);
+    }
+  };
+
+  float sum[2][N / 8][4];
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+#pragma unroll
+    for (int k = 0; k < N / 8; k++) sum[m][k][0] = sum[m][k][1] = sum[m][k][2] = sum[m][k][3] = 0.f;
+
+  if (begin < stop) bring_tokens(begin), bring_weights(begin / kSteps);
+  for (int step = begin; step < stop; step++) {
+    wait_for_copies();
+    // All copies are there, and nobody reads what the next ones overwrite.
+    __syncthreads();
+    const int span = step / kSteps;
+    if (step + 1 < stop) {
+      bring_tokens(step + 1);
+      if ((step + 1) % kSteps == 0) bring_weights(span + 1);
+    }
+    u32 a[4][16];
+    const int sub = 4 * step + t;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      if (sub < n_sub) {
+        const Staged row{ring + span % 2 * kSpanRing + (g + 8 * r) * kPitch, (int)((size_t)rows[r] + span * kSpanBytes & 15)};
+        halves_of(row, step % kSteps * 4 + t, n_in - 32 * sub, a[r]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < 16; k++) a[r][k] = 0;
+      }
+    }
+    const Piece* from = (const Piece*)(tokens + step % 2 * N * 2 * kStep);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int k = 0; k < N / 8; k += 2) {
+        const Piece b[2] = {from[place<N>(j, 32 * k + lane)], from[place<N>(j, 32 * k + 32 + lane)]};
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+          for (int at = 0; at < 2; at++)
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+              const int word = 4 * j + 2 * half;
+              const u32 part[4] = {a[2 * m][word], a[2 * m + 1][word], a[2 * m][word + 1], a[2 * m + 1][word + 1]};
+              mma_half(sum[m][k + at], part, word_of(b[at], 2 * half), word_of(b[at], 2 * half + 1), false);
+            }
+      }
+  }
+
+  y += (i64)blockIdx.z * n_tokens * n_rows;
+#pragma unroll
+  for (int k = 0; k < N / 8; k++)
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      const int token = 8 * k + 2 * t + c;
+      if (token >= n) continue;
+      const int to = order ? order[first + token] : first + token;
+      const float scale = scales[to / share] * (1.f / kGrown);
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const int row = row0 + g + 8 * r;
+        if (row < n_rows) y[(i64)to * n_rows + row] = sum[r / 2][k][r % 2 * 2 + c] * scale;
+      }
+    }
+}
+
+#define MATMUL_MMA(N)                                                                                                              \
+  extern "C" __global__ void __launch_bounds__(kMmaThreads, N == 32 ? 3 : 2)                                                      \
+      matmul_mma_##N(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, const u16* x,       \
+                     const float* scales, float* y, int n_rows, int n_in, int n_tokens) {                                          \
+    matmul_mma<N>(w, row_bytes, mat_bytes, tiles, order, share, x, scales, y, n_rows, n_in, n_tokens);                             \
+  }                                                                                                                                \
+  MPL_EXPORT(matmul_mma_##N)
+MATMUL_MMA(32)
+MATMUL_MMA(64)
+#endif
