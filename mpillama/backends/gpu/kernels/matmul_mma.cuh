@@ -85,7 +85,10 @@ MPL_INLINE void matmul_mma(const u8* w, i64 row_bytes, i64 mat_bytes, const int*
     if (n == 0) return;
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int row0 = blockIdx.x * kMmaRows + warp * kWarpRows;
+  const int row0 = warp * kWarpRows + g;
+  w += (i64)blockIdx.x * kMmaRows * row_bytes;
+  y += (i64)blockIdx.z * n_tokens * n_rows + blockIdx.x * kMmaRows;
+  const int n_own = n_rows - blockIdx.x * kMmaRows;
   const int spans = (n_steps + kSteps - 1) / kSteps, own = (spans + (int)gridDim.z - 1) / (int)gridDim.z * kSteps;
   const int begin = min((int)blockIdx.z * own, n_steps), stop = min(begin + own, n_steps);
 
@@ -111,17 +114,18 @@ MPL_INLINE void matmul_mma(const u8* w, i64 row_bytes, i64 mat_bytes, const int*
       copy_16(tokens_at + (step % 2 * N * 2 * kStep + 16 * place<N>(i % 4, 4 * token + i / 4)), from, !here || token >= n);
     }
   };
-  // A lane brings every fourth piece of the rows that it decodes: g, g + 8, g + 16 and g + 24 of the warp.
-  const u8* rows[4];
+  // A lane brings every fourth piece of the rows that it decodes: g, g + 8, g + 16 and g + 24 of the warp, or the last one again.
+  int offset[4];
 #pragma unroll
-  for (int r = 0; r < 4; r++) rows[r] = w + (i64)min(row0 + g + 8 * r, n_rows - 1) * row_bytes;
+  for (int r = 0; r < 4; r++) offset[r] = min(row0 + 8 * r, n_own - 1) * (int)row_bytes;
   const auto bring_weights = [&](int span) {
     const i64 at = (i64)span * kSpanBytes;
     const int left = (int)(row_bytes - at < kSpanBytes ? row_bytes - at : kSpanBytes);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-      const int before = (int)((size_t)(rows[r] + at) & 15);
-      const u8* from = rows[r] + at - before + 16 * t;
+      const u8* from = w + at + offset[r];
+      const int before = (int)((size_t)from & 15);
+      from += 16 * t - before;
       const SharedAt to = ring_at + (span % 2 * kSpanRing + (g + 8 * r) * kPitch + 16 * t);
 #pragma unroll
       for (int piece = 0; piece < 16 * kSpanPieces; piece += 64)
@@ -150,7 +154,7 @@ MPL_INLINE void matmul_mma(const u8* w, i64 row_bytes, i64 mat_bytes, const int*
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       if (sub < n_sub) {
-        const Staged row{ring + span % 2 * kSpanRing + (g + 8 * r) * kPitch, (int)((size_t)rows[r] + span * kSpanBytes & 15)};
+        const Staged row{ring + span % 2 * kSpanRing + (g + 8 * r) * kPitch, (int)((size_t)w + offset[r] + span * kSpanBytes & 15)};
         halves_of(row, step % kSteps * 4 + t, n_in - 32 * sub, a[r]);
       } else {
 #pragma unroll
@@ -176,7 +180,6 @@ MPL_INLINE void matmul_mma(const u8* w, i64 row_bytes, i64 mat_bytes, const int*
       }
   }
 
-  y += (i64)blockIdx.z * n_tokens * n_rows;
 #pragma unroll
   for (int k = 0; k < N / 8; k++)
 #pragma unroll
@@ -187,8 +190,8 @@ MPL_INLINE void matmul_mma(const u8* w, i64 row_bytes, i64 mat_bytes, const int*
       const float scale = scales[to / share] * (1.f / kGrown);
 #pragma unroll
       for (int r = 0; r < 4; r++) {
-        const int row = row0 + g + 8 * r;
-        if (row < n_rows) y[(i64)to * n_rows + row] = sum[r / 2][k][r % 2 * 2 + c] * scale;
+        const int row = row0 + 8 * r;
+        if (row < n_own) y[(i64)to * n_rows + row] = sum[r / 2][k][r % 2 * 2 + c] * scale;
       }
     }
 }
