@@ -88,7 +88,8 @@ def test_splits_and_orders(rng, order, monkeypatch, launched):
     for lens in ((300, 3), (1, 1), (3, 1), (0, 200), (1, 17)):
         check(pair, *lens)
     assert many_rows(launched) == 4
-    assert launched.count("combine") > 4
+    # Other kernels join their splits themselves.
+    assert launched.count("combine") == 4
 
 
 def test_every_order_gives_the_same_bits(rng):

@@ -130,6 +130,47 @@ def test_what_was_rounded_long_ago_is_rounded_again(rng, monkeypatch):
 
 
 @pytest.mark.parametrize(("warp", "order"), EVERY_VARIANT)
+def test_the_last_block_leaves_8_bits_too(warp, order, rng, monkeypatch):
+    """Of gate and up, and of attention, whose splits it joins; counters are zeros again."""
+    backend = gpu_backend(warp, order, int(rng.integers(1 << 30)))
+    put, get, host = backend.device.upload, backend.device.download, HostView(backend)
+    monkeypatch.setattr("mpillama.backends.gpu.attention._SPLIT_KEYS", 8)
+    monkeypatch.setattr(backend.device, "n_cores", int(rng.integers(1, 30)), raising=False)
+    seen = kernels_of(backend, monkeypatch)
+
+    def same(y, n):
+        w = make_weight(rng, host, GGMLType.Q8_0, 1, 9, n)[0]
+        before = list(seen)
+        found = get(backend.linear(y, w))
+        assert before.count("quantize") + before.count("combine") == 0
+        assert seen[len(before) :] == seen[-1:]
+        same_bits(found, get(backend.linear(put(get(y)), w)))
+        assert seen.count("quantize") == 1
+        assert not get(backend.counters).any()
+        seen.clear()
+
+    for n_tokens in (1, *rng.integers(2, 9, 2)):
+        n = 32 * int(rng.integers(1, 9))
+        gate, up = (make_weight(rng, host, GGMLType.Q8_0, 1, n, 96)[0] for _ in range(2))
+        x = put(rng.standard_normal((int(n_tokens), 96)).astype("f4"))
+        # It is made for x alone.
+        backend.linears(x, [gate, up])
+        seen.clear()
+        same(backend.gated_linear("silu", x, gate, up), n)
+
+    for n_v in (32, 96, 160):
+        sizes = (int(rng.integers(1, 4)) * 2, 2, 64, n_v)
+        pair = Pair(rng, host, sizes, ("f16", "f16"), n_blocks=12, n_seqs=2, sinks=bool(rng.integers(2)))
+        for lens in ((70, 3), (1, 1), (2, 0), (1, 5)):
+            batch = pair.batch(lens)
+            q, k, v = map(put, pair.inputs(len(batch.positions)))
+            sinks = None if pair.sinks is None else put(pair.sinks)
+            seen.clear()
+            y = backend.attention(q, k, v, pair.cache, batch, pair.params, sinks)
+            same(y.reshape(len(batch.positions), -1), sizes[0] * n_v)
+
+
+@pytest.mark.parametrize(("warp", "order"), EVERY_VARIANT)
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0"])
 def test_norms_and_rotation_within_attention(warp, order, kv_type, rng):
     """Against the ops one by one: the results, and what the cache keeps."""

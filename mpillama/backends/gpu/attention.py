@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from mpillama.backends.gpu.elementwise import GpuRopeTable
 from mpillama.backends.gpu.inputs import StepInputs
 from mpillama.backends.gpu.launcher import int32
 from mpillama.backends.gpu.matmul import MatmulOps
+from mpillama.backends.gpu.rounded import Rounded
 from mpillama.backends.kv_codec import CACHE_TYPES, check_cache_type, decode, encode
 from mpillama.gguf.types import GGMLType, row_bytes
 
@@ -68,6 +69,7 @@ class _Call:
     params: AttentionParams
     sinks: Array | None
     out: Array
+    rounded: Rounded | None = None
 
     def most_splits(self, longest: int) -> int:
         """Return how often the keys that so many tokens see can be split.
@@ -191,13 +193,20 @@ class AttentionOps(MatmulOps):
     def _attend(self, call: _Call) -> None:
         tiles = call.cache.tiles
         if tiles is None:
-            self._attend_few(call)
+            self._attend_few(replace(call, rounded=self._new_rounded_heads(call.out)))
             return
         groups = self._groups_of(call.params.kv_heads, max(_TILE_ROWS))
         # So many tokens of a sequence are more rows than a thread block of attention.cu has.
         many = max(2, _MAX_ROWS // groups.largest + 1)
-        self._attend_few(call, many)
-        self._attend_many(call, tiles, groups, many)
+        n_many = self._attend_many(call, tiles, groups, many)
+        self._attend_few(call if n_many else replace(call, rounded=self._new_rounded_heads(call.out)), many)
+
+    def _new_rounded_heads(self, out: Array) -> Rounded | None:
+        """Return arrays for the result in 8 bits too, as the product that follows takes it, or None."""
+        _, n_head, n_v = out.shape
+        if n_v % 32 or not self._is_rounded(out):
+            return None
+        return self.new_rounded(out, n_head * n_v, n_own=n_head * n_v)
 
     def _attend_few(self, call: _Call, below: int = 0) -> None:
         """Attend from sequences with less than so many tokens, or from all if it is 0."""
@@ -217,12 +226,12 @@ class AttentionOps(MatmulOps):
         sizes = np.int32(cache.n_k), np.int32(cache.n_v)
         self._start(call, kernel, groups, tiles, (groups.n_groups, n_tiles, n_split), n_rows, sizes)
 
-    def _attend_many(self, call: _Call, unit: Unit, groups: _Heads, least: int) -> None:
-        """Attend from sequences with at least so many tokens, on matrix units."""
+    def _attend_many(self, call: _Call, unit: Unit, groups: _Heads, least: int) -> int:
+        """Attend from sequences with at least so many tokens, on matrix units; returns of how many tiles they are."""
         cache = call.cache
         tiles, n_tiles, longest = call.tables.tiles(max(_TILE_ROWS) // groups.largest, least=least)
         if not n_tiles:
-            return
+            return 0
         n_rows = next(n for n in _TILE_ROWS if n >= groups.largest * longest)
         n_warps = n_rows // 16
         # A block fills a multiprocessor: more blocks than that only add to what has to be joined.
@@ -230,6 +239,7 @@ class AttentionOps(MatmulOps):
         shared = _tile_bytes(dict(unit.defines)["MPL_KEYS"], cache.n_k, cache.n_v)
         kernel = unit, f"attend_tiles_{n_warps}", n_warps * self.device.warp, shared
         self._start(call, kernel, groups, tiles, (groups.n_groups, n_tiles, n_split), n_rows, ())
+        return n_tiles
 
     def _start(
         self,
@@ -241,7 +251,7 @@ class AttentionOps(MatmulOps):
         n_rows: int,
         sizes: tuple[np.int32, ...],
     ) -> None:
-        """Start a kernel that attends, and what joins its splits.
+        """Start a kernel that attends, and what joins its splits, if it does not do so itself.
 
         Args:
             call: what it is about.
@@ -262,10 +272,15 @@ class AttentionOps(MatmulOps):
         heads = n_head, np.int32(cache.n_head_kv), *sizes
         args = call.q, cache.keys, cache.values, *where, *plan, *heads, *fixed, part, call.out
         unit, name, n_threads, shared = kernel
+        if unit is cache.unit:
+            self.device.launch(
+                unit, name, grid, n_threads, (*args, self.counters, *(call.rounded or [None] * 3)), shared
+            )
+            return
         self.device.launch(unit, name, grid, n_threads, args, shared)
         if part is not None:
             rest = part, np.int32(n_split), np.int32(n_rows), *plan, n_head, n_v, call.sinks, call.out
-            self.device.launch(cache.unit, "combine", (n_groups, n_tiles, n_rows), 2 * self.device.warp, rest)
+            self.device.launch(cache.unit, "combine", (n_groups, n_tiles, n_rows), self.device.warp, rest)
 
     def _groups_of(self, kv_heads: tuple[int, ...], max_rows: int) -> _Heads:
         known = self._heads.get((kv_heads, max_rows))

@@ -126,6 +126,10 @@ class CupyDevice:
         self._cupy.asnumpy(x, stream=self._stream, out=out)
         return out
 
+    def address(self, x: Array) -> int:
+        """Return where an array begins in memory."""
+        return int(x.data.ptr)
+
     def _lasting_memory(self) -> AbstractContextManager[object]:
         """Use the usual pool: in that of graphs, one may overwrite what another needs from launch to launch."""
         if not self._in_graph_memory:

@@ -92,6 +92,10 @@ class Device(Protocol):
         """Set out (T, n) float32 = x (T, k) w (n, k)^T; x and w are both float32, float16, or bfloat16 as uint16."""
         ...
 
+    def address(self, x: Array) -> int:
+        """Return where an array begins in memory."""
+        ...
+
     def graph_memory(self) -> AbstractContextManager[object]:
         """Let `empty` take memory that recorded work has for itself, and never gives back.
 

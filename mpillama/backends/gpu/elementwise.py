@@ -18,6 +18,8 @@ from mpillama.config import Rope
 EXPERTS = Unit("experts.cu")
 # The most tokens of matvec.cuh, in which each weight is read once.
 MATVEC_TOKENS = 8
+# For the widest rows of 8 bits, one for each 32 numbers; splits of attention need fewer.
+_COUNTERS = 1 << 14
 # Values that a block of threads sorts at a time.
 _TOP_CHUNK = 2048
 TOP_K = Unit("top_k.cu", (("TOP_CHUNK", _TOP_CHUNK),))
@@ -45,6 +47,7 @@ class ElementwiseOps:
         rounded: activations in 8 bits. Norms and activation functions leave them there, so that products of few tokens
             need not wait for another kernel.
         halved: activations in float16, for products of many tokens.
+        counters: zeros, by which blocks of threads find out who is the last.
     """
 
     def __init__(self, device: Device) -> None:
@@ -52,7 +55,8 @@ class ElementwiseOps:
         self.run = Launcher(device)
         self._frequencies: dict[tuple[Rope, int], tuple[Array, Array | None]] = {}
         self.inputs: StepInputs | None = None
-        self.rounded, self.halved = RoundedArrays(), RoundedArrays()
+        self.rounded, self.halved = RoundedArrays(device), RoundedArrays(device)
+        self.counters = device.upload(np.zeros(_COUNTERS, np.int32))
 
     def vector(self, raw: RawWeight) -> Array:
         """Return float32 (rows, n)."""
@@ -129,9 +133,9 @@ class ElementwiseOps:
         """From so many tokens on products of quantized weights take activations in float16; 0: never."""
         return MATVEC_TOKENS + 1 if self.device.matrix_units else self.device.gemm_tokens
 
-    def new_rounded(self, x: Array, n_in: int, pad: int = 0) -> Rounded:
-        """Return arrays for activations in 8 bits, which the caller fills."""
-        n_units = x.size // max(1, int(x.shape[-1])) * (n_in // 32)
+    def new_rounded(self, x: Array, n_in: int, pad: int = 0, n_own: int = 0) -> Rounded:
+        """Return arrays for activations in 8 bits, which the caller fills; ``n_own``: of a row, not the last axis."""
+        n_units = x.size // max(1, n_own or int(x.shape[-1])) * (n_in // 32)
         empty = self.device.empty
         arrays = empty((n_units, 8), np.int32), empty((n_units,)), empty((n_units, 2))
         return self.rounded.keep(x, n_in, pad, arrays)

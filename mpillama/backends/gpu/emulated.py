@@ -161,6 +161,10 @@ class EmulatedDevice:
         self._not_while_recording("download")
         return np.array(x, subok=False)
 
+    def address(self, x: Array) -> int:
+        """Return where an array begins in memory."""
+        return int(x.ctypes.data)
+
     def graph_memory(self) -> AbstractContextManager[object]:
         """Return a context without effect: every array has memory of its own."""
         return nullcontext()

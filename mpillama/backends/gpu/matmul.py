@@ -12,6 +12,7 @@ from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.device import SHARED_BYTES, Array, Unit
 from mpillama.backends.gpu.elementwise import ACTIVATIONS, EXPERTS, MATVEC_TOKENS, ElementwiseOps
 from mpillama.backends.gpu.inputs import StepInputs
+from mpillama.backends.gpu.rounded import Rounded
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
 
@@ -153,7 +154,9 @@ class MatmulOps(ElementwiseOps):
             return self.gated(activation, *self.linears(x, [gate, up]))
         out = self.device.empty((n_tokens, gate.n_rows))
         if out.size:
-            self._matvec(x, [gate, up], [out], n_tokens, activation=ACTIVATIONS[activation])
+            fits = self._is_rounded(out) and gate.n_rows <= 32 * self.counters.size
+            results = self.new_rounded(out, gate.n_rows) if fits else None
+            self._matvec(x, [gate, up], [out], n_tokens, activation=ACTIVATIONS[activation], rounded=results)
         return out
 
     def _matvec(
@@ -165,6 +168,7 @@ class MatmulOps(ElementwiseOps):
         *,
         activation: int = -1,
         experts: Array | None = None,
+        rounded: Rounded | None = None,
     ) -> None:
         """Start one kernel for up to three matrices alike, or for gate and up.
 
@@ -175,6 +179,7 @@ class MatmulOps(ElementwiseOps):
             n_tokens: rows of an output: tokens or pairs.
             activation: number of the gated activation; -1: none.
             experts: the matrix of each pair.
+            rounded: for the output of gate and up in 8 bits too.
         """
         w, none = ws[0], [None] * _MATVEC_PARTS
         rows = [np.int32(0)] * _MATVEC_PARTS
@@ -191,6 +196,7 @@ class MatmulOps(ElementwiseOps):
             *[*outs, *none][:_MATVEC_PARTS],
             *rows,
             *(np.int32(activation), np.int32(w.n_in), np.int32(n_tokens)),
+            *(self.counters, *(rounded or none)),
         )
         self.device.launch(w.unit, f"matvec_{width}", grid, warps * self.device.warp, args, shared)
 

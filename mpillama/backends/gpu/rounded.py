@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpillama.backends.gpu.device import Array
+from mpillama.backends.gpu.device import Array, Device
 
 # Those of a block's norm and of its experts: a shared expert wants the first again.
 _KEPT = 2
@@ -13,15 +13,24 @@ In float16: rows, and the scale of each."""
 
 
 class RoundedArrays:
-    """What was rounded last, by the array that it was made of."""
+    """What was rounded last, by the array that it was made of.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the arrays are.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._kept: list[tuple[Array, int, int, Rounded]] = []
 
     def find(self, x: Array, n_in: int, pad: int) -> Rounded | None:
-        """Return what was made of this very array, in rows of ``n_in`` of which ``pad`` zeros come first."""
+        """Return what was made of this very array, in rows of ``n_in`` of which ``pad`` zeros come first.
+
+        It may have had other axes, of the same numbers.
+        """
+        address = self._device.address(x)
         for i, (known, *size, rounded) in enumerate(self._kept):
-            if known is x and size == [n_in, pad]:
+            if self._device.address(known) == address and known.size == x.size and size == [n_in, pad]:
                 self._kept.append(self._kept.pop(i))
                 return rounded
         return None

@@ -4,6 +4,7 @@
 // times query heads of one KV head) and a share of the keys. A lane scores one key, then the lanes share out the elements
 // of the values; each warp keeps a running maximum and sum (arXiv:2112.05682), which are joined at the end.
 #include "codec.cuh"
+#include "round.cuh"
 
 #ifndef MPL_PAIRS
 #error "define MPL_PAIRS: pairs of value elements of a lane, at least n_v / (2 * MPL_WARP)"
@@ -208,12 +209,59 @@ MPL_INLINE void add_values(float (*acc)[MPL_PAIRS][2], const float* p, const u8*
   }
 }
 
+// A warp joins the splits of a row, `step` apart in `part`: maximum, sum, and n_v unfinished sums each. KEEP: into `kept` too.
+template <bool KEEP>
+MPL_INLINE void join(const float* part, int step, int n_split, int n_v, int lane, const float* sink, float* out, float* kept) {
+  float best = sink ? *sink : kLeast, total = 0.f, sum[2 * MPL_PAIRS];
+  for (int s = lane; s < n_split; s += MPL_WARP) best = fmaxf(best, fresh(part + (i64)s * step));
+  best = lanes_max<MPL_WARP>(best);
+#pragma unroll
+  for (int i = 0; i < 2 * MPL_PAIRS; i++) sum[i] = 0.f;
+  for (int s0 = 0; s0 < n_split; s0 += MPL_WARP) {
+    const bool here = s0 + lane < n_split;
+    const float* mine = part + (i64)(s0 + lane) * step;
+    const float own = here ? expf(fresh(mine) - best) : 0.f;
+    if (here) total += fresh(mine + 1) * own;
+    const int n = min(MPL_WARP, n_split - s0);
+#pragma unroll 4
+    for (int j = 0; j < n; j++) {
+      const float share = MPL_SHFL(own, j);
+      const float* from = part + (i64)(s0 + j) * step + 2;
+#pragma unroll
+      for (int i = 0; i < 2 * MPL_PAIRS; i++)
+        if (lane + i * MPL_WARP < n_v) sum[i] += fresh(from + lane + i * MPL_WARP) * share;
+    }
+  }
+  total = lanes_sum<MPL_WARP>(total) + (sink ? expf(*sink - best) : 0.f);
+#pragma unroll
+  for (int i = 0; i < 2 * MPL_PAIRS; i++) {
+    const int d = lane + i * MPL_WARP;
+    if (d >= n_v) break;
+    out[d] = sum[i] / total;
+    if (KEEP) kept[d] = out[d];
+  }
+}
+
+// A row of whole sub-blocks, in shared memory, in 8 bits; by n threads, whole warps, of which this is number `id`.
+MPL_INLINE void round_row(const float* v, i64 row, int n_v, int id, int n, int* xq, float* xd, float* xs) {
+  for (int first = 0; first < n_v / 4; first += n) {
+    const int i = first + id;
+    const bool here = i < n_v / 4;
+    float four[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) four[j] = here ? v[4 * i + j] : 0.f;
+    round_four(four, here, row * (n_v / 32) + i / 8, i % 8, xq, xd, xs);
+  }
+}
+
 // tiles (n, 2): first token, count. groups (n, 3): KV head, first of its query heads in `heads`, count. grid: groups, tiles,
-// splits. With several splits, `part` gets maximum, sum and the unfinished n_v sums of each row, for `combine`.
+// splits. With several splits, `part` gets maximum, sum and the unfinished n_v sums of each row, and the last block of threads of a
+// group and tile joins them; `counters` has a zero for each. With xq, rows are left in 8 bits too.
 template <int R>
 MPL_INLINE void attend(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,
                        const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head, int n_kv,
-                       int n_k, int n_v, float scale, float softcap, int window, const float* sinks, float* part, float* out) {
+                       int n_k, int n_v, float scale, float softcap, int window, const float* sinks, float* part, float* out,
+                       int* counters, int* xq, float* xd, float* xs) {
   const int lane = threadIdx.x % MPL_WARP, warp = threadIdx.x / MPL_WARP;
   const int first = tiles[2 * blockIdx.y], n_tokens = tiles[2 * blockIdx.y + 1];
   const int kv = groups[3 * blockIdx.x], n_rows = n_tokens * groups[3 * blockIdx.x + 2], per_token = groups[3 * blockIdx.x + 2];
@@ -331,10 +379,27 @@ MPL_INLINE void attend(const float* q, const u8* keys, const u8* values, const i
     for (int d = threadIdx.x; d < n_v; d += blockDim.x) {
       float v = 0.f;
       for (int i = 0; i < kWarps; i++) v += mixed[i * n_v + d];
-      to[d] = last_word ? v / total : v;
+      if (last_word) v /= total;
+      to[d] = mixed[d] = v;
     }
     if (!last_word && threadIdx.x == 0) to[-2] = best, to[-1] = total;
     __syncthreads();
+    if (last_word && xq) {
+      round_row(mixed, (i64)(first + r / per_token) * n_head + head, n_v, threadIdx.x, blockDim.x, xq, xd, xs);
+      __syncthreads();
+    }
+  }
+  if (gridDim.z == 1 || !is_last_block(counters + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
+  part += ((i64)blockIdx.y * gridDim.x + blockIdx.x) * gridDim.z * R * (n_v + 2);
+  mixed += warp * n_v;
+  for (int r = warp; r < n_rows; r += kWarps) {
+    const int head = heads[r % per_token];
+    const i64 row = (i64)(first + r / per_token) * n_head + head;
+    join<true>(part + r * (n_v + 2), R * (n_v + 2), gridDim.z, n_v, lane, sinks ? sinks + head : nullptr, out + row * n_v, mixed);
+    if (!xq) continue;
+    __syncwarp();
+    round_row(mixed, row, n_v, lane, MPL_WARP, xq, xd, xs);
+    __syncwarp();
   }
 }
 
@@ -343,9 +408,10 @@ MPL_INLINE void attend(const float* q, const u8* keys, const u8* values, const i
   extern "C" __global__ void __launch_bounds__(kWarps* MPL_WARP, 1)                                                            \
       attend_##R(const float* q, const u8* keys, const u8* values, const int* positions, const int* sequences,                \
                  const int* tables, int n_table, const int* tiles, const int* groups, const int* heads, int n_head, int n_kv, \
-                 int n_k, int n_v, float scale, float softcap, int window, const float* sinks, float* part, float* out) {     \
+                 int n_k, int n_v, float scale, float softcap, int window, const float* sinks, float* part, float* out,       \
+                 int* counters, int* xq, float* xd, float* xs) {                                                             \
     attend<R>(q, keys, values, positions, sequences, tables, n_table, tiles, groups, heads, n_head, n_kv, n_k, n_v, scale,    \
-              softcap, window, sinks, part, out);                                                                             \
+              softcap, window, sinks, part, out, counters, xq, xd, xs);                                                       \
   }                                                                                                                           \
   MPL_EXPORT(attend_##R)
 ATTEND(1)
@@ -356,23 +422,14 @@ ATTEND(4)
 ATTEND(8)
 #endif
 
-// Joins the splits of each row; grid: groups, tiles, rows.
+// For what attention_mma.cu has left: joins the splits of each row; grid: groups, tiles, rows; a warp to a block.
 extern "C" __global__ void combine(const float* part, int n_split, int n_rows_max, const int* tiles, const int* groups,
                                    const int* heads, int n_head, int n_v, const float* sinks, float* out) {
   const int r = blockIdx.z, per_token = groups[3 * blockIdx.x + 2];
   if (r >= tiles[2 * blockIdx.y + 1] * per_token) return;
-  const int head = heads[groups[3 * blockIdx.x + 1] + r % per_token];
-  const i64 step = (i64)n_rows_max * (n_v + 2);
+  const int head = heads[groups[3 * blockIdx.x + 1] + r % per_token], step = n_rows_max * (n_v + 2);
   part += ((i64)blockIdx.y * gridDim.x + blockIdx.x) * n_split * step + (i64)r * (n_v + 2);
-  float best = sinks ? sinks[head] : kLeast;
-  for (int s = 0; s < n_split; s++) best = fmaxf(best, part[s * step]);
-  float total = sinks ? expf(sinks[head] - best) : 0.f;
-  for (int s = 0; s < n_split; s++) total += part[s * step + 1] * expf(part[s * step] - best);
   float* to = out + ((i64)(tiles[2 * blockIdx.y] + r / per_token) * n_head + head) * n_v;
-  for (int d = threadIdx.x; d < n_v; d += blockDim.x) {
-    float v = 0.f;
-    for (int s = 0; s < n_split; s++) v += part[s * step + 2 + d] * expf(part[s * step] - best);
-    to[d] = v / total;
-  }
+  join<false>(part, step, n_split, n_v, threadIdx.x, sinks ? sinks + head : nullptr, to, nullptr);
 }
 MPL_EXPORT(combine)

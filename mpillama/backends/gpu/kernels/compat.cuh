@@ -339,6 +339,35 @@ MPL_INLINE float block_sum(float v, float* scratch) {
   return v;
 }
 
+// -- blocks of threads that finish what others have begun
+
+// What another block has written before it came to `is_last_block`.
+MPL_INLINE float fresh(const float* p) {
+#if defined(MPL_EMULATE)
+  return *p;
+#elif defined(MPL_HIP)
+  return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+#else
+  float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p)); return v;
+#endif
+}
+
+// Whether this block of threads is the last of n that come here with a counter, which is 0 before and after that (CUDA C++
+// Programming Guide, "Memory Fence Functions"). All its threads come.
+MPL_INLINE bool is_last_block(int* counter, int n) {
+  __shared__ int before;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    before = atomicAdd(counter, 1);
+    if (before == n - 1) *counter = 0;
+  }
+  __syncthreads();
+  if (before != n - 1) return false;
+  __threadfence();
+  return true;
+}
+
 // -- words
 
 // 32 of 64 bits, from bit 0 <= shift < 32 on.

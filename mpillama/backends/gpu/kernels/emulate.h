@@ -287,6 +287,7 @@ template <class... A> const char* launch(void (*kernel)(A...), const unsigned* h
 #define blockDim (MPL_MACHINE.block_dim)
 #define gridDim (MPL_MACHINE.grid_dim)
 #define __syncthreads() emulate::block_barrier()
+#define __threadfence() ((void)0)
 #define __syncwarp() ((void)emulate::exchange(0))
 #define MPL_SHFL_XOR(v, m) emulate::shuffle((v), emulate::lane() ^ (unsigned)(m))
 #define MPL_SHFL(v, from) emulate::shuffle((v), (unsigned)(from))

@@ -12,6 +12,7 @@
 #pragma once
 #include "activation.cuh"
 #include "decode.cuh"
+#include "round.cuh"
 
 constexpr int kMostThreads = 256;
 // Rows of a group. With 8 tokens 8 of them would need more registers than some GPUs have.
@@ -220,12 +221,13 @@ MPL_INLINE void add_products(float* sum, u8* ring, int lane, const Rows<group_of
 #endif
 
 // NT tokens at once. With activation < 0 up to three matrices w0, w1, w2 of n0, n1, n2 rows, one after the other, give y0, y1,
-// y2; else w0 is the gate and w1 goes up, n0 rows each, and y0 is act(gate) * up. With `experts`, blockIdx.y is a pair, whose
-// activations are row pair / share of x, and whose answer is zero where the expert is negative.
+// y2; else w0 is the gate and w1 goes up, n0 rows each, and y0 is act(gate) * up; with yq, in 8 bits too: the last block of threads
+// of 32 rows sees to it, and `counters` has a zero for each 32. With `experts`, blockIdx.y is a pair, whose activations are row
+// pair / share of x, and whose answer is zero where the expert is negative.
 template <int NT>
 MPL_INLINE void matvec(const u8* w0, const u8* w1, const u8* w2, i64 row_bytes, i64 mat_bytes, const int* experts, int share,
                        X_ARGS, float* y0, float* y1, float* y2, int n0, int n1, int n2, int activation, int n_in,
-                       int n_tokens) {
+                       int n_tokens, int* counters, int* yq, float* yd, float* ys) {
   constexpr int kGroup = group_of<NT>, N = kGroup * NT;
   MPL_DYN_SHARED(u8, shared);
   int warp = threadIdx.x / MPL_WARP, lane = threadIdx.x % MPL_WARP, ring_at = warp * kRing;
@@ -275,13 +277,25 @@ MPL_INLINE void matvec(const u8* w0, const u8* w1, const u8* w2, i64 row_bytes, 
     if (gated) v = gate_with(activation, v, up);
     y[(i64)(first + t) * n_rows + row] = v;
   }
+  if (!yq || !is_last_block(counters + row0 / 32, 32 / (kGroup / 2))) return;
+  for (int base = 0; base < 8 * NT; base += blockDim.x) {
+    const int t = (base + (int)threadIdx.x) / 8, part = threadIdx.x % 8;
+    const bool here = t < n;
+    const float* from = y + (i64)t * n_rows + row0 / 32 * 32 + 4 * part;
+    float v[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = here ? fresh(from + j) : 0.f;
+    round_four(v, here, (i64)t * (n_rows / 32) + row0 / 32, part, yq, yd, ys);
+  }
 }
 
 #define MATVEC(NT)                                                                                                            \
   extern "C" __global__ void __launch_bounds__(kMostThreads, 1)                                                                \
       matvec_##NT(const u8* w0, const u8* w1, const u8* w2, i64 row_bytes, i64 mat_bytes, const int* experts, int share,      \
-                  X_ARGS, float* y0, float* y1, float* y2, int n0, int n1, int n2, int activation, int n_in, int n_tokens) {  \
-    matvec<NT>(w0, w1, w2, row_bytes, mat_bytes, experts, share, X_CALL, y0, y1, y2, n0, n1, n2, activation, n_in, n_tokens); \
+                  X_ARGS, float* y0, float* y1, float* y2, int n0, int n1, int n2, int activation, int n_in, int n_tokens,    \
+                  int* counters, int* yq, float* yd, float* ys) {                                                             \
+    matvec<NT>(w0, w1, w2, row_bytes, mat_bytes, experts, share, X_CALL, y0, y1, y2, n0, n1, n2, activation, n_in, n_tokens,  \
+               counters, yq, yd, ys);                                                                                         \
   }                                                                                                                           \
   MPL_EXPORT(matvec_##NT)
 MATVEC(1)
