@@ -17,7 +17,9 @@ from mpillama.errors import UserError
 
 # Weights go over in pieces of this size, through two pinned buffers: one is filled while the other is sent.
 _PIECE = 16 << 20
-_GEMM_TOKENS = 128
+# From so many tokens on it should cost less to make all weights floats once than to decode them for each tile: with
+# matrix units, and without. By count of bytes and instructions; not measured yet.
+_GEMM_TOKENS, _GEMM_TOKENS_PLAIN = 256, 128
 
 
 class CupyGraph:
@@ -62,7 +64,8 @@ class CupyDevice:
         self._kernels: dict[tuple[Unit, str], Any] = {}
         self._pinned: list[tuple[Any, Any]] = []
         self._blas = self._load_blas()
-        self.gemm_tokens = _GEMM_TOKENS if self._blas is not None else 0
+        least = _GEMM_TOKENS if self.matrix_units else _GEMM_TOKENS_PLAIN
+        self.gemm_tokens = least if self._blas is not None else 0
         # CuPy records nothing on ROCm.
         self.can_capture = kind == "cuda"
         self._graph_chunks: list[Any] = []
