@@ -50,7 +50,7 @@ demo: $(VENV)/.run
 test: test-unit test-jobs test-mpi
 
 test-unit: $(VENV)/.test
-	$(PY) -m pytest tests/unit -n auto --maxprocesses 8 $(ARGS)
+	$(PY) -m pytest tests/unit -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-jobs: $(VENV)/.test
 	$(PY) -m pytest $(JOBS) -n 3 --dist loadfile $(ARGS)
@@ -104,9 +104,17 @@ clean:
 
 KERNELS := CMakeLists.txt $(wildcard mpillama/backends/cpu/kernels/* mpillama/comm/native/*)
 
-$(VENV)/.run: $(VENV)/.venv pyproject.toml $(KERNELS)
+# The build's own tools in a place that all environments share: for a second one there is nothing left to compile.
+TOOLS := build/tools
+
+$(TOOLS)/.made: pyproject.toml | $(VENV)/.venv
+	@$(PY) -m pip install --quiet --upgrade --target $(TOOLS) cmake ninja \
+	    $$(sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.venv pyproject.toml $(KERNELS) | $(TOOLS)/.made
 	@echo "Building mpillama and installing it with $(MPI) into $(VENV) (a minute or two) ..."
-	@$(PY) -m pip install --quiet -e '.[$(MPI)]'
+	@PYTHONPATH=$(CURDIR)/$(TOOLS) $(PY) -m pip install --quiet --no-build-isolation -e '.[$(MPI)]'
 	@touch $@
 
 # Not -e '.[test]', which would build the extension again: the packages that the extra names.

@@ -32,7 +32,7 @@ COMPILERS = ROOT / ".compilers"
 CUDA = ("75", "80", "86", "89", "90", "100", "120")
 # hipRTC of Debian 12 aborts on those that it does not know; clang 19 knows the rest.
 HIPRTC = ("gfx906", "gfx90a", "gfx1030")
-CLANG = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1201")
+CLANG = ("gfx942", "gfx1100", "gfx1201")
 HEADS = (64, 80, 96, 128, 192, 256)
 PLAIN = (Unit("elementwise.cu"), Unit("experts.cu"), TOP_K)
 
