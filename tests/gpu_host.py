@@ -106,6 +106,19 @@ def emulated(warp: int = 32, order: int = 0, seed: int = 1, **options: Any) -> H
     return HostView(gpu_backend(warp, order, seed, **options))
 
 
+def kernels_of(backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the kernels that will be started."""
+    seen: list[str] = []
+    launch = backend.device.launch
+
+    def counted(unit: Any, kernel: str, *args: Any, **options: Any) -> None:
+        seen.append(kernel)
+        launch(unit, kernel, *args, **options)
+
+    monkeypatch.setattr(backend.device, "launch", counted)
+    return seen
+
+
 __all__ = [
     "EVERY_VARIANT",
     "NO_COMPILER",
@@ -117,6 +130,7 @@ __all__ = [
     "RawWeight",
     "emulated",
     "gpu_backend",
+    "kernels_of",
     "needs_compiler",
     "only_emulated",
     "variant_of",

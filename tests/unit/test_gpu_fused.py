@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attention_pair import Pair
-from gpu_host import EVERY_VARIANT, VARIANTS, HostView, emulated, gpu_backend, needs_compiler
+from gpu_host import EVERY_VARIANT, VARIANTS, HostView, emulated, gpu_backend, kernels_of, needs_compiler
 from mpillama.backends.base import HeadNorms
 from mpillama.config import Rope
 from mpillama.gguf.types import GGMLType
@@ -57,18 +57,6 @@ def test_long_rows(n, rng):
     exact = h + exact_norm(x.astype("f8"), post, 1e-5)
     np.testing.assert_allclose(total[0], exact, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(y[0], exact_norm(exact, w, 1e-5), rtol=1e-5, atol=1e-5)
-
-
-def kernels_of(backend, monkeypatch):
-    """Return the names of the kernels that will be started."""
-    seen, launch = [], backend.device.launch
-
-    def counted(unit, kernel, *args, **options):
-        seen.append(kernel)
-        launch(unit, kernel, *args, **options)
-
-    monkeypatch.setattr(backend.device, "launch", counted)
-    return seen
 
 
 def same_bits(a, b):

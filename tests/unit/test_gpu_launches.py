@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpu_host import gpu_backend, needs_compiler
+from gpu_host import gpu_backend, kernels_of, needs_compiler
 from mpillama.bench import shapes
 from mpillama.bench.model import describe
 from mpillama.bench.weights import random_weights
@@ -45,13 +45,7 @@ def launches(monkeypatch, name):
     )
     sequence = TokenSequence(list(range(50)), np.arange(runner.n_blocks))
     runner.run(sequence.next_batch(1000))
-    seen, launch = [], backend.device.launch
-
-    def counted(unit, kernel, *args, **options):
-        seen.append(kernel)
-        launch(unit, kernel, *args, **options)
-
-    monkeypatch.setattr(backend.device, "launch", counted)
+    seen = kernels_of(backend, monkeypatch)
     sequence.tokens.append(7)
     assert np.isfinite(runner.run(sequence.next_batch(1))).all()
     return seen

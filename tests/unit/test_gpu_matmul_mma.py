@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpu_host import emulated, needs_compiler
+from gpu_host import emulated, kernels_of, needs_compiler
 from mpillama.backends.gpu.matmul import FLOATS
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
@@ -81,9 +81,7 @@ def test_blocks_that_share_the_columns(type, rng, monkeypatch):
 
 def test_activations_are_rounded_once_for_all_that_take_them(rng, monkeypatch):
     backend = on_units(rng)
-    names = []
-    launch = backend.device.launch
-    monkeypatch.setattr(backend.device, "launch", lambda *args: names.append(args[1]) or launch(*args))
+    names = kernels_of(backend, monkeypatch)
     x = backend.device.upload(tokens(rng, 12, 256))
     for type in (GGMLType.Q4_K, GGMLType.F16, GGMLType.Q6_K):
         w, _ = make_weight(rng, backend, type, 1, 40, 256)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpu_host import EVERY_VARIANT, REAL, emulated, gpu_backend, needs_compiler, variant_of
+from gpu_host import EVERY_VARIANT, REAL, emulated, gpu_backend, kernels_of, needs_compiler, variant_of
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.matmul import FLOATS
 from mpillama.backends.quants import SUPPORTED, dequantize
@@ -68,9 +68,7 @@ def test_gate_and_up_are_one_product(type, rng):
 def test_matrices_of_one_type_share_a_launch(n_tokens, rng, monkeypatch):
     """Five of one width, two types, one of them without rows: two launches, or one each from 9 tokens on."""
     backend = gpu_backend(*EVERY_VARIANT[rng.integers(len(EVERY_VARIANT))], seed=int(rng.integers(1 << 30)))
-    device, launches = backend.device, []
-    start = device.launch
-    monkeypatch.setattr(device, "launch", lambda *args: launches.append(args[1]) or start(*args))
+    device, launches = backend.device, kernels_of(backend, monkeypatch)
     types = [GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.Q4_K, GGMLType.Q4_K, GGMLType.Q6_K]
     weights, matrices = [], []
     for type, n_rows in zip(types, (70, 9, 0, 3, 41), strict=True):

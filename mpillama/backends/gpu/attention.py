@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -69,7 +69,6 @@ class _Call:
     params: AttentionParams
     sinks: Array | None
     out: Array
-    rounded: Rounded | None = None
 
     def most_splits(self, longest: int) -> int:
         """Return how often the keys that so many tokens see can be split.
@@ -193,22 +192,23 @@ class AttentionOps(MatmulOps):
     def _attend(self, call: _Call) -> None:
         tiles = call.cache.tiles
         if tiles is None:
-            self._attend_few(replace(call, rounded=self._new_rounded_heads(call.out)))
+            self._attend_few(call, rounded=self._new_rounded_heads(call.out))
             return
         groups = self._groups_of(call.params.kv_heads, max(_TILE_ROWS))
         # So many tokens of a sequence are more rows than a thread block of attention.cu has.
         many = max(2, _MAX_ROWS // groups.largest + 1)
         n_many = self._attend_many(call, tiles, groups, many)
-        self._attend_few(call if n_many else replace(call, rounded=self._new_rounded_heads(call.out)), many)
+        self._attend_few(call, many, None if n_many else self._new_rounded_heads(call.out))
 
     def _new_rounded_heads(self, out: Array) -> Rounded | None:
         """Return arrays for the result in 8 bits too, as the product that follows takes it, or None."""
-        _, n_head, n_v = out.shape
-        if n_v % 32 or not self._is_rounded(out):
+        rows = out.reshape(int(out.shape[0]), -1)
+        # Each head is rounded by itself.
+        if out.shape[-1] % 32 or not self._is_rounded(rows):
             return None
-        return self.new_rounded(out, n_head * n_v, n_own=n_head * n_v)
+        return self.new_rounded(rows, int(rows.shape[-1]))
 
-    def _attend_few(self, call: _Call, below: int = 0) -> None:
+    def _attend_few(self, call: _Call, below: int = 0, rounded: Rounded | None = None) -> None:
         """Attend from sequences with less than so many tokens, or from all if it is 0."""
         cache, warp = call.cache, self.device.warp
         # More would not fit into registers.
@@ -224,7 +224,8 @@ class AttentionOps(MatmulOps):
         shared = 4 * (n_rows * cache.n_k + _WARPS * n_rows * (warp + 2) + _WARPS * cache.n_v)
         kernel = cache.unit, f"attend_{n_rows}", _WARPS * warp, shared
         sizes = np.int32(cache.n_k), np.int32(cache.n_v)
-        self._start(call, kernel, groups, tiles, (groups.n_groups, n_tiles, n_split), n_rows, sizes)
+        finish = self.counters, *(rounded or [None] * 3)
+        self._start(call, kernel, groups, tiles, (groups.n_groups, n_tiles, n_split), n_rows, sizes, finish)
 
     def _attend_many(self, call: _Call, unit: Unit, groups: _Heads, least: int) -> int:
         """Attend from sequences with at least so many tokens, on matrix units; returns of how many tiles they are."""
@@ -250,6 +251,7 @@ class AttentionOps(MatmulOps):
         grid: tuple[int, int, int],
         n_rows: int,
         sizes: tuple[np.int32, ...],
+        finish: tuple[Array | None, ...] = (),
     ) -> None:
         """Start a kernel that attends, and what joins its splits, if it does not do so itself.
 
@@ -261,6 +263,7 @@ class AttentionOps(MatmulOps):
             grid: number of groups, tiles and splits.
             n_rows: of a block, at most.
             sizes: of heads, for a kernel that is not compiled for them.
+            finish: counters, and arrays for 8 bits or None, for a kernel that joins its splits itself.
         """
         cache, tables, params = call.cache, call.tables, call.params
         n_groups, n_tiles, n_split = grid
@@ -272,13 +275,8 @@ class AttentionOps(MatmulOps):
         heads = n_head, np.int32(cache.n_head_kv), *sizes
         args = call.q, cache.keys, cache.values, *where, *plan, *heads, *fixed, part, call.out
         unit, name, n_threads, shared = kernel
-        if unit is cache.unit:
-            self.device.launch(
-                unit, name, grid, n_threads, (*args, self.counters, *(call.rounded or [None] * 3)), shared
-            )
-            return
-        self.device.launch(unit, name, grid, n_threads, args, shared)
-        if part is not None:
+        self.device.launch(unit, name, grid, n_threads, (*args, *finish), shared)
+        if part is not None and not finish:
             rest = part, np.int32(n_split), np.int32(n_rows), *plan, n_head, n_v, call.sinks, call.out
             self.device.launch(cache.unit, "combine", (n_groups, n_tiles, n_rows), self.device.warp, rest)
 

@@ -133,9 +133,9 @@ class ElementwiseOps:
         """From so many tokens on products of quantized weights take activations in float16; 0: never."""
         return MATVEC_TOKENS + 1 if self.device.matrix_units else self.device.gemm_tokens
 
-    def new_rounded(self, x: Array, n_in: int, pad: int = 0, n_own: int = 0) -> Rounded:
-        """Return arrays for activations in 8 bits, which the caller fills; ``n_own``: of a row, not the last axis."""
-        n_units = x.size // max(1, n_own or int(x.shape[-1])) * (n_in // 32)
+    def new_rounded(self, x: Array, n_in: int, pad: int = 0) -> Rounded:
+        """Return arrays for activations in 8 bits, which the caller fills."""
+        n_units = x.size // max(1, int(x.shape[-1])) * (n_in // 32)
         empty = self.device.empty
         arrays = empty((n_units, 8), np.int32), empty((n_units,)), empty((n_units, 2))
         return self.rounded.keep(x, n_in, pad, arrays)

@@ -276,7 +276,7 @@ class MatmulOps(ElementwiseOps):
         self.device.launch(EXPERTS, "group_pairs", (1,), 256, (experts, *sizes, order, tiles), shared)
         return tiles, order
 
-    def _halves_of(self, x: Array, n_in: int, pad: int) -> tuple[Array, Array]:
+    def _halves_of(self, x: Array, n_in: int, pad: int) -> Rounded:
         """Return activations in float16, in rows of ``n_in`` of which ``pad`` zeros come first, and their scales."""
         known = self.halved.find(x, n_in, pad)
         if known is None:
@@ -285,8 +285,7 @@ class MatmulOps(ElementwiseOps):
             arrays = self.device.empty((n_rows, n_in), np.uint16), self.device.empty((n_rows, 1))
             known = self.halved.keep(x, n_in, pad, arrays)
             self.run.rows("halve", n_rows, n_in, x, np.int32(n_own), np.int32(pad), np.int32(n_in), *known)
-        halves, scales = known
-        return halves, scales
+        return known
 
     def _operand(self, x: Array, w: GpuMatrix) -> tuple[Any, ...]:
         """Return the activations as the kernels for ``w`` take them; often the op that made them has rounded them."""

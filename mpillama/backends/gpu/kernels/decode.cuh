@@ -3,6 +3,17 @@
 #pragma once
 #include "codec.cuh"
 
+// What a block of threads works on, of tiles of up to `size` tokens. `tiles` (n, 3): expert (negative: none, all answers are zero),
+// first, count (0: nothing to do); without them, tile y is the `size` tokens from size y on, of the only matrix.
+struct Tile {
+  int expert, first, n;
+};
+MPL_INLINE Tile tile_of(const int* tiles, int size, int n_tokens) {
+  const int y = blockIdx.y;
+  if (tiles) return {tiles[3 * y], tiles[3 * y + 1], tiles[3 * y + 2]};
+  return {0, y * size, min(size, n_tokens - y * size)};
+}
+
 #define FORMAT(block, bytes, halves, min) \
   constexpr int kBlock = block, kBytes = bytes; \
   constexpr bool kHalves = halves, kMin = min;

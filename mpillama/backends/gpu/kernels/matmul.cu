@@ -64,21 +64,16 @@ constexpr int kRows = 64, kTokens = 32;
 MPL_INLINE int row_of(int i) { return threadIdx.x % 16 + i / 2 * 16; }
 MPL_INLINE int token_of(int i) { return threadIdx.x / 16 + i % 2 * 16; }
 
-// `tiles` (n, 3): expert, first, count; `order`: the pairs, by expert; the answer of a negative expert is zero. Without them,
-// tile y is tokens 32 y to 32 y + 31.
+// tiles: see `tile_of`; `order`: the pairs, by expert.
 extern "C" __global__ void __launch_bounds__(256, 2)
     matmul(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, X_ARGS, float* y, int n_rows,
            int n_in, int n_tokens) {
-  int first = blockIdx.y * kTokens, n = min(kTokens, n_tokens - first);
-  if (tiles) {
-    const int* tile = tiles + 3 * blockIdx.y;
-    // Without columns, all sums are zero.
-    if (tile[0] < 0) n_in = 0;
-    else w += tile[0] * mat_bytes;
-    first = tile[1];
-    n = tile[2];
-    if (n == 0) return;
-  }
+  const Tile tile = tile_of(tiles, kTokens, n_tokens);
+  const int first = tile.first, n = tile.n;
+  if (n == 0) return;
+  // Without columns, all sums are zero.
+  if (tile.expert < 0) n_in = 0;
+  else w += tile.expert * mat_bytes;
   const int t = threadIdx.x, row0 = blockIdx.x * kRows;
   float sum[8] = {};
 #if MPL_FLOAT
@@ -107,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 #else
   constexpr int kSubs = 4;
   // Of each sub-block the 8 words of all rows, 12 apart, and of all tokens; then their factors, four each. What 8 neighbouring
-  // lanes write (2 rows, 4 sub-blocks) and what a warp reads (8 rows, 4 words) lies in different banks.
+  // lanes write (2 rows, 4 sub-blocks) lies in different banks.
   constexpr int kStride = 12, kPlane = kRows * kStride + 8, kTokenPlane = kTokens * kStride + 8;
   constexpr int kFactors = kRows + 2, kTokenFactors = kTokens + 2;
   MPL_DYN_SHARED(int, shared);

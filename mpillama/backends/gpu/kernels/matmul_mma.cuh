@@ -69,21 +69,16 @@ MPL_INLINE void halves_of(Staged row, int sub, int left, u32* out) {
 // token + t. A warp reads 32 neighbours; what 8 neighbouring threads write, 2 sub-blocks of a token, is in different banks.
 template <int N> MPL_INLINE int place(int j, int at) { return j * 4 * N + (at ^ ((j & 1) << 2 | (j & 2))); }
 
-// x (T, 32 subs) float16 and scales (T): `halve` in elementwise.cu. tiles, order and share are those of matmul.cu. Several blocks
+// x (T, 32 subs) float16 and scales (T): `halve` in elementwise.cu. tiles, order and share: as in matmul.cu. Several blocks
 // may share the columns, grid z: then y (z, T, n_rows) are parts of sums.
 template <int N>
 MPL_INLINE void matmul_mma(const u8* w, i64 row_bytes, i64 mat_bytes, const int* tiles, const int* order, int share, const u16* x,
                            const float* scales, float* y, int n_rows, int n_in, int n_tokens) {
   const int n_sub = (n_in + 31) / 32;
-  int first = blockIdx.y * N, n = min(N, n_tokens - first), n_steps = (n_sub + 3) / 4;
-  if (tiles) {
-    const int* tile = tiles + 3 * blockIdx.y;
-    if (tile[0] < 0) n_steps = 0;
-    else w += tile[0] * mat_bytes;
-    first = tile[1];
-    n = tile[2];
-    if (n == 0) return;
-  }
+  const Tile tile = tile_of(tiles, N, n_tokens);
+  const int first = tile.first, n = tile.n, n_steps = tile.expert < 0 ? 0 : (n_sub + 3) / 4;
+  if (n == 0) return;
+  w += max(tile.expert, 0) * mat_bytes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int row0 = warp * kWarpRows + g;
   w += (i64)blockIdx.x * kMmaRows * row_bytes;
