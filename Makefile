@@ -3,6 +3,7 @@
 # make test-cluster   job scripts under a real Slurm of two nodes, and mpirun over two hosts, on this machine (needs root)
 # make soak   ten minutes of good and bad clients against mpillama serve; ARGS="--seconds 60 --connections 200" for less
 # make test-sanitize   the kernel tests with sanitizers for memory errors and undefined behaviour
+# make test-arm   kernels and collectives on an emulated 64-bit ARM processor (needs qemu-user-static and g++-aarch64-linux-gnu)
 # make test-gpu   on a machine with an NVIDIA GPU: everything that only a GPU can show, and two ranks over NCCL
 # make lint   ruff and mypy
 # make hooks  run the same before each commit
@@ -22,6 +23,8 @@ ARGS   ?=
 
 PY     := $(VENV)/bin/python
 MPIRUN := $(VENV)/bin/mpirun
+# The build's own tools in a place that all environments share: for a second one there is nothing left to compile.
+TOOLS  := build/tools
 
 ifeq ($(filter $(MPI),mpich openmpi),)
 $(error MPI=$(MPI): choose mpich or openmpi)
@@ -40,7 +43,7 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize test-gpu soak lint hooks compilers clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize test-arm test-gpu soak lint hooks compilers clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -74,6 +77,9 @@ test-openmpi:
 test-sanitize: $(VENV)/.test
 	$(PY) tests/run_sanitized.py -q $(ARGS)
 
+test-arm: $(VENV)/.test | $(TOOLS)/.made
+	PYTHONPATH=$(CURDIR)/$(TOOLS) PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(PY) tests/run_arm.py $(ARGS)
+
 soak: $(VENV)/.test
 	$(PY) tests/soak_serve.py $(ARGS)
 
@@ -103,9 +109,6 @@ clean:
 # ---- set-up: one stamp file for each set of packages, renewed when what they are made of changes
 
 KERNELS := CMakeLists.txt $(wildcard mpillama/backends/cpu/kernels/* mpillama/comm/native/*)
-
-# The build's own tools in a place that all environments share: for a second one there is nothing left to compile.
-TOOLS := build/tools
 
 $(TOOLS)/.made: pyproject.toml | $(VENV)/.venv
 	@$(PY) -m pip install --quiet --upgrade --target $(TOOLS) cmake ninja \

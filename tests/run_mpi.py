@@ -51,6 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-n", type=int, required=True, metavar="N", help="number of ranks")
     parser.add_argument("--limit", type=float, default=300.0, metavar="S", help="wall-clock limit, seconds")
     parser.add_argument("--mpirun", default=None, metavar="PATH", help="launcher (default: the one beside python)")
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="of the ranks (default: ours)")
     parser.add_argument("--in-rank", nargs=2, default=None, metavar=("LOGS", "DEADLINE"), help=argparse.SUPPRESS)
     parser.add_argument("args", nargs="*", metavar="-- ARG", help="arguments of pytest")
     return parser.parse_args(argv)
@@ -143,7 +144,7 @@ def report(n: int, logs: Path, why: str) -> None:
     sys.stdout.flush()
 
 
-def run(n: int, limit_s: float, mpirun: str, args: Sequence[str]) -> int:
+def run(n: int, limit_s: float, mpirun: str, python: str, args: Sequence[str]) -> int:
     """Run the job; return the exit code: 0, pytest's, the launcher's, or 124 if it ran into the limit."""
     environ = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | os.environ  # ranks share the cores
     # All ranks draw the same random inputs, and a failure can be repeated.
@@ -154,7 +155,7 @@ def run(n: int, limit_s: float, mpirun: str, args: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mpillama-tests-", ignore_cleanup_errors=True) as folder:
         logs = Path(folder)
         environ["MPILLAMA_TEST_LOGS"] = folder
-        me = [sys.executable, __file__, "-n", str(n), "--in-rank", folder, str(time.time() + limit_s), "--", *args]
+        me = [python, __file__, "-n", str(n), "--in-rank", folder, str(time.time() + limit_s), "--", *args]
         # A session of its own: signals for the job stay in the job. No stdin: mpirun would read the terminal's.
         job = subprocess.Popen(
             [mpirun, "-n", str(n), *me], env=environ, stdin=subprocess.DEVNULL, start_new_session=True
@@ -193,7 +194,7 @@ def main() -> None:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup
                 signal.signal(signum, stop)
-        sys.exit(run(options.n, options.limit, options.mpirun or find_mpirun(), options.args))
+        sys.exit(run(options.n, options.limit, options.mpirun or find_mpirun(), options.python, options.args))
 
 
 if __name__ == "__main__":

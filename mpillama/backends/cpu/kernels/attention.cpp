@@ -24,6 +24,8 @@ const AttentionKernels& kernels_of(Level level) {
 #if MPILLAMA_X86
   if (level >= Level::avx512) return avx512_attention;
   if (level == Level::avx2) return avx2_attention;
+#elif MPILLAMA_ARM
+  if (level >= Level::neon) return neon_attention;
 #endif
   (void)level;
   return scalar_attention;

@@ -99,6 +99,8 @@ struct AttentionKernels {
 extern const AttentionKernels scalar_attention;
 #if MPILLAMA_X86
 extern const AttentionKernels avx2_attention, avx512_attention;
+#elif MPILLAMA_ARM
+extern const AttentionKernels neon_attention;
 #endif
 
 }  // namespace mpillama

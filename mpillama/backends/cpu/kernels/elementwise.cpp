@@ -9,6 +9,8 @@ const ElementwiseKernels& elementwise_kernels_of(Level level) {
 #if MPILLAMA_X86
   if (level >= Level::avx512) return avx512_elementwise;
   if (level == Level::avx2) return avx2_elementwise;
+#elif MPILLAMA_ARM
+  if (level >= Level::neon) return neon_elementwise;
 #endif
   (void)level;
   return scalar_elementwise;

@@ -33,6 +33,8 @@ const ElementwiseKernels& elementwise_kernels_of(Level level);
 extern const ElementwiseKernels scalar_elementwise;
 #if MPILLAMA_X86
 extern const ElementwiseKernels avx2_elementwise, avx512_elementwise;
+#elif MPILLAMA_ARM
+extern const ElementwiseKernels neon_elementwise;
 #endif
 
 }  // namespace mpillama

@@ -57,9 +57,17 @@ constexpr void set_panel(Kernels& kernels) {
     kernels.panel[type][log] = nullptr;
   } else if constexpr (is_float(format_of(type))) {
     kernels.panel[type][log] = float_panel<type, n>;
+  } else if constexpr (Vec::pairs && n > 1) {
+    kernels.panel[type][log] = paired_panel<type, n>;
   } else {
     kernels.panel[type][log] = quantized_panel<type, n>;
   }
+}
+
+// Puts token i of n into a group, where tokens lie in pairs: 8 columns of one, then of the other.
+inline void place_token(const int8_t* q, int n, int i, uint8_t* group) {
+  const int step = n == 1 ? 8 : 16;
+  for (int k = 0; k < 4; k++) std::memcpy(group + 64 * (i / 2) + 8 * (i % 2) + step * k, q + 8 * k, 8);
 }
 
 template <bool permuted>
@@ -68,7 +76,8 @@ void quantize_token(const float* x, size_t n_groups, int n, int i, uint8_t* bloc
   const IntGroup at = int_group(count);
   for (size_t g = 0; g < n_groups; g++, block += int_group_bytes(count)) {
     int32_t sums[2];
-    int8_t* q = reinterpret_cast<int8_t*>(block) + 32 * token;
+    int8_t alone[32];
+    int8_t* q = Vec::pairs ? alone : reinterpret_cast<int8_t*>(block) + 32 * token;
     const float d = Vec::quantize(x + 32 * g, q, sums);
     if constexpr (permuted) {
       // See `column_at`: pairs of columns change places.
@@ -77,6 +86,7 @@ void quantize_token(const float* x, size_t n_groups, int n, int i, uint8_t* bloc
       for (int k = 0; k < 16; k++) order[k] = pairs[k / 8 * 8 + k % 2 * 4 + k % 8 / 2];
       std::memcpy(q, order, 32);
     }
+    if constexpr (Vec::pairs) place_token(q, n, i, block);
     const int32_t negative[3] = {-(sums[0] + sums[1]), -sums[0], -sums[1]};
     const float dsums[3] = {d * float(sums[0] + sums[1]), d * float(sums[0]), d * float(sums[1])};
     std::memcpy(block + at.d + 4 * token, &d, 4);

@@ -6,6 +6,9 @@
 #if MPILLAMA_X86
 #include <cpuid.h>
 #endif
+#if MPILLAMA_ARM
+#include <sys/auxv.h>
+#endif
 #if MPILLAMA_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -61,6 +64,12 @@ std::vector<Level> machine_levels() {
   if (!zmm || !avx512) return levels;
   levels.push_back(Level::avx512);
   if (amx_usable(seven, state)) levels.push_back(Level::amx);
+#elif MPILLAMA_ARM
+  // Bits of Linux: Documentation/arch/arm64/elf_hwcaps.rst (asimddp, i8mm).
+  levels.push_back(Level::neon);
+  if (!(getauxval(AT_HWCAP) >> 20 & 1)) return levels;
+  levels.push_back(Level::dotprod);
+  if (getauxval(AT_HWCAP2) >> 13 & 1) levels.push_back(Level::i8mm);
 #endif
   return levels;
 }
@@ -92,6 +101,9 @@ const char* level_name(Level level) {
     case Level::avx2: return "avx2";
     case Level::avx512: return "avx512";
     case Level::amx: return "amx";
+    case Level::neon: return "neon";
+    case Level::dotprod: return "dotprod";
+    case Level::i8mm: return "i8mm";
   }
   return "";
 }

@@ -14,6 +14,10 @@ const Kernels& kernels_of(Level level) {
 #if MPILLAMA_X86
   if (level >= Level::avx512) return avx512_kernels;
   if (level == Level::avx2) return avx2_kernels;
+#elif MPILLAMA_ARM
+  if (level == Level::i8mm) return i8mm_kernels;
+  if (level == Level::dotprod) return dotprod_kernels;
+  if (level == Level::neon) return neon_kernels;
 #endif
   (void)level;
   return scalar_kernels;

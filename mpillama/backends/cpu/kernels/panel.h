@@ -11,6 +11,10 @@ namespace {
 
 constexpr int parts = 16 / Vec::lanes;
 
+// Of the levels whose tokens lie in pairs (Vec::pairs), for 2 tokens and more.
+template <int type, int n>
+void paired_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_units, const uint8_t* x, float* const* y, int n_rows);
+
 // Asks for memory that will be read after the n bytes at p.
 inline void fetch_ahead(const uint8_t* p, size_t n) {
   for (size_t i = 0; i < n; i += 64) Vec::prefetch(p + lookahead.bytes + i);

@@ -18,7 +18,7 @@ constexpr int pauses_between_looks_at_the_clock = 64;
 void pause() {
 #if MPILLAMA_X86
   __builtin_ia32_pause();
-#elif defined(__aarch64__)
+#elif MPILLAMA_ARM
   __asm__ volatile("yield");
 #endif
 }

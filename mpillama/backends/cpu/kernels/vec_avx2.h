@@ -14,6 +14,7 @@ struct Vec {
   static constexpr int lanes = 8;
   // For how many tokens there are kernels; floating-point weights leave registers for the sums of four.
   static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16, float_block_sizes = 1 | 2 | 4;
+  static constexpr bool pairs = false;
 
   using Bytes = __m256i;
   struct Int { __m256i v; };

@@ -13,6 +13,7 @@ namespace {
 struct Vec {
   static constexpr int lanes = 16;
   static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16, float_block_sizes = block_sizes;  // for how many tokens there are kernels
+  static constexpr bool pairs = false, signed_bytes = false;
 
   using Bytes = __m512i;
   struct Int { __m512i v; };

@@ -12,6 +12,8 @@ namespace {
 struct Vec {
   static constexpr int lanes = 16;
   static constexpr int block_sizes = 1 | 4, float_block_sizes = block_sizes;  // for how many tokens there are kernels
+  // Whether tokens lie in pairs (`place_token`), and whether both factors of products of bytes are signed.
+  static constexpr bool pairs = false, signed_bytes = false;
 
   struct Bytes { uint8_t v[64]; };
   struct Int { int32_t v[16]; };

@@ -1,0 +1,11 @@
+#include "vec_neon.h"
+// After the vectors.
+#include "panel_impl.h"
+// After the products.
+#include "kernels_impl.h"
+
+namespace mpillama {
+
+const Kernels dotprod_kernels = make_kernels();
+
+}  // namespace mpillama
