@@ -106,13 +106,30 @@ def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
 
-def processor() -> str:
+# ARM's processors tell numbers (MIDR_EL1, as Linux shows it): of who made the core, and of the core.
+_ARM_CORES = {
+    ("0x41", "0xd08"): "Cortex-A72",
+    ("0x41", "0xd0c"): "Neoverse N1",
+    ("0x41", "0xd40"): "Neoverse V1",
+    ("0x41", "0xd49"): "Neoverse N2",
+    ("0x41", "0xd4f"): "Neoverse V2",
+    ("0x43", "0x0af"): "ThunderX2",
+    ("0x46", "0x001"): "A64FX",
+    ("0x48", "0xd01"): "Kunpeng 920",
+    ("0xc0", "0xac3"): "Ampere-1",
+}
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Return the name of this host's processor, "" if the system does not tell."""
     try:
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        fields = dict(re.findall(r"^([^\t:]+?)\s*:[ \t]*(.+)$", cpuinfo.read_text(), re.MULTILINE))
     except OSError:
         return ""
-    return match[1] if match else ""
+    if "CPU part" not in fields:
+        return fields.get("model name", "")
+    maker, part = fields.get("CPU implementer", "?"), fields["CPU part"]
+    return _ARM_CORES.get((maker, part), f"ARM processor {maker} {part}")
 
 
 def _ancestor() -> str:

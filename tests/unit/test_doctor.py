@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mpillama.batch.clock import slurm_seconds_left
-from mpillama.doctor.facts import RankFacts, batch_system, launcher
+from mpillama.doctor.facts import RankFacts, batch_system, launcher, processor
 from mpillama.doctor.files import file_system, read_speed
 from mpillama.doctor.findings import Finding, Job, findings
 
@@ -111,6 +111,24 @@ def test_slow_network():
     assert "--tp" in told(job([rank("n1"), rank("n2")], times=slow), "warn")[0].fix
     made = job([rank("n1", infiniband=["mlx5_0"]), rank("n2")], times=slow)
     assert "mlx5_0 is there" in told(made, "warn")[0].fix
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel\t\t: 1\nmodel name\t: AMD EPYC\ncache size\t: 512 KB\n", "AMD EPYC"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd4f\n", "Neoverse V2"),
+        ("CPU implementer\t: 0x46\nCPU variant\t: 0x1\nCPU part\t: 0x001\n", "A64FX"),
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xfff\n", "ARM processor 0x41 0xfff"),
+        ("processor: 0\n", ""),
+        (None, ""),
+    ],
+)
+def test_processor(text, name, tmp_path):
+    path = tmp_path / "cpuinfo"
+    if text is not None:
+        path.write_text(text)
+    assert processor(path) == name
 
 
 def test_batch_system_and_launcher():
