@@ -25,8 +25,8 @@ def make_backend(
         name: one of `NAMES`; ``auto`` is ``cpu`` where that was built, else ``reference``.
         n_threads: of the process, the calling one included; NumPy's are the caller's to limit.
         cores: that the threads are pinned to, in turn; empty: they are not.
-        level: instruction sets of the cpu backend (scalar; avx2, avx512, amx; neon, dotprod, i8mm); empty: the best
-            of this machine.
+        level: instruction sets of the cpu backend (scalar; avx2, avx512, amx; neon, dotprod, i8mm, sve512);
+            empty: the best of this machine.
         device: number of the GPU, among those that the process sees.
 
     Raises:

@@ -25,6 +25,9 @@ const AttentionKernels& kernels_of(Level level) {
   if (level >= Level::avx512) return avx512_attention;
   if (level == Level::avx2) return avx2_attention;
 #elif MPILLAMA_ARM
+#if MPILLAMA_SVE512
+  if (level == Level::sve512) return sve512_attention;
+#endif
   if (level >= Level::neon) return neon_attention;
 #endif
   (void)level;

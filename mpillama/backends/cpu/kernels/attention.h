@@ -100,7 +100,7 @@ extern const AttentionKernels scalar_attention;
 #if MPILLAMA_X86
 extern const AttentionKernels avx2_attention, avx512_attention;
 #elif MPILLAMA_ARM
-extern const AttentionKernels neon_attention;
+extern const AttentionKernels neon_attention, sve512_attention;
 #endif
 
 }  // namespace mpillama

@@ -10,6 +10,9 @@ const ElementwiseKernels& elementwise_kernels_of(Level level) {
   if (level >= Level::avx512) return avx512_elementwise;
   if (level == Level::avx2) return avx2_elementwise;
 #elif MPILLAMA_ARM
+#if MPILLAMA_SVE512
+  if (level == Level::sve512) return sve512_elementwise;
+#endif
   if (level >= Level::neon) return neon_elementwise;
 #endif
   (void)level;

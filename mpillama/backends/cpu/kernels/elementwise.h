@@ -34,7 +34,7 @@ extern const ElementwiseKernels scalar_elementwise;
 #if MPILLAMA_X86
 extern const ElementwiseKernels avx2_elementwise, avx512_elementwise;
 #elif MPILLAMA_ARM
-extern const ElementwiseKernels neon_elementwise;
+extern const ElementwiseKernels neon_elementwise, sve512_elementwise;
 #endif
 
 }  // namespace mpillama

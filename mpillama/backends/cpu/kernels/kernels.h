@@ -47,7 +47,7 @@ extern const Kernels scalar_kernels;
 #if MPILLAMA_X86
 extern const Kernels avx2_kernels, avx512_kernels;
 #elif MPILLAMA_ARM
-extern const Kernels neon_kernels, dotprod_kernels, i8mm_kernels;
+extern const Kernels neon_kernels, dotprod_kernels, i8mm_kernels, sve512_kernels;
 #endif
 
 #if MPILLAMA_AMX

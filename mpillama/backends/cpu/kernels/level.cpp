@@ -8,6 +8,7 @@
 #endif
 #if MPILLAMA_ARM
 #include <sys/auxv.h>
+#include <sys/prctl.h>
 #endif
 #if MPILLAMA_AMX
 #include <sys/syscall.h>
@@ -65,11 +66,17 @@ std::vector<Level> machine_levels() {
   levels.push_back(Level::avx512);
   if (amx_usable(seven, state)) levels.push_back(Level::amx);
 #elif MPILLAMA_ARM
-  // Bits of Linux: Documentation/arch/arm64/elf_hwcaps.rst (asimddp, i8mm).
   levels.push_back(Level::neon);
-  if (!(getauxval(AT_HWCAP) >> 20 & 1)) return levels;
-  levels.push_back(Level::dotprod);
-  if (getauxval(AT_HWCAP2) >> 13 & 1) levels.push_back(Level::i8mm);
+  // Bits of Linux: Documentation/arch/arm64/elf_hwcaps.rst (asimddp, i8mm, sve).
+  const bool dotprod = getauxval(AT_HWCAP) >> 20 & 1;
+  if (dotprod) levels.push_back(Level::dotprod);
+#if MPILLAMA_I8MM
+  if (dotprod && getauxval(AT_HWCAP2) >> 13 & 1) levels.push_back(Level::i8mm);
+#endif
+#if MPILLAMA_SVE512
+  // PR_SVE_GET_VL, whose lower 16 bits are the bytes of a vector: Documentation/arch/arm64/sve.rst.
+  if (getauxval(AT_HWCAP) >> 22 & 1 && (prctl(51) & 0xffff) == 64) levels.push_back(Level::sve512);
+#endif
 #endif
   return levels;
 }
@@ -104,6 +111,7 @@ const char* level_name(Level level) {
     case Level::neon: return "neon";
     case Level::dotprod: return "dotprod";
     case Level::i8mm: return "i8mm";
+    case Level::sve512: return "sve512";
   }
   return "";
 }

@@ -7,8 +7,8 @@
 namespace mpillama {
 
 // Each level includes those before it of the same architecture. x86: avx2: AVX2, FMA, F16C. avx512: F, BW, VL, DQ, VNNI. amx: AMX
-// tiles of bf16. ARM: neon: what ARMv8 has. dotprod: DotProd. i8mm: I8MM.
-enum class Level { scalar, avx2, avx512, amx, neon, dotprod, i8mm };
+// tiles of bf16. ARM: neon: what ARMv8 has. dotprod: DotProd. i8mm: I8MM. Of its own: sve512: SVE with vectors of 512 bits.
+enum class Level { scalar, avx2, avx512, amx, neon, dotprod, i8mm, sve512 };
 
 // The levels that this machine and this build have, in ascending order. Asks the kernel for the use of AMX tiles, which are
 // there too if they are trapped (tile_trap.h).

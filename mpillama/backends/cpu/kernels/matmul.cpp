@@ -15,7 +15,12 @@ const Kernels& kernels_of(Level level) {
   if (level >= Level::avx512) return avx512_kernels;
   if (level == Level::avx2) return avx2_kernels;
 #elif MPILLAMA_ARM
+#if MPILLAMA_SVE512
+  if (level == Level::sve512) return sve512_kernels;
+#endif
+#if MPILLAMA_I8MM
   if (level == Level::i8mm) return i8mm_kernels;
+#endif
   if (level == Level::dotprod) return dotprod_kernels;
   if (level == Level::neon) return neon_kernels;
 #endif

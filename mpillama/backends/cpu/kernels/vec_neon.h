@@ -14,10 +14,16 @@ namespace {
 struct Vec {
   static constexpr int lanes = 4;
   // For how many tokens there are kernels; floating-point weights leave registers for the sums of four.
-  static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16, float_block_sizes = 1 | 2 | 4;
-#ifdef __ARM_FEATURE_MATMUL_INT8
+  static constexpr int float_block_sizes = 1 | 2 | 4;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16;
   static constexpr bool pairs = true, signed_bytes = false;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  static constexpr int block_sizes = 1 | 2 | 4 | 8 | 16;
+  static constexpr bool pairs = false, signed_bytes = true;
 #else
+  // Unpacking costs little next to the products.
+  static constexpr int block_sizes = 1 | 4;
   static constexpr bool pairs = false, signed_bytes = true;
 #endif
 
