@@ -11,6 +11,7 @@ level that the emulated processor has, then the MPI tests on two ranks. Nothing 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,13 @@ PYTHON = ARM / "python"
 COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 UNIT = ("test_cpu_matmul.py", "test_cpu_elementwise.py", "test_cpu_attention.py")
 PACKAGES = ("python3-minimal", "libpython3-stdlib", "libpython3-dev", "libstdc++6")
+LEVELS = {  # of processors that QEMU knows
+    "cortex-a72": ["scalar", "neon"],
+    "neoverse-n1": ["scalar", "neon", "dotprod"],
+    "a64fx": ["scalar", "neon", "sve512"],
+    "max,sve512=off": ["scalar", "neon", "dotprod", "i8mm"],
+    "max": ["scalar", "neon", "dotprod", "i8mm", "sve512"],
+}
 
 
 def run(*command: str | Path) -> None:
@@ -77,24 +85,26 @@ def set_up() -> None:
     missing = [name for name in (COMPILER, QEMU, "apt-get", "dpkg-deb") if shutil.which(name) is None]
     if missing:
         sys.exit(f"run_arm: {', '.join(missing)}: not found; apt install qemu-user-static g++-aarch64-linux-gnu")
-    if PYTHON.exists():
-        return
-    shutil.rmtree(ARM, ignore_errors=True)
     root, site, app = ARM / "root", ARM / "site", ARM / "app" / "mpillama"
-    fetch_interpreter(root)
-    interpreter = (root / "usr/bin/python3").resolve()
-    fetch_packages(interpreter.name.removeprefix("python"), site)
-    # Not the folder itself: what is built for ARM must not lie among what is built for this machine.
+    shutil.rmtree(app, ignore_errors=True)
     app.mkdir(parents=True)
+    # Not the folder itself: what is built for ARM must not lie among what is built for this machine.
     for entry in (ROOT / "mpillama").iterdir():
         if entry.suffix != ".so" and entry.name != "__pycache__":
             (app / entry.name).symlink_to(entry)
+    if PYTHON.exists() and PYTHON.stat().st_mtime > (ROOT / "pyproject.toml").stat().st_mtime:
+        return
+    for folder in (root, site, ARM / "wheels", ARM / "mpich"):
+        shutil.rmtree(folder, ignore_errors=True)
+    fetch_interpreter(root)
+    interpreter = (root / "usr/bin/python3").resolve()
+    fetch_packages(interpreter.name.removeprefix("python"), site)
     (site / "sitecustomize.py").write_text(f"import sys\n\nsys.executable = {str(PYTHON)!r}\n")
     library = next((ARM / "mpich").rglob("libmpi.so.12"))
     # QEMU has no process_vm_readv, by which MPICH reads what lies in another rank.
     PYTHON.write_text(
         f"#!/bin/sh\nexport PYTHONPATH={app.parent}:{site} MPI4PY_LIBMPI={library} MPIR_CVAR_CH4_CMA_ENABLE=0\n"
-        f'exec {QEMU} -cpu max -L {root} {interpreter} "$@"\n'
+        f'QEMU_CPU=${{QEMU_CPU:-max}} exec {QEMU} -L {root} {interpreter} "$@"\n'
     )
     PYTHON.chmod(0o755)
 
@@ -120,13 +130,29 @@ def build() -> None:
         shutil.copy(ARM / "cmake" / f"{name}{suffix}", ARM / "app" / "mpillama")
 
 
+def check_levels() -> None:
+    """See that each kind of processor finds its levels, and that those need nothing that it lacks."""
+    for cpu, expected in LEVELS.items():
+        environment = os.environ | {"QEMU_CPU": cpu}
+        script = "import mpillama._cpu as c; print(*c.levels())"
+        found = subprocess.run([PYTHON, "-c", script], env=environment, cwd=ARM, capture_output=True, text=True)
+        if found.stdout.split() != expected:
+            sys.exit(f"run_arm: levels of {cpu} are {found.stdout}{found.stderr}, not {' '.join(expected)}")
+    # With no more than one level beside the plain one: the tests run on a processor that has all.
+    story = [PYTHON, "-m", "mpillama.cli.main", "generate", "-p", "Once upon a time", "-n", "8"]
+    for cpu in ("cortex-a72", "a64fx"):
+        subprocess.run(story, env=os.environ | {"QEMU_CPU": cpu}, cwd=ARM, check=True)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Set up, build, run the tests; the exit code is that of the first run that failed."""
     set_up()
     build()
+    check_levels()
     # Not `-m pytest`, which would find the package in this folder first.
     command = [PYTHON, ARM / "site" / "bin" / "pytest", *(arguments or [f"tests/unit/{name}" for name in UNIT])]
-    code = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT).returncode
+    # Emulation takes its time, above all where others come first.
+    code = subprocess.run([*command, "-p", "no:cacheprovider", "--timeout=1200"], cwd=ROOT).returncode
     if arguments or code:
         return code
     ranks = [sys.executable, ROOT / "tests" / "run_mpi.py", "-n", "2", "--python", PYTHON, "--limit", "900", "--"]

@@ -113,17 +113,19 @@ _ARM_CORES = {
     ("0x41", "0xd40"): "Neoverse V1",
     ("0x41", "0xd49"): "Neoverse N2",
     ("0x41", "0xd4f"): "Neoverse V2",
+    ("0x41", "0xd84"): "Neoverse V3",
     ("0x43", "0x0af"): "ThunderX2",
     ("0x46", "0x001"): "A64FX",
     ("0x48", "0xd01"): "Kunpeng 920",
-    ("0xc0", "0xac3"): "Ampere-1",
+    ("0xc0", "0xac3"): "AmpereOne",
+    ("0xc0", "0xac4"): "AmpereOne A",
 }
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Return the name of this host's processor, "" if the system does not tell."""
     try:
-        fields = dict(re.findall(r"^([^\t:]+?)\s*:[ \t]*(.+)$", cpuinfo.read_text(), re.MULTILINE))
+        fields = dict(re.findall(r"^([^\t\n:]+?)[ \t]*:[ \t]*(.+)$", cpuinfo.read_text(), re.MULTILINE))
     except OSError:
         return ""
     if "CPU part" not in fields:

@@ -2,8 +2,8 @@
 
 A head (magic, version, size and digest of what follows), a header in JSON, then chunks: the tokens (int32), and for
 each block of the model the keys and then the values of each KV head, all tokens of it. Chunks begin at multiples of
-4096 bytes, so that ranks that write side by side never share a page; each has a digest, which covers the zeros after
-it too.
+4096 bytes, so that ranks that write side by side never share a page of that size; each has a digest, which covers the
+zeros after it too.
 All numbers are little-endian.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -170,6 +171,27 @@ def test_what_others_left_in_a_block_is_not_seen(rng, level, type):
         assert np.isfinite(pair.step(n_tokens)).all()
 
 
+@pytest.mark.parametrize("n_head", [8, 16])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_row_that_is_not_finite_spoils_no_other(level, n_head, rng):
+    """Rows that share vectors with it still follow scores that grow from span to span."""
+    backend, n_past = CpuBackend(1, (), level), 300
+    pair = Pair(rng, backend, (n_head, 1, 32, 32), n_blocks=10)
+    q, k, v = pair.inputs(n_past + 1)
+    k[:, 0] = np.linspace(0, 30, n_past + 1, dtype=np.float32)[:, None]
+    backend.attention(q[:-1], k[:-1], v[:-1], pair.cache, pair.batch([n_past]), pair.params, None)
+    last = pair.batch([1])
+    q = np.abs(q[-1:]) + 1
+    expected = backend.attention(q, k[-1:], v[-1:], pair.cache, last, pair.params, None)
+    assert np.isfinite(expected).all()
+    for bad in range(n_head):
+        with_inf = q.copy()
+        with_inf[0, bad] = np.inf
+        out = backend.attention(with_inf, k[-1:], v[-1:], pair.cache, last, pair.params, None)
+        others = np.arange(n_head) != bad
+        np.testing.assert_allclose(out[0, others], expected[0, others], rtol=1e-5, atol=1e-6)
+
+
 def test_scores_far_apart(rng):
     """The largest score decides alone, wherever it is; scores far from 0 neither overflow nor vanish."""
     backend = CpuBackend(2)
@@ -230,7 +252,7 @@ def test_indices_out_of_range(rng, fault):
 def test_many_steps_need_no_more_memory(rng):
     def resident() -> int:
         with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     backend = CpuBackend(2)
     pair = Pair(rng, backend, (8, 2, 64, 64), ("f16", "q8_0"), n_blocks=32)

@@ -112,7 +112,8 @@ template <int n_vectors, bool some_unseen> void weigh_panel(float* scores, size_
     }
   bool grown = false;
   for (int v = 0; v < n_vectors; v++) {
-    grown = grown || Simd::max_of(Simd::sub(top[v], m[v])) > tolerance;
+    // Of a row that is not finite the difference is no number, which must not hide that others have grown.
+    grown = grown || !Simd::at_most(Simd::sub(top[v], m[v]), Simd::all(tolerance));
     l[v] = Simd::load(p.l + v * width);
   }
   if (grown) {

@@ -1,6 +1,6 @@
 // Codes and factors of a group of 32 columns as vectors, for whichever `Vec` was included before.
 //
-// `part` counts the vectors that make up 16 rows: always 0 for vectors of 16 lanes, 0 or 1 for those of 8.
+// `part` counts the vectors that make up 16 rows: always 0 for vectors of 16 lanes, 0 or 1 for those of 8, 0 to 3 for those of 4.
 #pragma once
 #include "codec_codebook.h"
 #include "formats.h"

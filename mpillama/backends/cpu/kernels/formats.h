@@ -14,7 +14,7 @@
 // five digits in a byte: byte 4r+c of a group's vector has those of columns 4j+c, j = 0..4; digit i of the unit's other
 // vectors those of the remaining columns, group by group.
 //
-// An unpacked vector has 4 columns of 16 rows: an operand of vpdpbusd. Columns are padded with zeros to whole units.
+// An unpacked vector has 4 columns of 16 rows: an operand of products of bytes (vpdpbusd, sdot). Columns are padded with zeros to whole units.
 // Floating-point types are columns of 16 numbers; bf16 in pairs of columns, a pair of a row in 32 bits.
 #pragma once
 #include <cstddef>

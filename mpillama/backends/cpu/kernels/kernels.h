@@ -5,6 +5,7 @@
 //   quantized types:      int8 q[n][32], float d[n], int32 sum[n], float dsum[n], int32 sums[n][2], float dsums[n][2]
 //   floating-point types: float x[n][32]
 // where x = d q; sum is minus the sum of q, and dsum d times the sum of q; sums and dsums are the same for each 16 columns.
+// Some levels keep q of two tokens together: `place_token` in kernels_impl.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -6,6 +6,7 @@
 
 namespace mpillama {
 
+static_assert(!Vec::pairs, "compiled for more than this level has");
 const Kernels neon_kernels = make_kernels();
 
 }  // namespace mpillama

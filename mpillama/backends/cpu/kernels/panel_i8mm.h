@@ -16,7 +16,7 @@ inline void row_pairs(float32x4_t rows, float32x4_t out[2]) {
   out[1] = vzip2q_f32(rows, rows);
 }
 
-// A number for each token of a pair, for both rows.
+// A number of 32 bits for each token of a pair, for both rows: as a double they are one load.
 inline float32x4_t token_floats(const uint8_t* p) {
   double both;
   std::memcpy(&both, p, 8);
