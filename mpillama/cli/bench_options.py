@@ -154,7 +154,7 @@ _RUN = (
 )
 _OUTPUT = (
     Option(
-        ("-o", "--output"),
+        ("-o", "--output", "--output-format"),
         "format on stdout: " + ", ".join(("none", *FORMATS)),
         choice("none", *FORMATS),
         "md",

@@ -26,6 +26,11 @@ from mpillama.spmd import Interrupts
 from mpillama.steps import Leader, follow
 from mpillama.tokenizer import Tokenizer, load_tokenizer
 
+_RAW = (
+    "the prompt is continued as it is, without the model's chat template: mpillama chat talks to the model, and -sys "
+    "puts the prompt into the template here"
+)
+
 
 @dataclass
 class _Work:
@@ -62,6 +67,8 @@ def _prepare(args: Namespace, n_ranks: int, log: Log) -> tuple[Model, _Work]:
     header, model = open_model(args, n_ranks)
     tokenizer = load_tokenizer(header.metadata)
     text, templated = _templated(args, header, text, system)
+    if args.prompt and not templated and header.metadata.get("tokenizer.chat_template"):
+        log.info(_RAW)
     prompt = encode_chat(tokenizer, text) if templated else tokenizer.encode(text)
     if not prompt:
         if tokenizer.bos_id is None:

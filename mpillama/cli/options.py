@@ -245,14 +245,6 @@ PROMPT = _grouped(
         negatives=("--no-display-prompt",),
     ),
     Option(
-        ("--jinja",),
-        "use the Jinja chat template of the model",
-        None,
-        True,
-        env="LLAMA_ARG_JINJA",
-        negatives=("--no-jinja",),
-    ),
-    Option(
         ("--chat-template",),
         "chat template: Jinja text or a built-in name",
         str,

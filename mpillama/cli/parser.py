@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mpillama import __version__
 from mpillama.cli import values
 from mpillama.cli.commands import COMMANDS, DEFAULT_COMMAND, Command
-from mpillama.cli.foreign import ForeignFlag, foreign_flags
+from mpillama.cli.foreign import ForeignFlag, accepting_command, environment_notes, foreign_flags, note, refusal
+from mpillama.cli.foreign_tables import PROGRAMS
 from mpillama.cli.namespace import default_namespace
 from mpillama.cli.options import Option
 from mpillama.errors import UsageError
@@ -39,7 +41,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, argpars
     """Return the command's name and a namespace with a value for each of its options.
 
     ``argv`` comes without the program's name. A flag wins over an environment variable, which wins over the default; an
-    empty variable counts as unset. The namespace also holds ``notes``: a line for each flag that was accepted but does
+    empty variable counts as unset. The namespace also holds ``notes``: a line for each flag or variable that does
     nothing here. Raises UsageError or HelpRequested.
     """
     words = list(argv)
@@ -53,8 +55,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, argpars
     else:
         raise UsageError(_unknown_command(words[0], list(by_name)))
 
-    notes: list[str] = []
-    given = _read_flags(command, words, notes)
+    ignored: list[tuple[str, ForeignFlag, str]] = []
+    given = _read_flags(command, words, ignored)
     found = {**_read_environment(command, environ, given), **given}
     namespace = default_namespace(command.options)
     for dest, (_, value) in found.items():
@@ -65,7 +67,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, argpars
     if getattr(namespace, "escape", False):
         _replace_escapes(command, namespace)
     command.check(namespace)
-    namespace.notes = notes
+    namespace.notes = [note(*one, namespace) for one in ignored] + environment_notes(command.name, environ, namespace)
     return command.name, namespace
 
 
@@ -74,10 +76,12 @@ def find_command(name: str) -> Command:
     return next(command for command in COMMANDS if command.name == name)
 
 
-def _read_flags(command: Command, words: Sequence[str], notes: list[str]) -> dict[str, tuple[str, Any]]:
-    """Return, by dest, what was typed and its value; notes about ignored flags are appended to ``notes``."""
+def _read_flags(
+    command: Command, words: Sequence[str], ignored: list[tuple[str, ForeignFlag, str]]
+) -> dict[str, tuple[str, Any]]:
+    """Return, by dest, what was typed and its value; ignored flags and their last values are added to ``ignored``."""
     options = {name: option for option in command.options for name in (*option.names, *option.negatives)}
-    known: dict[str, Option | ForeignFlag] = {**foreign_flags(), **options}
+    known: dict[str, Option | ForeignFlag] = {**foreign_flags(command.name), **options}
     given: dict[str, tuple[str, Any]] = {}
     for flag, attached, rest in _flags(words, known):
         if flag in HELP:
@@ -96,10 +100,8 @@ def _read_flags(command: Command, words: Sequence[str], notes: list[str]) -> dic
             target, attached = next(o for o in command.options if o.dest == command.positional), flag
         if isinstance(target, ForeignFlag):
             if not target.ignored:
-                raise UsageError(f"{flag} is a llama.cpp flag that mpillama does not support yet")
-            for _ in range(target.arity):
-                attached = _value(flag, attached, rest, known)
-            notes.append(f"{flag} has no effect in mpillama")
+                raise UsageError(refusal(flag, target))
+            ignored.append((flag, target, _foreign_value(flag, target, attached, rest, known)))
         elif target.parse is None:
             if attached is not None:
                 raise UsageError(f"{flag} is a switch and takes no value, got {attached!r}")
@@ -117,13 +119,14 @@ def _read_flags(command: Command, words: Sequence[str], notes: list[str]) -> dic
     return given
 
 
-def _flags(words: Sequence[str], known: Iterable[str]) -> Iterator[tuple[str, str | None, Iterator[str]]]:
+def _flags(words: Sequence[str], known: Iterable[str]) -> Iterator[tuple[str, str | None, deque[str]]]:
     """Yield each flag with the value attached by ``=``, if any, and the words that follow, from which values are taken.
 
     Long flags may be typed with underscores, as in llama.cpp. A bare word is yielded as a flag.
     """
-    rest = iter(words)
-    for word in rest:
+    rest = deque(words)
+    while rest:
+        word = rest.popleft()
         name, equals, attached = word.partition("=")
         if name.startswith("--"):
             name = name.replace("_", "-")
@@ -133,18 +136,33 @@ def _flags(words: Sequence[str], known: Iterable[str]) -> Iterator[tuple[str, st
             yield (name if not equals else word), None, rest
 
 
-def _value(flag: str, attached: str | None, rest: Iterator[str], known: Iterable[str], metavar: str = "value") -> str:
+def _value(flag: str, attached: str | None, rest: deque[str], known: Iterable[str], metavar: str = "value") -> str:
     """Return the value attached to ``flag`` or else the next word, which must not be a flag itself."""
     if attached is not None:
         return attached
-    word = next(rest, None)
-    if word is None:
+    if not rest:
         raise UsageError(f"{flag} needs a value: {flag} {metavar}")
+    word = rest.popleft()
     if word in known or word in HELP + VERSION + DEVICES:
         raise UsageError(
             f"{flag} needs a value ({metavar}), but the flag {word} follows; if meant, write {flag}={word}"
         )
     return word
+
+
+def _foreign_value(
+    flag: str, foreign: ForeignFlag, attached: str | None, rest: deque[str], known: Iterable[str]
+) -> str:
+    """Return the last value of an ignored flag, "" if it has none; all of them are taken from ``rest``."""
+    if attached is None and foreign.may_lack(rest[0] if rest else None):
+        return ""
+    for _ in foreign.metavars:
+        attached = _value(flag, attached, rest, known)
+        try:
+            foreign.check(attached)
+        except values.BadValueError as error:
+            raise UsageError(f"{flag}: {error}") from error
+    return attached or ""
 
 
 def _convert(option: Option, source: str, text: str) -> Any:
@@ -192,7 +210,10 @@ def _replace_escapes(command: Command, namespace: argparse.Namespace) -> None:
 
 
 def _unknown_command(word: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(word, names, 1)
+    program = word.removeprefix("llama-")
+    if program in PROGRAMS:
+        return f"{word} is a program of llama.cpp: {PROGRAMS[program]}"
+    close = difflib.get_close_matches(program, names, 1)
     if close:
         return f"{word}: unknown command; did you mean {close[0]}?"
     hint = f"to run a model file, type mpillama -m {word}" if word.endswith(".gguf") else "see mpillama --help"
@@ -207,6 +228,8 @@ def _unknown_flag(
     for other in COMMANDS:
         if any(flag in (*option.names, *option.negatives) for option in other.options):
             return f"{flag} is a flag of mpillama {other.name}, not of mpillama {command.name}"
+    if owner := accepting_command(flag):
+        return f"{flag} is a flag of mpillama {owner}, not of mpillama {command.name}"
     close = difflib.get_close_matches(flag, options, 1) or difflib.get_close_matches(flag, known, 1)
     if not close:
         return f"{flag}: unknown flag; see mpillama {command.name} --help"

@@ -90,7 +90,7 @@ def test_pairs_and_splits():
 def test_flags_that_llama_bench_has_and_generate_ignores():
     assert bench("--no-warmup").no_warmup is True
     assert bench("-o", "jsonl").output == "jsonl"
-    assert bench("-ngl", "99").notes == ["-ngl has no effect in mpillama"]
+    assert bench("-nkvo").notes == ["-nkvo has no effect in mpillama"]
     assert {"-r", "-oe", "--delay", "--progress", "-d"} <= {name for option in BENCH for name in option.names}
     assert next(command for command in COMMANDS if command.name == "bench").check is check_bench
 

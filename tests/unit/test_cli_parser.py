@@ -65,7 +65,6 @@ DEFAULTS: dict[str, Any] = {
     "reverse_prompt": (),
     "special": False,
     "display_prompt": True,
-    "jinja": True,
     "chat_template": None,
     "chat_template_file": None,
     "seed": -1,  # llama.cpp: 4294967295, the same 32 bits
@@ -137,8 +136,6 @@ VARIABLES: list[tuple[str, str, str, Any]] = [
     ("LLAMA_ARG_YARN_BETA_SLOW", "1", "yarn_beta_slow", 1.0),
     ("LLAMA_ARG_YARN_BETA_FAST", "32", "yarn_beta_fast", 32.0),
     ("LLAMA_ARG_N_PREDICT", "5", "predict", 5),
-    ("LLAMA_ARG_JINJA", "false", "jinja", False),
-    ("LLAMA_ARG_NO_JINJA", "anything", "jinja", False),
     ("LLAMA_ARG_CHAT_TEMPLATE", "chatml", "chat_template", "chatml"),
     ("LLAMA_ARG_CHAT_TEMPLATE_FILE", "t.jinja", "chat_template_file", Path("t.jinja")),
     ("LLAMA_ARG_TEMPERATURE", "0.1", "temp", 0.1),
@@ -159,6 +156,11 @@ OTHER_VARIABLES: list[tuple[str, str, str, str, Any]] = [
     ("batch", "LLAMA_ARG_N_PARALLEL", "5", "parallel", 5),
     ("serve", "LLAMA_ARG_HOST", "0.0.0.0", "host", "0.0.0.0"),
     ("serve", "LLAMA_ARG_THINK_BUDGET", "9", "reasoning_budget", 9),
+    ("serve", "LLAMA_ARG_REASONING", "false", "reasoning", "off"),
+    ("batch", "LLAMA_ARG_REASONING_EFFORT", "low", "reasoning_effort", "low"),
+    ("chat", "LLAMA_ARG_CHAT_TEMPLATE_KWARGS", '{"a": 1}', "chat_template_kwargs", {"a": 1}),
+    ("serve", "LLAMA_ARG_N_PREDICT", "5", "predict", 5),
+    ("batch", "LLAMA_ARG_N_PREDICT", "5", "predict", 5),
     ("serve", "LLAMA_ARG_PORT", "81", "port", 81),
     ("serve", "LLAMA_ARG_TIMEOUT", "7", "timeout", 7),
     ("serve", "LLAMA_ARG_ALIAS", "me", "alias", "me"),
@@ -232,7 +234,7 @@ def test_every_variable_is_tested() -> None:
 
 def test_a_flag_wins_over_its_variable_and_over_those_it_excludes() -> None:
     assert generate("-c", "5", LLAMA_ARG_CTX_SIZE="7").ctx_size == 5
-    assert generate("--jinja", LLAMA_ARG_NO_JINJA="1").jinja is True
+    assert generate("--perf", LLAMA_ARG_NO_PERF="1").perf is True
     namespace = generate("-hf", "a/b", LLAMA_ARG_MODEL="x.gguf")
     assert (namespace.model, namespace.hf_repo) == (None, "a/b")
     assert generate("--rope-scale", "2", LLAMA_ARG_ROPE_FREQ_SCALE="0.1").rope_freq_scale == 0.5
@@ -240,7 +242,7 @@ def test_a_flag_wins_over_its_variable_and_over_those_it_excludes() -> None:
 
 
 def test_an_empty_variable_is_unset() -> None:
-    assert generate("-v", LLAMA_ARG_CTX_SIZE="", LLAMA_ARG_NO_JINJA="").ctx_size == 0
+    assert generate("-v", LLAMA_ARG_CTX_SIZE="", LLAMA_ARG_NO_PERF="").perf is True
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> Non
     results: list[Namespace] = []
     samples = (
         *("0.5", "3", "1", "none", "reference", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"),
-        *("llama.cpp", "on", "90s", "Q4_K", "h100", "64", "direct"),
+        *("llama.cpp", "on", "90s", "Q4_K", "h100", "64", "direct", '{"a": 1}'),
     )
     for sample in samples:
         try:
@@ -296,7 +298,11 @@ def test_names_are_unique_and_shaped_like_llama_cpps() -> None:
     # These give some of llama.cpp's flags a meaning of their own, as other programs of llama.cpp do.
     real = [(command, option) for command, option in OPTIONS if command.name not in ("bench", "batch", "plan")]
     supported = {name for _, option in real for name in (*option.names, *option.negatives)}
-    assert not supported & set(foreign_flags())
+    everywhere = foreign_flags("")
+    assert not supported & set(everywhere)
+    for command in COMMANDS:
+        accepted = {name for name, flag in foreign_flags(command.name).items() if flag != everywhere.get(name)}
+        assert not accepted & {name for option in command.options for name in (*option.names, *option.negatives)}
 
 
 def test_without_a_command_it_is_generate() -> None:
@@ -411,7 +417,9 @@ def test_suggestions(typed: str, meant: str) -> None:
 
 def test_one_letter_off_is_found(rng: np.random.Generator) -> None:
     flags = [option.long_name for option in find_command("generate").options if len(option.long_name) > 8]
-    known = {name for _, option in OPTIONS for name in (*option.names, *option.negatives)} | set(foreign_flags())
+    known = {name for _, option in OPTIONS for name in (*option.names, *option.negatives)} | set(
+        foreign_flags("generate")
+    )
     for flag in rng.choice(flags, 20, replace=False):
         at = int(rng.integers(3, len(flag)))
         typo = flag[:at] + flag[at + 1 :]
@@ -422,39 +430,6 @@ def test_one_letter_off_is_found(rng: np.random.Generator) -> None:
 def test_nothing_near() -> None:
     assert refused("--zzzzzzzz") == "--zzzzzzzz: unknown flag; see mpillama generate --help"
     assert "unknown flag" in refused("--")
-
-
-@pytest.mark.parametrize("flag", [flag for flag, foreign in foreign_flags().items() if not foreign.ignored])
-def test_unsupported_flags(flag: str) -> None:
-    assert refused("-p", "x", flag, "y") == f"{flag} is a llama.cpp flag that mpillama does not support yet"
-
-
-@pytest.mark.parametrize("flag", [flag for flag, foreign in foreign_flags().items() if foreign.ignored])
-def test_ignored_flags_take_their_values_and_leave_a_note(flag: str) -> None:
-    arity = foreign_flags()[flag].arity
-    namespace = generate(flag, *["99"] * arity, "-n", "3")
-    assert vars(namespace) == DEFAULTS | {"predict": 3, "notes": [f"{flag} has no effect in mpillama"]}
-    if arity:
-        assert refused("-p", "x", flag) == f"{flag} needs a value: {flag} value"
-
-
-def test_what_people_type_from_memory() -> None:
-    line = "-m m.gguf -ngl 99 -fa on --no-mmap -c 4096 -n 128 -t 8 --temp 0.7 -no-cnv -nkvo --numa isolate -p hi"
-    namespace = generate(*line.split())
-    assert (namespace.model, namespace.ctx_size, namespace.predict) == (Path("m.gguf"), 4096, 128)
-    assert (namespace.threads, namespace.temp, namespace.prompt) == (8, 0.7, "hi")
-    assert [note.split()[0] for note in namespace.notes] == ["-ngl", "-fa", "--no-mmap", "-no-cnv", "-nkvo", "--numa"]
-
-
-@pytest.mark.parametrize("flag", ["--lora", "-ot", "--mmproj", "-cmoe", "-md"])
-def test_flags_that_must_not_be_ignored(flag: str) -> None:
-    assert not foreign_flags()[flag].ignored
-
-
-def test_the_arity_of_foreign_flags() -> None:
-    arities = {"-ngl": 1, "-fa": 1, "-nkvo": 0, "-cmoe": 0, "--control-vector-layer-range": 2, "--mlock": 0}
-    assert {flag: foreign_flags()[flag].arity for flag in arities} == arities
-    assert all(0 <= foreign.arity <= 2 for foreign in foreign_flags().values())
 
 
 def test_logits_and_inspect() -> None:
