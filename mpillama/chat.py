@@ -22,6 +22,9 @@ from mpillama.errors import ModelError, UsageError, UserError
 from mpillama.tokenizer import Tokenizer
 from mpillama.tokenizer.vocabulary import special_ids_by_key
 
+RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "self"))
+"""What `ChatTemplate.render` gives a template by itself, and no variable of the template's own can be called."""
+
 
 class ChatTemplate:
     """A compiled template. `now` is what ``strftime_now`` in a template formats.

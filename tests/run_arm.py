@@ -92,15 +92,14 @@ def set_up() -> None:
     for entry in (ROOT / "mpillama").iterdir():
         if entry.suffix != ".so" and entry.name != "__pycache__":
             (app / entry.name).symlink_to(entry)
-    if PYTHON.exists() and PYTHON.stat().st_mtime > (ROOT / "pyproject.toml").stat().st_mtime:
-        return
-    for folder in (root, site, ARM / "wheels", ARM / "mpich"):
-        shutil.rmtree(folder, ignore_errors=True)
-    fetch_interpreter(root)
-    interpreter = (root / "usr/bin/python3").resolve()
-    fetch_packages(interpreter.name.removeprefix("python"), site)
-    (site / "sitecustomize.py").write_text(f"import sys\n\nsys.executable = {str(PYTHON)!r}\n")
-    library = next((ARM / "mpich").rglob("libmpi.so.12"))
+    made = site / "sitecustomize.py"
+    if not made.exists() or made.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
+        for folder in (root, site, ARM / "wheels", ARM / "mpich"):
+            shutil.rmtree(folder, ignore_errors=True)
+        fetch_interpreter(root)
+        fetch_packages((root / "usr/bin/python3").resolve().name.removeprefix("python"), site)
+        made.write_text(f"import sys\n\nsys.executable = {str(PYTHON)!r}\n")
+    interpreter, library = (root / "usr/bin/python3").resolve(), next((ARM / "mpich").rglob("libmpi.so.12"))
     # QEMU has no process_vm_readv, by which MPICH reads what lies in another rank.
     PYTHON.write_text(
         f"#!/bin/sh\nexport PYTHONPATH={app.parent}:{site} MPI4PY_LIBMPI={library} MPIR_CVAR_CH4_CMA_ENABLE=0\n"

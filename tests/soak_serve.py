@@ -35,7 +35,8 @@ from job import ranks_of, start  # noqa: E402
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"]}
 CHAT = [{"role": "user", "content": "Tell me a story"}]
-PATHS = ["/v1/completions", "/v1/chat/completions", "/completion", "/v1/embeddings", "/v1/responses", "/tokenize"]
+PATHS = ["/v1/completions", "/v1/chat/completions", "/completion", "/v1/embeddings", "/v1/responses"]
+PATHS += ["/v1/messages", "/tokenize"]
 # What a client may be told when nothing is wrong with its request: the queue or the house is full.
 FULL = (429, 503)
 ANSWER_SECONDS = 240.0
@@ -133,6 +134,7 @@ class Clients:
                 ("/v1/completions", {"prompt": text, "json_schema": SCHEMA, **common}),
                 ("/v1/embeddings", {"input": [text, "a cat"]}),
                 ("/v1/responses", {"input": text, "max_output_tokens": 5, "stream": common["stream"]}),
+                ("/v1/messages", {"messages": CHAT, **common}),
             ]
         )
 

@@ -138,9 +138,8 @@ class Job:
         except ApiError as error:
             self._answer(line, error.status, error.body())
             return
-        usage = response.get("usage") or {}
-        self.summary.n_prompt += usage.get("prompt_tokens", 0)
-        self.summary.n_generated += usage.get("completion_tokens", 0)
+        self.summary.n_prompt += call.n_prompt
+        self.summary.n_generated += call.n_generated
         self._answer(line, 200, response)
 
     def _answer(self, line: Line, status: int, body: dict[str, Any]) -> None:

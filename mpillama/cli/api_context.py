@@ -17,5 +17,7 @@ def api_context(service: Service, name: str = "") -> Context:
         n_parallel=service.engine.n_parallel,
         sampling=service.sampling,
         ignore_eos=service.ignore_eos,
+        n_predict=service.n_predict,
         reasoning_budget=service.reasoning_budget,
+        template_kwargs=service.template_kwargs,
     )

@@ -20,7 +20,7 @@ _HELP = {"prompt": "the first message", "file": "file with the first message", "
 CHAT = (
     *(replace(option, help=_HELP.get(option.dest, option.help), group="chat") for option in _PROMPT),
     Option(("-st", "--single-turn"), "leave after the first answer", None, False, group="chat"),
-    replace(REASONING, group="chat"),
+    *(replace(option, group="chat") for option in REASONING),
     *CONTEXT,
     *PROMPT_CACHE,
     *MODEL,

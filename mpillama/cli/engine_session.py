@@ -14,7 +14,7 @@ from mpillama.cli.files import read_text
 from mpillama.cli.memory import least_context
 from mpillama.cli.options import sampling_params
 from mpillama.cli.progress import Log
-from mpillama.cli.serving_options import n_sequences
+from mpillama.cli.serving_options import n_sequences, template_kwargs
 from mpillama.cli.session import Loaded, Model, load, open_header, open_model
 from mpillama.comm.base import World, attempt, from_root, settle
 from mpillama.engine.base import EngineLike
@@ -44,7 +44,7 @@ class Service:
         template: chat template, None if there is neither one in the file nor a flag for one.
         metadata: of the file.
         name: of the model, for people and for clients.
-        sampling: what the flags say; a request may say otherwise, also of ``ignore_eos`` and ``reasoning_budget``.
+        sampling: what the flags say; a request may say otherwise, also of all that follows.
     """
 
     loaded: Loaded
@@ -58,7 +58,9 @@ class Service:
     name: str
     sampling: SamplingParams
     ignore_eos: bool
+    n_predict: int
     reasoning_budget: int
+    template_kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -222,5 +224,7 @@ def _service(args: Namespace, world: World, loaded: Loaded, prepared: Prepared) 
         name,
         sampling_params(args),
         args.ignore_eos,
+        max(args.predict, -1),
         args.reasoning_budget,
+        template_kwargs(args),
     )

@@ -17,12 +17,17 @@ class ReasoningLimit:
         budget: tokens of thinking, the tags not counted; 0 closes a thought as soon as it is opened.
         tags: what opens a thought and what closes it.
         prompt: where a thought may have been opened already.
+        lead: what is written behind the tag that closes a thought.
     """
 
-    def __init__(self, tokenizer: Tokenizer, budget: int, tags: tuple[str, str], prompt: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, budget: int, tags: tuple[str, str], prompt: Sequence[int], lead: str = ""
+    ) -> None:
         self._tokenizer, self._budget = tokenizer, budget
         self._open, self._close = (tag.encode() for tag in tags)
         self._closing = tokenizer.encode(tags[1], add_special=False)
+        if lead:
+            self._closing += tokenizer.encode(lead, add_special=False)
         text = b"".join(tokenizer.token_bytes(token, special=True) for token in prompt)
         self._thinking = text.rfind(self._open) > text.rfind(self._close)
         self._tail, self._n_thought, self._n_closed = b"", 0, 0

@@ -58,6 +58,7 @@ class RequestParams:
         constraint: in the state before the first token; the engine forks it and never changes it.
         reasoning_budget: tokens of thinking before the engine closes it; -1: no limit.
         reasoning_tags: strings between which the model thinks.
+        reasoning_lead: what the engine writes behind the second one, where it closes a thought.
         special: whether control tokens show as text.
         embedding: the prompt's embedding is wanted and nothing is generated.
         cache_prompt: whether KV blocks are shared with earlier and later requests that begin alike.
@@ -76,6 +77,7 @@ class RequestParams:
     constraint: Constraint | None = None
     reasoning_budget: int = -1
     reasoning_tags: tuple[str, str] = ("<think>", "</think>")
+    reasoning_lead: str = ""
     special: bool = False
     embedding: bool = False
     cache_prompt: bool = True

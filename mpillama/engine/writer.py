@@ -52,7 +52,9 @@ class Writer:
         self._constraint: Constraint | None = params.constraint.fork() if params.constraint else None
         limited = tokenizer and params.reasoning_budget >= 0
         self._reasoning = (
-            ReasoningLimit(tokenizer, params.reasoning_budget, params.reasoning_tags, request.prompt)
+            ReasoningLimit(
+                tokenizer, params.reasoning_budget, params.reasoning_tags, request.prompt, params.reasoning_lead
+            )
             if tokenizer and limited
             else None
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -49,6 +50,7 @@ class Call(ABC):
         self._numbers: dict[str, int] = {}
         self._open: set[str] = set()
         self._prompts_cached: dict[str, tuple[int, int]] = {}
+        self._clock = _Clock() if self.stream and fields.boolean("timings_per_token") else None
 
     def add_requests(self, prompts: list[tuple[int, ...]], params: RequestParams) -> None:
         """Make a request of each prompt."""
@@ -73,7 +75,12 @@ class Call(ABC):
         if self.error is not None:
             return []
         number = self._numbers[output.request_id] * self.requests[0].params.n + output.index
-        return self.take(number, output)
+        chunks = self.take(number, output)
+        if self._clock is not None:
+            self._clock.count(len(output.tokens))
+            for chunk in chunks:
+                chunk.setdefault("timings", timings_json(*self._clock.read(self.n_prompt)))
+        return chunks
 
     @property
     def done(self) -> bool:
@@ -130,21 +137,44 @@ class Call(ABC):
 
     def timings_json(self) -> dict[str, Any]:
         """Return llama.cpp's timings, of the last continuation that ended; in milliseconds."""
-        timings = self.timings or Timings()
-        usage = self.usages[-1] if self.usages else Usage(0, 0, 0)
-        n_prompt, n = usage.n_prompt - usage.n_cached, usage.n_generated
-        return {
-            "cache_n": usage.n_cached,
-            "prompt_n": n_prompt,
-            "prompt_ms": 1e3 * timings.prompt,
-            "prompt_per_token_ms": 1e3 * timings.prompt / max(n_prompt, 1),
-            "prompt_per_second": n_prompt / max(timings.prompt, 1e-9),
-            "predicted_n": n,
-            "predicted_ms": 1e3 * timings.decode,
-            "predicted_per_token_ms": 1e3 * timings.decode / max(n, 1),
-            "predicted_per_second": n / max(timings.decode, 1e-9),
-            "queued_ms": 1e3 * timings.queued,
-        }
+        return timings_json(self.usages[-1] if self.usages else Usage(0, 0, 0), self.timings or Timings())
+
+
+class _Clock:
+    """Times a stream while it runs: the engine tells its own times at the end only.
+
+    The wait in the queue counts as time of the prompt, and nothing of it as found in the cache.
+    """
+
+    def __init__(self) -> None:
+        self._began, self._first, self._n = time.monotonic(), 0.0, 0
+
+    def count(self, n: int) -> None:
+        """Note that so many tokens have come."""
+        self._first = self._first or time.monotonic()
+        self._n += n
+
+    def read(self, n_prompt: int) -> tuple[Usage, Timings]:
+        """Return what has passed so far."""
+        times = Timings(prompt=self._first - self._began, decode=time.monotonic() - self._first)
+        return Usage(n_prompt, 0, self._n), times
+
+
+def timings_json(usage: Usage, timings: Timings) -> dict[str, Any]:
+    """Return tokens and seconds as llama.cpp shows them, in milliseconds."""
+    n_prompt, n = usage.n_prompt - usage.n_cached, usage.n_generated
+    return {
+        "cache_n": usage.n_cached,
+        "prompt_n": n_prompt,
+        "prompt_ms": 1e3 * timings.prompt,
+        "prompt_per_token_ms": 1e3 * timings.prompt / max(n_prompt, 1),
+        "prompt_per_second": n_prompt / max(timings.prompt, 1e-9),
+        "predicted_n": n,
+        "predicted_ms": 1e3 * timings.decode,
+        "predicted_per_token_ms": 1e3 * timings.decode / max(n, 1),
+        "predicted_per_second": n / max(timings.decode, 1e-9),
+        "queued_ms": 1e3 * timings.queued,
+    }
 
 
 def to_json(value: Any) -> bytes:

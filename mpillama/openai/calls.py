@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from mpillama.openai.anthropic import MessagesCall
 from mpillama.openai.call import Call
 from mpillama.openai.chat import ChatCall
 from mpillama.openai.completions import CompletionCall, NativeCall
 from mpillama.openai.context import Context
-from mpillama.openai.embeddings import EmbeddingCall
+from mpillama.openai.embeddings import EmbeddingCall, NativeEmbeddingCall
 from mpillama.openai.errors import ApiError
 from mpillama.openai.fields import Fields
 from mpillama.openai.responses import ResponsesCall
@@ -23,7 +24,9 @@ CALLS: Mapping[str, Callable[[Context, Fields, str], Call]] = MappingProxyType(
         "/v1/completions": CompletionCall,
         "/v1/embeddings": EmbeddingCall,
         "/v1/responses": ResponsesCall,
+        "/v1/messages": MessagesCall,
         "/completion": NativeCall,
+        "/embedding": NativeEmbeddingCall,
     }
 )
 

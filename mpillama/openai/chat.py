@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpillama.engine.request import Constraint, Logprob, Output
+from mpillama.openai import harmony
 from mpillama.openai.call import Call, Chunk, json_logprob
 from mpillama.openai.constraints import AfterThought
 from mpillama.openai.context import Context
 from mpillama.openai.errors import bad
 from mpillama.openai.fields import Fields
+from mpillama.openai.harmony import HarmonySplitter
 from mpillama.openai.messages import encode_prompt, render_prompt
 from mpillama.openai.reasoning import ReasoningSplitter, opens_thought
 from mpillama.openai.sampling import MAX_LOGPROBS, read_constraint, read_params
-from mpillama.openai.tools import MISTRAL, ToolCall, ToolCallSplitter, force_call, read_tools
+from mpillama.openai.tools import MISTRAL, TagSplitter, ToolCall, ToolCallSplitter, force_call, read_tools
 
 
 @dataclass
 class _Choice:
-    reasoning: ReasoningSplitter | None
-    calls: ToolCallSplitter | None
+    splitter: TagSplitter | HarmonySplitter
     content: str = ""
     thought: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: str | None = None
     begun: bool = False
-
-    def split(self, text: str, end: bool) -> tuple[str, str, list[ToolCall]]:
-        """Return what new text adds to thought, content and calls."""
-        thought, content = "", text
-        calls: list[ToolCall] = []
-        if self.reasoning:
-            thought, content = self.reasoning.push(text)
-            if end:
-                rest = self.reasoning.flush()
-                thought, content = thought + rest[0], content + rest[1]
-        if self.calls:
-            content, calls = self.calls.push(content)
-            if end:
-                rest_content, rest_calls = self.calls.flush()
-                content, calls = content + rest_content, calls + rest_calls
-                # Between calls there are newlines that mean nothing.
-                content = "" if calls and not content.strip() else content
-        return thought, content, calls
 
 
 class ChatCall(Call):
@@ -64,12 +47,20 @@ class ChatCall(Call):
         self.tools = read_tools(fields)
         format_ = fields.choice("reasoning_format", "auto", "deepseek", "none")
         self.prompt = render_prompt(context, fields, self.tools)
-        tags = context.reasoning_tags
+        tags, lead = context.reasoning_tags, ""
+        force = harmony.force_call if context.harmony else force_call
+        grammar = force(context, self.tools) if self.tools.forced else read_constraint(context, fields)
+        if context.harmony:
+            lead = harmony.after_thought(self.tools, constrained=grammar is not None)
+            if grammar is not None:
+                # Where a thought ends is known; where an answer begins is known only if it must follow at once.
+                self.prompt = harmony.open_thought(self.prompt)
         thinking = opens_thought(self.prompt, tags)
-        grammar = force_call(context, self.tools) if self.tools.forced else read_constraint(context, fields)
         constraint: Constraint | None = grammar
         if grammar is not None and thinking:
-            constraint = AfterThought(grammar, context.tokenizer, tags[1])
+            constraint = AfterThought(grammar, context.tokenizer, tags[1], lead)
+        elif context.harmony and self.tools.forced:
+            raise bad("tool_choice forces a call, but the prompt ends within an answer", "tool_choice")
         params = read_params(
             context,
             fields,
@@ -79,20 +70,23 @@ class ChatCall(Call):
             special=context.is_control(tags[1]) or (bool(self.tools) and context.is_control(MISTRAL)),
             budget=context.reasoning_budget,
         )
+        params = replace(params, reasoning_lead=lead)
         self.add_requests([encode_prompt(context, self.prompt)], params)
+        self.choices = [_Choice(self._splitter(format_ == "none", thinking)) for _ in range(params.n)]
+
+    def _splitter(self, keep: bool, thinking: bool) -> TagSplitter | HarmonySplitter:
         names = set(self.tools.parameters or ())
-        self.choices = [
-            _Choice(
-                ReasoningSplitter(tags, thinking) if format_ != "none" else None,
-                ToolCallSplitter(names) if self.tools else None,
-            )
-            for _ in range(params.n)
-        ]
+        if self.context.harmony:
+            return HarmonySplitter(self.prompt, names, keep)
+        return TagSplitter(
+            None if keep else ReasoningSplitter(self.context.reasoning_tags, thinking),
+            ToolCallSplitter(names) if self.tools else None,
+        )
 
     def take(self, choice: int, output: Output) -> list[Chunk]:
         """Add to a choice; a chunk waits until there is something to show."""
         state = self.choices[choice]
-        thought, content, calls = state.split(output.text, output.finish_reason is not None)
+        thought, content, calls = state.splitter.split(output.text, output.finish_reason is not None)
         n_calls = len(state.tool_calls)
         state.thought += thought
         state.content += content

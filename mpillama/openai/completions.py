@@ -6,12 +6,19 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpillama.engine.request import Logprob, Output
+from mpillama.engine.request import Logprob, Output, RequestParams
 from mpillama.openai.call import Call, Chunk, json_logprob
 from mpillama.openai.context import Context
 from mpillama.openai.errors import bad
 from mpillama.openai.fields import Fields
-from mpillama.openai.sampling import MAX_LOGPROBS, read_constraint, read_params
+from mpillama.openai.sampling import (
+    MAX_LOGPROBS,
+    asks_for_nothing,
+    limit_json,
+    params_json,
+    read_constraint,
+    read_params,
+)
 
 
 @dataclass
@@ -22,6 +29,8 @@ class _Choice:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     offset: int = 0
+    # Of the tokens, those that chunks have held.
+    n_shown: int = 0
 
 
 class CompletionCall(Call):
@@ -40,7 +49,7 @@ class CompletionCall(Call):
         self._usage_wanted = fields.object("stream_options").boolean("include_usage")
         prompts = context.prompts(fields.any("prompt"), "prompt")
         params = read_params(context, fields, logprobs=self._n_logprobs, constraint=read_constraint(context, fields))
-        self._nothing = fields.any(fields.first("max_completion_tokens", "max_tokens", "n_predict")) == 0
+        self._nothing = asks_for_nothing(fields)
         if self._nothing:
             params = dataclasses.replace(params, n=1, best_of=None, logprobs=None, stop=())
         self.add_requests(prompts, params)
@@ -80,9 +89,10 @@ class CompletionCall(Call):
         chunks = []
         pending = state.text[state.offset :]
         if pending or state.finish_reason:
-            shown = _Choice(pending, [], state.logprobs, state.finish_reason, offset=state.offset)
+            tokens = state.tokens[state.n_shown :]
+            shown = _Choice(pending, tokens, state.logprobs, state.finish_reason, offset=state.offset)
             chunks.append(self._envelope([self._choice_json(choice, shown)]))
-            state.offset = len(state.text)
+            state.offset, state.n_shown = len(state.text), len(state.tokens)
             state.logprobs = []
         if self.done:
             chunks += self._last_chunks(chunks)
@@ -141,19 +151,25 @@ class NativeCall(CompletionCall):
 
     tail = b""
 
+    def __init__(self, context: Context, fields: Fields, id: str = "") -> None:
+        super().__init__(context, fields, id)
+        self._wanted = fields.strings("response_fields")
+        if self._n_logprobs is not None and fields.boolean("post_sampling_probs"):
+            raise bad("post_sampling_probs is not supported: n_probs are those before sampling", "post_sampling_probs")
+
     def _envelope(self, choices: list[Chunk]) -> Chunk:
         return choices[0]
 
     def _choice_json(self, index: int, choice: _Choice) -> Chunk:
-        whole = self.choices[index]
+        whole, request = self.choices[index], self.requests[index // self.requests[0].params.n]
         body: Chunk = {
             "index": index,
             "content": choice.text,
-            "tokens": whole.tokens if self.fields.boolean("return_tokens") else [],
+            "tokens": choice.tokens if self.fields.boolean("return_tokens") else [],
             "stop": choice.finish_reason is not None,
             "id_slot": self.slot,
             "tokens_predicted": len(whole.tokens),
-            "tokens_evaluated": len(self.requests[index // self.requests[0].params.n].prompt),
+            "tokens_evaluated": len(request.prompt),
         }
         if self._n_logprobs is not None:
             body["completion_probabilities"] = [
@@ -164,13 +180,22 @@ class NativeCall(CompletionCall):
             word = isinstance(reason, str) and choice.finish_reason == "stop"
             body |= {
                 "model": self.model,
+                "generation_settings": self._settings(request.params),
+                "prompt": self.context.tokenizer.decode(request.prompt, special=True),
+                "has_new_line": "\n" in whole.text,
                 "truncated": False,
                 "stop_type": "limit" if choice.finish_reason == "length" else "word" if word else "eos",
                 "stopping_word": reason if word else "",
                 "tokens_cached": self.n_cached,
                 "timings": self.timings_json(),
             }
+            if self._wanted:
+                return _picked(body, self._wanted)
         return body
+
+    def _settings(self, params: RequestParams) -> Chunk:
+        limit = limit_json(0) if self._nothing else {}
+        return {**params_json(params), **limit, "stream": self.stream}
 
     def _last_chunks(self, chunks: list[Chunk]) -> list[Chunk]:
         return []
@@ -179,3 +204,17 @@ class NativeCall(CompletionCall):
         """Return the answer to one prompt, or an array of the answers to several."""
         bodies = [self._choice_json(i, choice) for i, choice in enumerate(self.choices)]
         return bodies[0] if len(bodies) == 1 else bodies
+
+
+def _picked(body: Chunk, paths: tuple[str, ...]) -> Chunk:
+    """Return some fields by their paths, those within others as a/b; what is not there is left out."""
+    found: Chunk = {}
+    for path in paths:
+        value: Any = body
+        try:
+            for name in path.split("/"):
+                value = value[name]
+        except (KeyError, TypeError):
+            continue
+        found[path] = value
+    return found

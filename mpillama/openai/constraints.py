@@ -20,7 +20,7 @@ from mpillama.tokenizer.base import Tokenizer
 
 _MAX_SIZE = 200_000
 # JSON may have any amount of white space, and a small model that may write it writes nothing else.
-_WHITE_SPACE = r" |\n[ \t]{0,20}"
+WHITE_SPACE = r" |\n[ \t]{0,20}"
 
 
 class Source(NamedTuple):
@@ -30,11 +30,13 @@ class Source(NamedTuple):
         kind: of grammar, one of those that `Grammars` compiles.
         text: of the grammar.
         after: what closes the thought after which it begins to hold; "": it holds from the beginning.
+        lead: what comes between that and the text that it is for.
     """
 
     kind: str
     text: str
     after: str = ""
+    lead: str = ""
 
 
 class GrammarConstraint:
@@ -83,11 +85,13 @@ class AfterThought:
         inner: what holds then.
         tokenizer: of the model.
         tag: what closes the thought.
+        lead: what must come between that and the text that ``inner`` is for.
     """
 
-    def __init__(self, inner: GrammarConstraint, tokenizer: Tokenizer, tag: str) -> None:
-        self.source = inner.source._replace(after=tag)
+    def __init__(self, inner: GrammarConstraint, tokenizer: Tokenizer, tag: str, lead: str = "") -> None:
+        self.source = inner.source._replace(after=tag, lead=lead)
         self._inner, self._tokenizer, self._tag = inner, tokenizer, tag.encode()
+        self._lead = tuple(tokenizer.encode(lead, add_special=False)) if lead else ()
         self._tail, self._thinking = b"", True
         self._open = np.full_like(inner.mask(), 0xFFFFFFFF)
         for token in tokenizer.eog_ids:
@@ -96,16 +100,23 @@ class AfterThought:
     @property
     def finished(self) -> bool:
         """Whether the text is complete."""
-        return not self._thinking and self._inner.finished
+        return not self._thinking and not self._lead and self._inner.finished
 
     def mask(self) -> np.ndarray:
         """Return the allowed tokens: all that do not end the text, while the model thinks."""
+        if not self._thinking and self._lead:
+            mask = np.zeros_like(self._open)
+            mask[self._lead[0] // 32] = np.uint32(1 << self._lead[0] % 32)
+            return mask
         return self._open if self._thinking else self._inner.mask()
 
     def accept(self, token: int) -> None:
         """Advance by a token."""
         if not self._thinking:
-            self._inner.accept(token)
+            if self._lead:
+                self._lead = self._lead[1:]
+            else:
+                self._inner.accept(token)
             return
         self._tail += self._tokenizer.token_bytes(token, special=True)
         self._thinking = self._tag not in self._tail
@@ -158,7 +169,9 @@ class Grammars:
     def again(self, source: Source) -> GrammarConstraint | AfterThought:
         """Make the constraint that another process has made of its source."""
         constraint = self._constraint(source.kind, source.text)
-        return AfterThought(constraint, self._tokenizer, source.after) if source.after else constraint
+        if not source.after:
+            return constraint
+        return AfterThought(constraint, self._tokenizer, source.after, source.lead)
 
     def _constraint(self, kind: str, text: str) -> GrammarConstraint:
         if len(text) > _MAX_SIZE:
@@ -234,7 +247,7 @@ class _Vocabulary:
 
 
 def _json_grammar(schema: str) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE_SPACE})
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
 
 
 _CONVERTERS: Mapping[str, Callable[[str], str]] = MappingProxyType(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from mpillama.chat import ChatTemplate
 from mpillama.engine.sampling.params import SamplingParams
 from mpillama.openai.constraints import Grammars
 from mpillama.openai.errors import bad
+from mpillama.openai.reasoning import HARMONY_TAGS
 from mpillama.tokenizer.base import Tokenizer
 
 
@@ -28,8 +29,10 @@ class Context:
         n_parallel: sequences at a time, and so the most continuations of one request.
         sampling: what holds where a request says nothing.
         ignore_eos: the same.
+        n_predict: tokens of an answer at most where a request says nothing; -1: no limit.
         reasoning_tags: strings between which the model thinks.
         reasoning_budget: tokens of thinking in a chat where a request says nothing; -1: no limit.
+        template_kwargs: variables of the chat template where a request does not set them.
         grammars: compiler of constraints.
         new_id: makes the random part of an answer's id.
         clock: seconds since 1970.
@@ -43,14 +46,23 @@ class Context:
     n_parallel: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     ignore_eos: bool = False
+    n_predict: int = -1
     reasoning_tags: tuple[str, str] = ("<think>", "</think>")
     reasoning_budget: int = -1
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     grammars: Grammars = field(init=False)
     new_id: Callable[[], str] = lambda: secrets.token_hex(12)
     clock: Callable[[], float] = time.time
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grammars", Grammars(self.tokenizer, self.n_vocab))
+        if self.harmony:
+            object.__setattr__(self, "reasoning_tags", HARMONY_TAGS)
+
+    @property
+    def harmony(self) -> bool:
+        """Whether the model speaks OpenAI's harmony format: its template says so, whatever its architecture is."""
+        return self.template is not None and "<|channel|>" in self.template.source
 
     def is_control(self, text: str) -> bool:
         """Whether a text is one control token, which shows in an answer only if control tokens are asked for."""

@@ -1,4 +1,4 @@
-"""`/v1/embeddings`."""
+"""`/v1/embeddings`, and llama.cpp's own `/embedding`."""
 
 from __future__ import annotations
 
@@ -56,3 +56,20 @@ class EmbeddingCall(Call):
         if self._base64:
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
         return [float(x) for x in vector]
+
+
+class NativeEmbeddingCall(EmbeddingCall):
+    """llama.cpp's `/embedding`: an array, in which each text has a list of vectors, here always one."""
+
+    def __init__(self, context: Context, fields: Fields, id: str = "") -> None:
+        super().__init__(context, fields, id)
+        if fields.integer("embd_normalize", 2) != 2:
+            raise bad("embd_normalize must be 2 here: the vectors have length 1", "embd_normalize")
+
+    def answer(self) -> Any:
+        """Return the whole answer."""
+        return [
+            {"index": i, "embedding": [self._render(vector)]}
+            for i, vector in enumerate(self._vectors)
+            if vector is not None
+        ]

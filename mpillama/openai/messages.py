@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mpillama.chat import encode_chat
+from mpillama.chat import RESERVED, encode_chat
+from mpillama.openai import harmony
 from mpillama.openai.context import Context
 from mpillama.openai.errors import as_bad_request, bad
 from mpillama.openai.fields import Fields
-from mpillama.openai.tools import Tools
+from mpillama.openai.tools import Tools, read_tools
 
 _ROLES = ("user", "system", "assistant", "tool", "developer")
-_RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "self"))
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
@@ -96,19 +96,40 @@ def render_prompt(context: Context, fields: Fields, tools: Tools) -> str:
         messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
     if "tools" not in source:
         messages = _without_tools(messages, tools)
-    extra = dict(fields.object("chat_template_kwargs").body)
-    if _RESERVED & set(extra):
-        raise bad(f"chat_template_kwargs cannot hold {sorted(_RESERVED & set(extra))[0]}", "chat_template_kwargs")
-    if fields.has("reasoning_effort"):
-        extra.setdefault("reasoning_effort", fields.string("reasoning_effort"))
+    extra = _variables(context, fields)
     last = messages[-1]
     add = fields.boolean("add_generation_prompt", True)
     prefill = last["content"] if add and last["role"] == "assistant" and "tool_calls" not in last else None
     if prefill is not None:
         messages = messages[:-1]
+    definitions = list(tools.definitions)
+    if context.harmony:
+        prefill = None if prefill is None else harmony.continued(last)
+        messages, definitions = harmony.as_template_wants(messages), harmony.described(definitions)
     with as_bad_request("messages"):
-        text = template.render(messages, add, list(tools.definitions) or None, **extra)
+        text = template.render(messages, add, definitions or None, **extra)
     return text + (prefill or "")
+
+
+def _variables(context: Context, fields: Fields) -> dict[str, Any]:
+    """Return the variables of the template that a request sets, or else the server's flags."""
+    given = fields.object("chat_template_kwargs").body
+    if RESERVED & set(given):
+        raise bad(f"chat_template_kwargs cannot hold {sorted(RESERVED & set(given))[0]}", "chat_template_kwargs")
+    extra = dict(context.template_kwargs)
+    effort = fields.string("reasoning_effort")
+    if effort == "none":
+        # Templates know this word as a switch of its own.
+        extra.pop("reasoning_effort", None)
+        extra["enable_thinking"] = False
+    elif effort:
+        extra["reasoning_effort"] = effort
+    return {**extra, **given}
+
+
+def count_prompt(context: Context, fields: Fields) -> int:
+    """Return how many tokens ``messages`` become, also if it is more than the context holds."""
+    return len(encode_chat(context.tokenizer, render_prompt(context, fields, read_tools(fields))))
 
 
 def encode_prompt(context: Context, text: str) -> tuple[int, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+HARMONY_TAGS = ("<|channel|>analysis<|message|>", "<|end|>")
+"""What a thought is between in OpenAI's harmony format."""
+
 
 def opens_thought(prompt: str, tags: tuple[str, str]) -> bool:
     """Whether a prompt ends within a thought that its template has opened."""

@@ -28,8 +28,8 @@ class ResponsesCall(Call):
                 raise bad(f"{name} is not supported: nothing is stored, so send all messages as input", name)
         if fields.boolean("background"):
             raise bad("background is not supported: stay connected, or use mpillama batch", "background")
-        self._chat = ChatCall(context, Fields(_as_chat(fields, self.stream)), self.id)
-        self.requests = self._chat.requests
+        self._chat = ChatCall(context, Fields(as_chat(fields, self.stream, context.harmony)), self.id)
+        self.requests, self.usages = self._chat.requests, self._chat.usages
         self._sequence = 0
         self._items: list[Chunk] = []
         self._item: Chunk | None = None
@@ -202,15 +202,23 @@ def _call_item(call: Chunk) -> Chunk:
     }
 
 
-def _as_chat(fields: Fields, stream: bool) -> Chunk:
-    """Return the body of a chat completion that asks for the same."""
+def as_chat(fields: Fields, stream: bool, thoughts: bool = False) -> Chunk:
+    """Return the body of a chat completion that asks for the same, with earlier ``thoughts`` or without."""
     messages: list[Chunk] = []
     if fields.string("instructions"):
         messages.append({"role": "system", "content": fields.string("instructions")})
     if isinstance(fields.any("input"), str):
         messages.append({"role": "user", "content": fields.string("input")})
     else:
-        messages += [message for item in fields.objects("input") for message in _as_message(item)]
+        thought = ""
+        for item in fields.objects("input"):
+            messages += _as_message(item)
+            if item.string("type") == "reasoning":
+                thought = _thought(item) if thoughts else ""
+            elif thought:
+                if messages[-1]["role"] == "assistant":
+                    messages[-1]["reasoning_content"] = thought
+                thought = ""
     if not fields.has("input"):
         raise bad("input is missing: give a string or an array of items", "input")
     body: Chunk = {name: fields.any(name) for name in _SAME if fields.has(name)}
@@ -248,3 +256,7 @@ def _as_message(item: Fields) -> list[Chunk]:
     if kind == "reasoning":
         return []
     raise item.wrong("type", "message, function_call, function_call_output or reasoning")
+
+
+def _thought(item: Fields) -> str:
+    return "\n\n".join(part.string("text") for part in item.objects("content") or item.objects("summary"))

@@ -37,8 +37,14 @@ _NUMBERS = {
 _INTEGERS = ("top_k", "repeat_last_n", "dry_allowed_length", "dry_penalty_last_n", "mirostat", "min_keep")
 # Ours and llama.cpp's; the last is also that of its form of Anthropic's API.
 _BUDGETS = ("reasoning_budget", "reasoning_budget_tokens", "thinking_budget_tokens")
+_LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")
 MAX_LOGPROBS = 100
 _MAX_STOPS = 64
+
+
+def asks_for_nothing(fields: Fields) -> bool:
+    """Whether a request wants its prompt evaluated and no token."""
+    return bool(fields.any(fields.first(*_LIMITS)) == 0)
 
 
 def read_sampling(context: Context, fields: Fields) -> SamplingParams:
@@ -109,12 +115,15 @@ def read_params(
 
     ``logprobs`` and what constrains the text come from elsewhere; ``budget`` of thinking is what holds by default.
     """
-    limit = fields.first("max_completion_tokens", "max_tokens", "n_predict")
-    max_tokens = fields.integer(limit, -1, low=-1)
+    if fields.any("lora"):
+        raise bad("lora is not supported: there are no adapters here, so merge them into the model", "lora")
+    max_tokens = fields.integer(fields.first(*_LIMITS), -1, low=-1)
+    if max_tokens < 0:
+        max_tokens = context.n_predict
     stop = tuple(stop for stop in fields.strings("stop") if stop)
     if len(stop) > _MAX_STOPS:
         raise bad(f"stop has {len(stop)} strings; at most {_MAX_STOPS} are accepted", "stop")
-    n = fields.integer("n", 1, low=1, high=context.n_parallel)
+    n = fields.integer(fields.first("n_cmpl", "n"), 1, low=1, high=context.n_parallel)
     best_of = fields.integer("best_of", n, low=1, high=context.n_parallel)
     if best_of < n:
         raise bad(f"best_of must be at least n ({n}), got {best_of}", "best_of")
@@ -136,6 +145,34 @@ def read_params(
             special=special,
             cache_prompt=fields.boolean("cache_prompt", True),
         )
+
+
+def sampling_json(sampling: SamplingParams) -> dict[str, Any]:
+    """Return sampling parameters by the names that requests have for them."""
+    names = {own: name for name, own in _NUMBERS.items()}
+    body = {names.get(field.name, field.name): getattr(sampling, field.name) for field in dataclasses.fields(sampling)}
+    # JSON has no infinity: false forbids a token, as in requests.
+    body["logit_bias"] = [
+        {"token": token, "bias": bias if abs(bias) < 1e38 else bias > 0} for token, bias in sampling.logit_bias
+    ]
+    return body
+
+
+def limit_json(max_tokens: int | None) -> dict[str, int]:
+    """Return a limit of tokens by both of its names."""
+    n = -1 if max_tokens is None else max_tokens
+    return {"max_tokens": n, "n_predict": n}
+
+
+def params_json(params: RequestParams) -> dict[str, Any]:
+    """Return llama.cpp's ``generation_settings``: what a request has come to be."""
+    return {
+        **sampling_json(params.sampling),
+        **limit_json(params.max_tokens),
+        "stop": params.stop,
+        "ignore_eos": params.ignore_eos,
+        "n_probs": params.logprobs or 0,
+    }
 
 
 def read_constraint(context: Context, fields: Fields) -> GrammarConstraint | None:

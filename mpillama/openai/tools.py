@@ -11,7 +11,7 @@ from mpillama.openai.constraints import GrammarConstraint
 from mpillama.openai.context import Context
 from mpillama.openai.errors import as_bad_request, bad
 from mpillama.openai.fields import Fields
-from mpillama.openai.reasoning import held_back
+from mpillama.openai.reasoning import ReasoningSplitter, held_back
 
 HERMES = ("<tool_call>", "</tool_call>")
 MISTRAL = "[TOOL_CALLS]"
@@ -98,7 +98,7 @@ def force_call(context: Context, tools: Tools) -> GrammarConstraint:
             "properties": {
                 "name": {"const": name},
                 key: _moved(
-                    _object_schema(parameters[name]),
+                    object_schema(parameters[name]),
                     f"{root}/anyOf/{i}/properties/{key}" if len(tools.forced) > 1 else f"{root}/properties/{key}",
                 ),
             },
@@ -120,7 +120,8 @@ def force_call(context: Context, tools: Tools) -> GrammarConstraint:
         return context.grammars.lark(f"start: {_literal(context, MISTRAL)} call\ncall: {body}\n")
 
 
-def _object_schema(schema: dict[str, Any]) -> dict[str, Any]:
+def object_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a function's schema, which is of an object even if it does not say so."""
     return schema if "type" in schema or "$ref" in schema or "anyOf" in schema else {"type": "object", **schema}
 
 
@@ -233,3 +234,33 @@ class ToolCallSplitter:
         if not isinstance(name, str) or name not in self._names:
             return None
         return ToolCall(name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+
+
+class TagSplitter:
+    """Splits a text into thought, content and calls, of a model that marks thoughts by tags.
+
+    Args:
+        reasoning: None: thoughts stay in the content.
+        calls: None: there are no functions.
+    """
+
+    def __init__(self, reasoning: ReasoningSplitter | None, calls: ToolCallSplitter | None) -> None:
+        self._reasoning, self._calls = reasoning, calls
+
+    def split(self, text: str, end: bool) -> tuple[str, str, list[ToolCall]]:
+        """Return what new text adds to thought, content and calls."""
+        thought, content = "", text
+        calls: list[ToolCall] = []
+        if self._reasoning:
+            thought, content = self._reasoning.push(text)
+            if end:
+                rest = self._reasoning.flush()
+                thought, content = thought + rest[0], content + rest[1]
+        if self._calls:
+            content, calls = self._calls.push(content)
+            if end:
+                rest_content, rest_calls = self._calls.flush()
+                content, calls = content + rest_content, calls + rest_calls
+                # Between calls there are newlines that mean nothing.
+                content = "" if calls and not content.strip() else content
+        return thought, content, calls

@@ -19,11 +19,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpillama.comm.metered import Traffic
+from mpillama.openai.anthropic import chat_body
 from mpillama.openai.calls import Call, open_call
 from mpillama.openai.context import Context
 from mpillama.openai.errors import ApiError, as_bad_request, bad
 from mpillama.openai.fields import Fields, parse_json
-from mpillama.openai.messages import render_prompt
+from mpillama.openai.messages import count_prompt, render_prompt
+from mpillama.openai.responses import as_chat
+from mpillama.openai.sampling import limit_json, sampling_json
 from mpillama.openai.tools import read_tools
 from mpillama.server.bridge import Bridge
 from mpillama.server.front import Front
@@ -41,12 +44,22 @@ _CALLS = {
     "/v1/chat/completions": "/v1/chat/completions",
     "/chat/completions": "/v1/chat/completions",
     "/v1/completions": "/v1/completions",
-    "/completions": "/v1/completions",
+    "/completions": "/completion",
     "/completion": "/completion",
     "/v1/embeddings": "/v1/embeddings",
-    "/embeddings": "/v1/embeddings",
+    "/embeddings": "/embedding",
+    "/embedding": "/embedding",
     "/v1/responses": "/v1/responses",
     "/responses": "/v1/responses",
+    "/v1/messages": "/v1/messages",
+}
+# What makes a chat of a body whose tokens are to be counted.
+_COUNTS: dict[str, Callable[[Context, Fields], Any]] = {
+    "/v1/chat/completions/input_tokens": lambda context, fields: fields.body,
+    "/chat/completions/input_tokens": lambda context, fields: fields.body,
+    "/v1/responses/input_tokens": lambda context, fields: as_chat(fields, False, context.harmony),
+    "/responses/input_tokens": lambda context, fields: as_chat(fields, False, context.harmony),
+    "/v1/messages/count_tokens": lambda context, fields: chat_body(fields, stream=False),
 }
 
 
@@ -91,6 +104,7 @@ class Api:
             (("/tokenize",), self._tokenize, "POST"),
             (("/detokenize",), self._detokenize, "POST"),
             (("/apply-template",), self._apply_template, "POST"),
+            (tuple(_COUNTS), self._count, "POST"),
         ):
             routes += [Route(name, endpoint, methods=[method]) for name in names]
         inner = Starlette(
@@ -144,6 +158,17 @@ class Api:
 
         return json_response(await self._in_worker(request, make))
 
+    async def _count(self, request: Request) -> Response:
+        path = request.url.path
+        as_messages = _COUNTS[path]
+
+        def count(context: Context, body: Any) -> int:
+            return count_prompt(context, Fields(as_messages(context, Fields(body))))
+
+        counted = {"input_tokens": await self._in_worker(request, count)}
+        # Anthropic's answer has nothing else.
+        return json_response(counted if "count_tokens" in path else {"object": "response.input_tokens", **counted})
+
     # -- about the server ------------------------------------------------------------------------------------------
 
     async def _page(self, request: Request) -> Response:
@@ -170,13 +195,11 @@ class Api:
     async def _props(self, request: Request) -> Response:
         served = self._loaded()
         context, tokenizer = served.context, served.context.tokenizer
-        sampling = {name: getattr(context.sampling, name) for name in context.sampling.__dataclass_fields__}
-        sampling["logit_bias"] = [
-            [token, bias if abs(bias) < 1e38 else False] for token, bias in sampling["logit_bias"]
-        ]
+        limit = limit_json(context.n_predict if context.n_predict >= 0 else None)
+        params = {**sampling_json(context.sampling), **limit, "ignore_eos": context.ignore_eos}
         return json_response(
             {
-                "default_generation_settings": {"n_ctx": context.n_ctx, "params": sampling},
+                "default_generation_settings": {"n_ctx": context.n_ctx, "params": params},
                 "total_slots": self._bridge.n_places,
                 "model_alias": context.name,
                 "model_path": served.path,

@@ -9,6 +9,7 @@ from mpillama import __version__
 Schema = dict[str, Any]
 _STRING: Schema = {"type": "string"}
 _BOOLEAN: Schema = {"type": "boolean"}
+_OBJECT: Schema = {"type": "object"}
 _COUNT: Schema = {"type": "integer", "minimum": 1, "maximum": 64}
 _IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _TEXTS: Schema = {"type": "array", "items": {"anyOf": [_STRING, _IDS]}, "minItems": 1}
@@ -49,6 +50,7 @@ _SAMPLING: dict[str, Schema] = {
     "json_schema": {"type": "object"},
     "reasoning_budget": {"type": "integer", "minimum": -1},
     "cache_prompt": _BOOLEAN,
+    "timings_per_token": _BOOLEAN,
     "ignore_eos": _BOOLEAN,
     "id_slot": {"type": "integer", "minimum": -1, "maximum": 3},
     "user": _STRING,
@@ -77,6 +79,8 @@ _CHAT: Schema = _object(
     tools={"type": "array", "items": _TOOL},
     tool_choice={"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
     response_format=_FORMAT,
+    reasoning_effort=_STRING,
+    reasoning_format={"enum": ["auto", "deepseek", "none"]},
     chat_template_kwargs={"type": "object"},
 )
 _COMPLETION: Schema = _object(
@@ -88,9 +92,17 @@ _COMPLETION: Schema = _object(
     logprobs={"type": "integer", "minimum": 0, "maximum": 5},
 )
 _NATIVE: Schema = _object(
-    ["prompt"], **_SAMPLING, prompt=_PROMPT, n_predict=_COUNT, n_probs={"type": "integer", "minimum": 0, "maximum": 20}
+    ["prompt"],
+    **_SAMPLING,
+    prompt=_PROMPT,
+    n_predict=_COUNT,
+    n_cmpl=_SAMPLING["n"],
+    n_probs={"type": "integer", "minimum": 0, "maximum": 20},
+    return_tokens=_BOOLEAN,
+    response_fields={"type": "array", "items": _STRING},
 )
 _EMBEDDINGS: Schema = _object(["input"], model=_STRING, input=_PROMPT, encoding_format={"enum": ["float", "base64"]})
+_EMBEDDING: Schema = _object(["content"], content=_PROMPT, embd_normalize={"enum": [2]})
 _RESPONSES: Schema = _object(
     ["input"],
     model=_STRING,
@@ -101,18 +113,43 @@ _RESPONSES: Schema = _object(
     temperature=_number(0, 2),
     top_p=_number(0, 1),
 )
+_BLOCKS: Schema = {"anyOf": [_STRING, {"type": "array", "items": _PART}]}
+_ANTHROPIC: Schema = _object(
+    ["messages", "max_tokens"],
+    model=_STRING,
+    messages={
+        "type": "array",
+        "items": _object(["role", "content"], role={"enum": ["user", "assistant"]}, content=_BLOCKS),
+        "minItems": 1,
+    },
+    system=_BLOCKS,
+    max_tokens=_COUNT,
+    stream=_BOOLEAN,
+    stop_sequences={"type": "array", "items": _STRING, "maxItems": 64},
+    temperature=_number(0, 1),
+    top_p=_number(0, 1),
+    top_k={"type": "integer", "minimum": 0, "maximum": 1000},
+    tools={"type": "array", "items": _object(["name"], name=_STRING, description=_STRING, input_schema=_OBJECT)},
+    tool_choice=_object(["type"], type={"enum": ["auto", "any", "tool", "none"]}, name=_STRING),
+    thinking=_object(["type"], type={"enum": ["enabled", "disabled"]}, budget_tokens=_COUNT),
+)
 _POSTS = {
     "/v1/chat/completions": ("Answer messages", _CHAT),
     "/v1/completions": ("Continue prompts", _COMPLETION),
     "/v1/embeddings": ("Turn texts into vectors", _EMBEDDINGS),
     "/v1/responses": ("Answer, in the form of OpenAI's newer API", _RESPONSES),
+    "/v1/messages": ("Answer, in the form of Anthropic's API", _ANTHROPIC),
     "/completion": ("Continue a prompt, in llama.cpp's form", _NATIVE),
+    "/embedding": ("Turn texts into vectors, in llama.cpp's form", _EMBEDDING),
     "/tokenize": (
         "Turn a text into token ids",
         _object(["content"], content=_STRING, add_special=_BOOLEAN, parse_special=_BOOLEAN, with_pieces=_BOOLEAN),
     ),
     "/detokenize": ("Turn token ids into a text", _object(["tokens"], tokens={**_IDS, "minItems": 0})),
     "/apply-template": ("Show the prompt that messages become", _object(["messages"], messages=_MESSAGES)),
+    "/v1/chat/completions/input_tokens": ("Count the tokens that messages become", _CHAT),
+    "/v1/responses/input_tokens": ("Count the tokens that an input becomes", _RESPONSES),
+    "/v1/messages/count_tokens": ("Count the tokens that Anthropic's messages become", _ANTHROPIC),
 }
 _GETS = {
     "/health": "Whether requests are taken",

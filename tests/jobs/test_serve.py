@@ -299,6 +299,19 @@ def test_no_input_makes_the_server_fail(server):
     assert not [status for status in counts if status >= "500"]
 
 
+def test_flags_for_requests_that_say_nothing():
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}|{{ enable_thinking }}|{{ reasoning_effort }}|{{ mood }}"
+    )
+    flags = ("-rea", "off", "--reasoning-effort", "low", "--chat-template-kwargs", '{"mood": "sad"}')
+    with Server("-n", 3, "--chat-template", template, *flags, n_ranks=0) as server:
+        shown = server.ask("/apply-template", {"messages": [{"role": "user", "content": "Hi"}]})[1]
+        assert shown == {"prompt": "Hi|False|low|sad"}
+        for more, n in (({}, 3), ({"max_tokens": 5}, 5)):
+            answer = server.ask("/v1/completions", {"prompt": "One", "ignore_eos": True, **more})[1]
+            assert answer["usage"]["completion_tokens"] == n
+
+
 def test_keys_and_a_unix_socket(tmp_path):
     path, keys = tmp_path / "model.sock", tmp_path / "keys"
     keys.write_text("# mine\nfirst\n\nsecond\n")

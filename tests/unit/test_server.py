@@ -350,6 +350,35 @@ def test_thoughts_end_within_their_budget(field, flag, budget, stream):
     assert content == text[n + len("</think>") :].lstrip()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_harmony_has_thoughts_and_a_schema(stream):
+    asked = {
+        "messages": [{"role": "user", "content": "Why?"}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["so", "no"]}}},
+        "reasoning_budget": 6,
+        "logit_bias": {"0": -100, "1": -100, "2": -100},
+        "stream": stream,
+    }
+
+    async def scenario(stand):
+        body = body_of(await stand.ask("/v1/chat/completions", asked))
+        if not stream:
+            choice = json.loads(body)["choices"][0]
+            return choice["message"], choice["finish_reason"]
+        chunks = [json.loads(line[6:])["choices"][0] for line in body.splitlines() if line.startswith(b"data: {")]
+        kinds = ("reasoning_content", "content")
+        deltas = [chunk["delta"] for chunk in chunks]
+        message = {kind: "".join(delta.get(kind) or "" for delta in deltas) for kind in kinds}
+        return message, chunks[-1]["finish_reason"]
+
+    template = "{% for m in messages %}<|start|>user<|channel|>final<|message|>{{ m.content }}<|end|>{% endfor %}"
+    message, reason = Stand(template=template + "<|start|>assistant").play(scenario)
+    assert message["reasoning_content"]
+    assert "<|" not in message["reasoning_content"]
+    assert json.loads(message["content"]) in ("so", "no")
+    assert reason == "stop"
+
+
 def test_who_is_refused_is_heard_out_first():
     """Or the answer is lost, when the connection is closed with the rest of the body on its way."""
 
