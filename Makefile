@@ -69,7 +69,7 @@ test-cluster: $(VENV)/.test
 	$(PY) -m pytest tests/cluster -n 2 --dist loadfile $(ARGS)
 
 # The jobs whose start, end and signals are the launcher's business; what ranks compute does not depend on it.
-OPENMPI_JOBS = $(patsubst %,tests/jobs/test_%.py,batch failures generate mixed replica_jobs serve stuck)
+OPENMPI_JOBS = $(patsubst %,tests/jobs/test_%.py,batch failures generate serve stuck)
 test-openmpi:
 	@$(MAKE) --no-print-directory -k test-jobs test-mpi test-cluster MPI=openmpi VENV=.venv-openmpi RANKS="2 3" \
 	    JOBS="$(OPENMPI_JOBS)"
