@@ -7,11 +7,11 @@ import re
 from typing import Any
 
 from mpillama.engine.request import Output
-from mpillama.openai.call import Call, Chunk, to_json
-from mpillama.openai.chat import ChatCall
+from mpillama.openai.call import Chunk
 from mpillama.openai.context import Context
 from mpillama.openai.errors import bad
 from mpillama.openai.fields import Fields
+from mpillama.openai.retold import RetoldChat
 
 # Fields that mean the same in both APIs.
 _SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "seed", "chat_template_kwargs")
@@ -20,58 +20,43 @@ _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
 
 
-class MessagesCall(Call):
+class MessagesCall(RetoldChat):
     """A chat in other words."""
 
     prefix = "msg_"
-    tail = b""
 
     def __init__(self, context: Context, fields: Fields, id: str = "") -> None:
         super().__init__(context, fields, id)
-        self._chat = ChatCall(context, Fields(chat_body(fields, self.stream)), self.id)
-        self.requests, self.usages = self._chat.requests, self._chat.usages
-        self._begun = False
         self._n_blocks, self._open_block = 0, ""
         self._stop_sequence: str | None = None
 
+    def chat_body(self) -> Chunk:
+        """Return the body of a chat completion that asks for the same."""
+        return chat_body(self.fields, self.stream)
+
     def push(self, output: Output) -> list[Chunk]:
         """Take an output of the engine; returns the events that it is worth."""
-        chunks = self._chat.push(output)
-        self.error = self._chat.error
         if output.finish_reason == "stop" and isinstance(output.stop_reason, str):
             self._stop_sequence = output.stop_reason
-        events: list[Chunk] = []
-        if not self.stream or self.error is not None:
-            return events
-        if not self._begun:
-            self._begun = True
-            events.append({"type": "message_start", "message": self._message([], ended=False)})
-        for chunk in chunks:
-            for choice in chunk["choices"]:
-                events += self._on_delta(choice["delta"])
-        if self.done:
-            events += self._end_block()
-            events.append({"type": "message_delta", "delta": self._stop(), "usage": self.usage()})
-            events.append({"type": "message_stop"})
-        return events
-
-    @property
-    def done(self) -> bool:
-        """Whether all outputs have come."""
-        return self._chat.done
-
-    def take(self, choice: int, output: Output) -> list[Chunk]:
-        """Do nothing: the chat takes outputs."""
-        return []
+        return super().push(output)
 
     def frame(self, chunk: Chunk) -> bytes:
-        """Return an event with its name."""
-        event = chunk if "type" in chunk else {"type": "error", **chunk}
-        return b"event: " + str(event["type"]).encode() + b"\ndata: " + to_json(event) + b"\n\n"
+        """Return an event with its name, which it holds too."""
+        return super().frame(chunk if "type" in chunk else {"type": "error", **chunk})
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
-    def _on_delta(self, delta: Chunk) -> list[Chunk]:
+    def begin(self) -> list[Chunk]:
+        """Return the events before all others."""
+        return [{"type": "message_start", "message": self._message([], ended=False)}]
+
+    def end(self) -> list[Chunk]:
+        """Return the events after all others."""
+        stop = {"type": "message_delta", "delta": self._stop(), "usage": self.usage()}
+        return [*self._end_block(), stop, {"type": "message_stop"}]
+
+    def on_delta(self, delta: Chunk) -> list[Chunk]:
+        """Return the events that a piece of the chat's message is worth."""
         events: list[Chunk] = []
         if delta.get("reasoning_content"):
             events += self._add("thinking", delta["reasoning_content"])
@@ -112,7 +97,7 @@ class MessagesCall(Call):
 
     def answer(self) -> dict[str, Any]:
         """Return the whole answer."""
-        message = self._chat.message(0)
+        message = self.chat.message(0)
         blocks: list[Chunk] = []
         if message.get("reasoning_content"):
             blocks.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
@@ -123,16 +108,16 @@ class MessagesCall(Call):
 
     def usage(self) -> dict[str, Any]:
         """Return Anthropic's usage, in which what the cache had is no input."""
-        n_cached = self._chat.n_cached
+        n_cached = self.chat.n_cached
         return {
-            "input_tokens": self._chat.n_prompt - n_cached,
+            "input_tokens": self.chat.n_prompt - n_cached,
             "cache_read_input_tokens": n_cached,
-            "output_tokens": self._chat.n_generated,
+            "output_tokens": self.chat.n_generated,
         }
 
     def _stop(self) -> dict[str, str | None]:
         default = "stop_sequence" if self._stop_sequence is not None else "end_turn"
-        reason = _STOP_REASONS.get(self._chat.choices[0].finish_reason or "", default)
+        reason = _STOP_REASONS.get(self.chat.choices[0].finish_reason or "", default)
         return {"stop_reason": reason, "stop_sequence": self._stop_sequence}
 
     def _message(self, blocks: list[Chunk], ended: bool) -> dict[str, Any]:

@@ -4,71 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpillama.engine.request import Output
-from mpillama.openai.call import Call, Chunk, to_json
-from mpillama.openai.chat import ChatCall
+from mpillama.openai.call import Chunk
 from mpillama.openai.context import Context
 from mpillama.openai.errors import bad
 from mpillama.openai.fields import Fields
+from mpillama.openai.retold import RetoldChat
 
 # Fields that mean the same in both APIs.
 _SAME = ("model", "temperature", "top_p", "seed", "parallel_tool_calls", "top_logprobs", "chat_template_kwargs")
 
 
-class ResponsesCall(Call):
+class ResponsesCall(RetoldChat):
     """A chat in other words: items in, items out."""
 
     prefix = "resp_"
-    tail = b""
 
     def __init__(self, context: Context, fields: Fields, id: str = "") -> None:
         super().__init__(context, fields, id)
-        for name in ("previous_response_id", "conversation", "prompt"):
-            if fields.has(name):
-                raise bad(f"{name} is not supported: nothing is stored, so send all messages as input", name)
-        if fields.boolean("background"):
-            raise bad("background is not supported: stay connected, or use mpillama batch", "background")
-        self._chat = ChatCall(context, Fields(as_chat(fields, self.stream, context.harmony)), self.id)
-        self.requests, self.usages = self._chat.requests, self._chat.usages
         self._sequence = 0
         self._items: list[Chunk] = []
         self._item: Chunk | None = None
 
-    def push(self, output: Output) -> list[Chunk]:
-        """Take an output of the engine; returns the events that it is worth."""
-        chunks = self._chat.push(output)
-        self.error = self._chat.error
-        events: list[Chunk] = []
-        if not self.stream or self.error is not None:
-            return events
-        if not self._sequence:
-            body = self._body("in_progress", [])
-            events += [
-                self._event("response.created", response=body),
-                self._event("response.in_progress", response=body),
-            ]
-        for chunk in chunks:
-            for choice in chunk["choices"]:
-                events += self._on_delta(choice["delta"])
-        if self.done:
-            events += self._end_item()
-            status = "incomplete" if self._cut_off else "completed"
-            events.append(self._event(f"response.{status}", response=self.answer()))
-        return events
-
-    @property
-    def done(self) -> bool:
-        """Whether all outputs have come."""
-        return self._chat.done
-
-    def take(self, choice: int, output: Output) -> list[Chunk]:
-        """Do nothing: the chat takes outputs."""
-        return []
-
-    def frame(self, chunk: Chunk) -> bytes:
-        """Return an event with its name."""
-        name = chunk.get("type", "error")
-        return b"event: " + str(name).encode() + b"\ndata: " + to_json(chunk) + b"\n\n"
+    def chat_body(self) -> Chunk:
+        """Return the body of a chat completion that asks for the same."""
+        for name in ("previous_response_id", "conversation", "prompt"):
+            if self.fields.has(name):
+                raise bad(f"{name} is not supported: nothing is stored, so send all messages as input", name)
+        if self.fields.boolean("background"):
+            raise bad("background is not supported: stay connected, or use mpillama batch", "background")
+        return as_chat(self.fields, self.stream, self.context.harmony)
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
@@ -77,7 +41,19 @@ class ResponsesCall(Call):
         self._sequence += 1
         return event
 
-    def _on_delta(self, delta: Chunk) -> list[Chunk]:
+    def begin(self) -> list[Chunk]:
+        """Return the events before all others."""
+        body = self._body("in_progress", [])
+        return [self._event("response.created", response=body), self._event("response.in_progress", response=body)]
+
+    def end(self) -> list[Chunk]:
+        """Return the events after all others."""
+        events = self._end_item()
+        status = "incomplete" if self._cut_off else "completed"
+        return [*events, self._event(f"response.{status}", response=self.answer())]
+
+    def on_delta(self, delta: Chunk) -> list[Chunk]:
+        """Return the events that a piece of the chat's message is worth."""
         events: list[Chunk] = []
         if delta.get("reasoning_content"):
             events += self._add_text("reasoning", delta["reasoning_content"])
@@ -131,13 +107,13 @@ class ResponsesCall(Call):
 
     @property
     def _cut_off(self) -> bool:
-        return self._chat.choices[0].finish_reason == "length"
+        return self.chat.choices[0].finish_reason == "length"
 
     def answer(self) -> dict[str, Any]:
         """Return the whole answer."""
         if self.stream:
             return self._body("incomplete" if self._cut_off else "completed", self._items)
-        message = self._chat.message(0)
+        message = self.chat.message(0)
         items: list[Chunk] = []
         if message.get("reasoning_content"):
             items.append(_text_item(f"rea_{self.id}_0", "reasoning", message["reasoning_content"], "completed"))
@@ -147,7 +123,7 @@ class ResponsesCall(Call):
         return self._body("incomplete" if self._cut_off else "completed", items)
 
     def _body(self, status: str, items: list[Chunk]) -> dict[str, Any]:
-        usage = self._chat.usage()
+        usage = self.chat.usage()
         return {
             "id": self.id,
             "object": "response",

@@ -6,10 +6,10 @@ import re
 import jsonschema
 import numpy as np
 import pytest
+from test_openai import served
 
 from mpillama.chat import template_from
 from mpillama.data import demo_model_path
-from mpillama.engine.engine import Engine
 from mpillama.engine.reasoning import ReasoningLimit
 from mpillama.gguf.reader import read_header
 from mpillama.openai.calls import open_call
@@ -107,7 +107,6 @@ def context(metadata, tokenizer):
 
 def serve(context, url, body, script=None, rng=None):
     """Return a call, and its chunks, after a model has served it that writes a script, and then or else at random."""
-    call = open_call(context, url, json.loads(json.dumps(body)))
     wanted = context.tokenizer.encode(script, add_special=False) if script else []
 
     def run(batch):
@@ -117,15 +116,7 @@ def serve(context, url, body, script=None, rng=None):
             logits[:, wanted.pop(0)] = 1e3
         return logits
 
-    engine = Engine(run, context.tokenizer, context.n_vocab, context.n_ctx, 2048, 64, 4)
-    for request in call.requests:
-        engine.add(request)
-    chunks = []
-    while engine.has_work():
-        for output in engine.step():
-            chunks += call.push(output)
-    assert call.done
-    return call, chunks
+    return served(context, url, body, run, n_batch=2048)
 
 
 def said(context, script, rng=None, **body):

@@ -80,7 +80,12 @@ def answer(context, rng, url, **body):
     def run(batch):
         return rng.standard_normal((len(batch.logit_rows), context.n_vocab)).astype(np.float32)
 
-    engine = Engine(run, context.tokenizer, context.n_vocab, context.n_ctx, 256, 64, 4)
+    return served(context, url, body, run)
+
+
+def served(context, url, body, run, n_batch=256):
+    """Return the call after an engine over ``run`` has served it, and its chunks."""
+    engine = Engine(run, context.tokenizer, context.n_vocab, context.n_ctx, n_batch, 64, 4)
     call = open_call(context, url, json.loads(json.dumps(body)))
     for request in call.requests:
         engine.add(request)
