@@ -8,7 +8,7 @@ from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu.matmul import FLOATS
 from mpillama.backends.quants import SUPPORTED, dequantize
 from mpillama.gguf.types import GGMLType
-from products import error, make_weight
+from products import error, make_weight, product_error
 from tiny import random_blocks, rounded_to_int8
 
 pytestmark = needs_compiler
@@ -43,7 +43,7 @@ def test_rows_of_several_chunks_that_begin_anywhere(type, rng):
         n_in = max(1, n_in // type.block_size) * type.block_size
         w, floats = make_weight(rng, backend, type, 1, int(rng.integers(1, 20)), n_in)
         x = rng.standard_normal((n_tokens, n_in)).astype("f4")
-        assert error(backend.linear(x, w), seen(x, type) @ floats[0].T) < 2e-6
+        assert product_error(backend.linear(x, w), seen(x, type), floats[0]) < 2e-6
 
 
 @pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
@@ -79,7 +79,7 @@ def test_matrices_of_one_type_share_a_launch(n_tokens, rng, monkeypatch):
     ys = backend.linears(device.upload(x), weights)
     for y, matrix in zip(ys, matrices, strict=True):
         assert y.shape == (n_tokens, len(matrix))
-        assert error(device.download(y), rounded_to_int8(x) @ matrix.T) < 2e-6
+        assert product_error(device.download(y), rounded_to_int8(x), matrix) < 2e-6
     products = [name for name in launches if name.startswith("mat")]
     assert len(products) == (4 if n_tokens == 9 else 2)
     assert launches.count("quantize") == 1
@@ -107,7 +107,7 @@ def test_linears_of_different_widths_and_more_than_a_launch_takes(rng):
         ]
         for y, (w, floats) in zip(ys, pairs, strict=True):
             wide = np.pad(x, ((0, 0), (w.pad, w.n_in - w.pad - 64)))
-            assert error(y, seen(wide, type) @ floats[0].T) < 2e-6
+            assert product_error(y, seen(wide, type), floats[0]) < 2e-6
 
 
 def test_gate_and_up_of_different_types(rng):
@@ -139,7 +139,7 @@ def test_float_rows_that_are_no_whole_pieces(rng):
         for n_in in (1, 7, 9, 255, 256, 2056, 2051):
             w, floats = make_weight(rng, backend, type, 1, 5, n_in)
             x = rng.standard_normal((3, n_in)).astype("f4")
-            assert error(backend.linear(x, w), x.astype("f8") @ floats[0].T) < 2e-6
+            assert product_error(backend.linear(x, w), x.astype("f8"), floats[0]) < 2e-6
 
 
 @pytest.mark.skipif(bool(REAL), reason="about the emulated device")

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpillama import _cpu
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch
+from mpillama.backends.cpu.buffers import Buffers
 from mpillama.backends.cpu.elementwise import CpuRopeTable
 from mpillama.backends.cpu.tiles import read_keys, read_values
 from mpillama.backends.kv_codec import check_cache_type
@@ -22,6 +23,7 @@ class AttentionOps:
 
     pool: _cpu.Pool
     kernels: Any
+    buffers: Buffers
 
     def new_cache(self, n_blocks: int, n_head_kv: int, n_k: int, n_v: int, type_k: str, type_v: str) -> Any:
         """Reserve the KV cache of one block of the model, for n_blocks * KV_BLOCK tokens.
@@ -75,7 +77,7 @@ class AttentionOps:
         rope: CpuRopeTable | None = None,
     ) -> np.ndarray:
         """Rotate q and k, store k and v of the step's tokens, then attend; see `Backend.attention`."""
-        out = np.empty((q.shape[0], q.shape[1], v.shape[2]), np.float32)
+        out = self.buffers.empty((q.shape[0], q.shape[1], v.shape[2]))
         rotation = (rope.cos, rope.sin, rope.neox) if rope else (None, None, False)
         where = (batch.positions, batch.seq_lens, batch.block_tables)
         scores = (params.kv_heads, params.scale, params.softcap, params.window, sinks)

@@ -10,6 +10,7 @@ import numpy as np
 from mpillama import _cpu
 from mpillama.backends.base import Handle, RawWeight, Stepper
 from mpillama.backends.cpu.attention import AttentionOps
+from mpillama.backends.cpu.buffers import Buffers
 from mpillama.backends.cpu.codebooks import codebook
 from mpillama.backends.cpu.elementwise import ACTIVATIONS, ElementwiseOps
 from mpillama.backends.cpu.steps import CpuSteps, Recording, Work
@@ -56,6 +57,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
     def __init__(self, n_threads: int = 1, cores: Sequence[int] = (), level: str = "") -> None:
         super().__init__()
         self.kernels = _cpu
+        self.buffers = Buffers()
         try:
             self.pool = _cpu.Pool(n_threads, list(cores), level)
         except ValueError as error:
@@ -90,13 +92,13 @@ class CpuBackend(AttentionOps, ElementwiseOps):
 
     def embedding(self, tokens: np.ndarray, w: PackedMatrix, first: int) -> np.ndarray:  # type: ignore[override]
         """Return rows of the embedding, zeros for those that are elsewhere."""
-        out = np.empty((len(tokens), w.packed.n_in), np.float32)
+        out = self.buffers.empty((len(tokens), w.packed.n_in))
         self.kernels.embedding(self.pool, w.packed, tokens, first, out)
         return out
 
     def linear(self, x: np.ndarray, w: PackedMatrix) -> np.ndarray:  # type: ignore[override]
         """Return x W^T."""
-        out = np.empty((x.shape[0], w.packed.n_rows), np.float32)
+        out = self.buffers.empty((x.shape[0], w.packed.n_rows))
         self.kernels.linear(self.pool, w.packed, x, w.pad, out)
         return out
 
@@ -105,7 +107,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
         if any(w.pad != ws[0].pad or w.packed.n_in != ws[0].packed.n_in for w in ws):
             return [self.linear(x, w) for w in ws]
         n_tokens = x.shape[0]
-        outs = [np.empty((n_tokens, w.packed.n_rows), np.float32) for w in ws]
+        outs = [self.buffers.empty((n_tokens, w.packed.n_rows)) for w in ws]
         self.kernels.linears(self.pool, [w.packed for w in ws], x, ws[0].pad, outs)
         return outs
 
@@ -113,7 +115,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
         """Return act(x G^T) * (x U^T)."""
         if gate.pad != up.pad or gate.packed.n_in != up.packed.n_in:
             return self.gated(activation, self.linear(x, gate), self.linear(x, up))
-        out = np.empty((x.shape[0], gate.packed.n_rows), np.float32)
+        out = self.buffers.empty((x.shape[0], gate.packed.n_rows))
         index = ACTIVATIONS.index(activation)
         self.kernels.gated_linear(self.pool, index, gate.packed, up.packed, x, gate.pad, out)
         return out
@@ -127,7 +129,7 @@ class CpuBackend(AttentionOps, ElementwiseOps):
             if len(at[0]):
                 out[at] = self.expert_linear(x[at] if x.ndim == 3 else x[at[0]], w, experts[at][:, None])[:, 0]
             return out
-        out = np.empty((*experts.shape, w.packed.n_rows), np.float32)
+        out = self.buffers.empty((*experts.shape, w.packed.n_rows))
         self.kernels.expert_linear(self.pool, w.packed, x, w.pad, experts, out)
         return out
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpillama import _cpu
+from mpillama.backends.cpu.buffers import Buffers
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.backends.rope import frequencies
 from mpillama.config import Rope
@@ -30,6 +31,7 @@ class ElementwiseOps(ReferenceBackend):
 
     pool: _cpu.Pool
     kernels: Any
+    buffers: Buffers
 
     def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return a + b."""
@@ -37,7 +39,7 @@ class ElementwiseOps(ReferenceBackend):
             a, b = b, a
         if not _repeats(a, b):
             return a + b
-        out = np.empty(a.shape, np.float32)
+        out = self.buffers.empty(a.shape)
         self.kernels.add(self.pool, a, b, out)
         return out
 
@@ -45,7 +47,7 @@ class ElementwiseOps(ReferenceBackend):
         """Return a * b."""
         if not isinstance(b, float) and not _repeats(a, b):
             return super().mul(a, b)
-        out = np.empty(a.shape, np.float32)
+        out = self.buffers.empty(a.shape)
         if isinstance(b, float):
             self.kernels.scale(self.pool, a, b, out)
         else:
@@ -54,7 +56,7 @@ class ElementwiseOps(ReferenceBackend):
 
     def sum_experts(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Return the weighted sum over the chosen experts."""
-        out = np.empty((x.shape[0], x.shape[2]), np.float32)
+        out = self.buffers.empty((x.shape[0], x.shape[2]))
         self.kernels.sum_experts(self.pool, x, weights, out)
         return out
 
@@ -62,25 +64,25 @@ class ElementwiseOps(ReferenceBackend):
         """Return the RMS norm."""
         if w.size != x.shape[-1]:
             return super().rms_norm(x, w, eps)
-        out = np.empty(x.shape, np.float32)
+        out = self.buffers.empty(x.shape)
         self.kernels.rms_norm(self.pool, x, w, eps, out)
         return out
 
     def gated(self, activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         """Return act(gate) * up."""
-        out = np.empty(gate.shape, np.float32)
+        out = self.buffers.empty(gate.shape)
         self.kernels.gated(self.pool, ACTIVATIONS.index(activation), gate, up, out)
         return out
 
     def sigmoid(self, x: np.ndarray) -> np.ndarray:
         """Return 1 / (1 + exp(-x))."""
-        out = np.empty(x.shape, np.float32)
+        out = self.buffers.empty(x.shape)
         self.kernels.sigmoid(self.pool, x, out)
         return out
 
     def softcap(self, x: np.ndarray, cap: float) -> np.ndarray:
         """Return cap * tanh(x / cap)."""
-        out = np.empty(x.shape, np.float32)
+        out = self.buffers.empty(x.shape)
         self.kernels.softcap(self.pool, x, cap, out)
         return out
 
@@ -93,13 +95,13 @@ class ElementwiseOps(ReferenceBackend):
 
     def top_k(self, x: np.ndarray, k: int, first: int) -> np.ndarray:
         """Return the largest of each row and their columns."""
-        out = np.empty((x.shape[0], 2 * k), np.float32)
+        out = self.buffers.empty((x.shape[0], 2 * k))
         self.kernels.top_k(self.pool, x, first, out)
         return out
 
     def merge_top_k(self, x: np.ndarray, k: int) -> np.ndarray:
         """Return the largest of several results of `top_k`."""
-        out = np.empty((x.shape[0], 2 * k), np.float32)
+        out = self.buffers.empty((x.shape[0], 2 * k))
         self.kernels.merge_top_k(self.pool, x, out)
         return out
 
@@ -112,7 +114,7 @@ class ElementwiseOps(ReferenceBackend):
 
     def rope(self, x: np.ndarray, table: CpuRopeTable) -> np.ndarray:  # type: ignore[override]
         """Rotate heads."""
-        out = np.empty(x.shape, np.float32)
+        out = self.buffers.empty(x.shape)
         self.kernels.rope(self.pool, x, table.cos, table.sin, table.neox, out)
         return out
 

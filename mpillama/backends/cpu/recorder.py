@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpillama import _cpu
+from mpillama.backends.cpu.buffers import Buffers
 
 if TYPE_CHECKING:
     from mpillama.backends.cpu.backend import CpuBackend, PackedMatrix
@@ -112,6 +113,8 @@ class Recorder:
     def __init__(self, backend: CpuBackend, tape: Tape) -> None:
         self._backend, self._tape = copy.copy(backend), tape
         self._backend.kernels = _NotedKernels(tape)
+        # What is on a tape is not given back as long as that is kept.
+        self._backend.buffers = Buffers()
         # Experts and weights as the router has left them.
         self._routes: list[np.ndarray] = []
 

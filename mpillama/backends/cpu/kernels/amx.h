@@ -4,25 +4,24 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "tile_config.h"
+
 namespace mpillama {
 namespace {
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileConfig) == 64);
-
-inline void tiles_begin() {
+// Sets this thread's tiles up, and puts into `before` what they were set up as: a library of the same process may count on it.
+inline void tiles_begin(TileConfig* before) {
+  __asm__ volatile("sttilecfg %0" : "=m"(*before));
   TileConfig config;
+  config.palette = 1;
   for (int i = 0; i < 8; i++) {
     config.row_bytes[i] = 64;
     config.rows[i] = 16;
   }
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
-inline void tiles_end() { __asm__ volatile("tilerelease"); }
+// If they were not set up before, this releases them.
+inline void tiles_end(const TileConfig* before) { __asm__ volatile("ldtilecfg %0" ::"m"(*before)); }
 template <int t> inline void tile_zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(t)); }
 template <int t> inline void tile_load(const void* p, size_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");

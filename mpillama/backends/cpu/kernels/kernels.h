@@ -12,6 +12,9 @@
 
 #include "formats.h"
 #include "level.h"
+#if MPILLAMA_AMX
+#include "tile_config.h"
+#endif
 
 namespace mpillama {
 
@@ -64,8 +67,9 @@ struct AmxKernels {
   // the two rows of token tiles lie a_step tiles.
   void (*multiply)(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16_t* b1, size_t n_groups, float* c,
                    size_t stride, bool add);
-  void (*begin)();  // sets this thread's tiles up
-  void (*end)();
+  // Sets this thread's tiles up; `before` is for `end`.
+  void (*begin)(TileConfig* before);
+  void (*end)(const TileConfig* before);
 };
 extern const AmxKernels amx_kernels;
 #endif

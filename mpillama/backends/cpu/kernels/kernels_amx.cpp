@@ -64,10 +64,6 @@ void expand(const uint8_t* panel, size_t first, size_t last, uint16_t* out) {
   }
 }
 
-inline void prefetch_tile(const uint16_t* tile) {
-  for (int i = 0; i < values_of_tile; i += 32) Vec::prefetch(reinterpret_cast<const uint8_t*>(tile + i));
-}
-
 void multiply(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16_t* b1, size_t n_groups, float* c,
               size_t stride, bool add) {
   const uint16_t* lower = a + a_step * values_of_tile;
@@ -79,18 +75,9 @@ void multiply(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   }
   for (size_t at = 0; at < n_groups * values_of_tile; at += values_of_tile) {
-    constexpr size_t next = 4 * values_of_tile;
-    tile_load<4>(a + at, 64), tile_load<6>(b0 + at, 64);
-    prefetch_tile(a + at + next);
-    tile_product<0, 4, 6>();
-    tile_load<7>(b1 + at, 64);
-    prefetch_tile(b0 + at + next);
-    tile_product<1, 4, 7>();
-    tile_load<5>(lower + at, 64);
-    prefetch_tile(lower + at + next);
-    tile_product<2, 5, 6>();
-    prefetch_tile(b1 + at + next);
-    tile_product<3, 5, 7>();
+    tile_load<4>(a + at, 64), tile_load<5>(lower + at, 64);
+    tile_load<6>(b0 + at, 64), tile_load<7>(b1 + at, 64);
+    tile_product<0, 4, 6>(), tile_product<1, 4, 7>(), tile_product<2, 5, 6>(), tile_product<3, 5, 7>();
   }
   tile_store<0>(c, bytes), tile_store<1>(c + 16, bytes);
   tile_store<2>(c + 16 * stride, bytes), tile_store<3>(c + 16 * stride + 16, bytes);

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "plan.h"
+#include "tiles.h"
 
 namespace mpillama {
 
@@ -147,7 +148,7 @@ class PanelProduct {
         const TokenBlock& block = blocks_[b];
         uint8_t* data = const_cast<uint8_t*>(block.data);
         for (size_t i = 0; i < block.n; i++)
-          for_groups(x_, plan_.x_rows[block.first + i], n_groups_, [&](const float* values, size_t g, size_t count) {
+          for_groups(x_, plan_.x_rows[block.first + i], n_groups_, 0, n_groups_, [&](const float* values, size_t g, size_t count) {
             fn(values, count, int(block.n), int(i), data + g * group_size(block.n));
           });
       }
@@ -205,7 +206,7 @@ void multiply(Pool& pool, const PackedWeight& w, const Input& x, const Plan& pla
   std::vector<Segment> tiles, rest;
   for (const Segment& s : plan.segments) (tiles_for(pool, w, s.count) ? tiles : rest).push_back(s);
 #if MPILLAMA_AMX
-  if (!tiles.empty()) multiply_tiles(pool, w, x, plan, tiles, y);
+  if (!tiles.empty()) TileProduct(pool, {{&w, y}}, x, plan, tiles).run();
 #endif
   if (!rest.empty()) PanelProduct(pool, {{&w, y}}, x, plan, rest).run();
 }
@@ -228,13 +229,18 @@ void linears(Pool& pool, const std::vector<Product>& products, const Input& x) {
   if (x.n_rows == 0) return;
   const auto lock = pool.lock();
   const Plan plan = whole_plan(x.n_rows);
-  std::vector<Product> together, rest;
+  std::vector<Product> together, on_tiles, rest;
   for (const Product& p : products) {
     if (p.w->n_rows == 0) continue;
-    const bool apart = tiles_for(pool, *p.w, x.n_rows) || (!together.empty() && !alike(*p.w, *together[0].w));
-    (apart ? rest : together).push_back(p);
+    const bool tiles = tiles_for(pool, *p.w, x.n_rows);
+    std::vector<Product>& others = tiles ? on_tiles : together;
+    const bool fits = others.empty() || (tiles ? groups_of(*p.w) == groups_of(*others[0].w) : alike(*p.w, *others[0].w));
+    (fits ? others : rest).push_back(p);
   }
   if (!together.empty()) PanelProduct(pool, together, x, plan, plan.segments).run();
+#if MPILLAMA_AMX
+  if (!on_tiles.empty()) TileProduct(pool, on_tiles, x, plan, plan.segments).run();
+#endif
   for (const Product& p : rest) multiply(pool, *p.w, x, plan, p.y);
 }
 
@@ -243,17 +249,23 @@ void gated_linear(Pool& pool, Activation activation, const PackedWeight& gate, c
   if (x.n_rows == 0 || gate.n_rows == 0) return;
   const auto lock = pool.lock();
   const Plan plan = whole_plan(x.n_rows);
-  const size_t n = x.n_rows * gate.n_rows;
-  std::unique_ptr<float[]> other;
-  float* temporary = static_cast<float*>(pool.scratch(1).get(2 * n * sizeof(float)));
   const auto fn = elementwise_kernels_of(pool.level()).gated;
-  if (tiles_for(pool, gate, x.n_rows) || !alike(gate, up)) {
-    // Tiles want the temporary memory for themselves.
-    other.reset(new float[n]);
+  const bool gate_on_tiles = tiles_for(pool, gate, x.n_rows), up_on_tiles = tiles_for(pool, up, x.n_rows);
+#if MPILLAMA_AMX
+  if (gate_on_tiles && up_on_tiles && groups_of(gate) == groups_of(up)) {
+    TileProduct(pool, {{&gate, nullptr}, {&up, nullptr}}, x, plan, plan.segments).run_gated(fn, activation, y);
+    return;
+  }
+#endif
+  const size_t n = x.n_rows * gate.n_rows;
+  if (gate_on_tiles || up_on_tiles || !alike(gate, up)) {
+    // Tiles want the pool's temporary memory for themselves.
+    const std::unique_ptr<float[]> other(new float[n]);
     multiply(pool, gate, x, plan, y);
     multiply(pool, up, x, plan, other.get());
     fn(activation, y, other.get(), y, n);
   } else {
+    float* temporary = static_cast<float*>(pool.scratch(1).get(2 * n * sizeof(float)));
     PanelProduct(pool, {{&gate, temporary}, {&up, temporary + n}}, x, plan, plan.segments).run_gated(fn, activation, y);
   }
 }

@@ -4,24 +4,10 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "pages.h"
 #include "pool.h"
 
 namespace mpillama {
-
-// Memory for weights: zeros at first, aligned to 64 bytes, in huge pages where it is large enough for some.
-class Pages {
- public:
-  explicit Pages(size_t bytes);
-  ~Pages();
-  Pages(const Pages&) = delete;
-  Pages& operator=(const Pages&) = delete;
-  uint8_t* data() const { return data_; }
-
- private:
-  void* mapping_ = nullptr;
-  size_t mapped_ = 0;
-  uint8_t* data_ = nullptr;
-};
 
 class PackedWeight {
  public:

@@ -21,32 +21,24 @@ struct Plan {
   std::vector<size_t> x_rows, y_rows;
 };
 
-// Calls f(values, group, n_groups) for pieces of a row of x that cover n_groups groups of 32 columns, zeros filled in.
+// Calls f(values, group, n_groups) for pieces of a row of x that cover the groups [first, last) of 32 columns, of n_groups, zeros
+// filled in.
 template <class F>
-void for_groups(const Input& x, size_t row, size_t n_groups, F&& f) {
+void for_groups(const Input& x, size_t row, size_t n_groups, size_t first, size_t last, F&& f) {
   const float* values = x.data + row * x.width;
   if (x.pad == 0 && x.width == 32 * n_groups) {
-    f(values, size_t(0), n_groups);
+    f(values + 32 * first, first, last - first);
     return;
   }
   constexpr size_t step = 8;
   float piece[32 * step];
-  for (size_t g = 0; g < n_groups; g += step) {
-    const size_t begin = 32 * g, n = std::min(step, n_groups - g), end = begin + 32 * n;
+  for (size_t g = first; g < last; g += step) {
+    const size_t begin = 32 * g, n = std::min(step, last - g), end = begin + 32 * n;
     const size_t from = std::clamp(x.pad, begin, end), to = std::clamp(x.pad + x.width, begin, end);
     std::memset(piece, 0, sizeof piece);
     if (from < to) std::memcpy(piece + (from - begin), values + (from - x.pad), (to - from) * sizeof(float));
     f(piece, g, n);
   }
 }
-
-#if MPILLAMA_AMX
-// Whether AMX is the faster way for so many tokens of one matrix.
-bool wants_tiles(const Pool& pool, const PackedWeight& w, size_t n_tokens);
-
-// The segments of a plan for which `wants_tiles`.
-void multiply_tiles(Pool& pool, const PackedWeight& w, const Input& x, const Plan& plan,
-                    const std::vector<Segment>& segments, float* y);
-#endif
 
 }  // namespace mpillama

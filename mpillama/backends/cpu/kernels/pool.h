@@ -9,43 +9,37 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
+#include <memory>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <type_traits>
 #include <vector>
 
 #include "level.h"
+#include "pages.h"
 
 namespace mpillama {
 
 // Grow-only memory for temporaries, aligned to a cache line.
 class Scratch {
  public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-
   // At least `bytes`, which stay valid until the next call; what was there before is lost.
   void* get(size_t bytes) {
     if (bytes > size_) {
-      std::free(data_);
-      size_ = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-      data_ = std::aligned_alloc(64, size_);
-      if (!data_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
+      pages_.reset();
+      size_ = 0;
+      const size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+      pages_.reset(new Pages(size));
+      size_ = size;
     }
-    return data_;
+    return pages_ ? pages_->data() : nullptr;
   }
 
  private:
-  void* data_ = nullptr;
+  std::unique_ptr<Pages> pages_;
   size_t size_ = 0;
 };
+
 
 class Pool {
  public:

@@ -1,5 +1,5 @@
-// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: LDTILECFG, TILELOADD, TILERELEASE,
-// TILESTORED, TILEZERO, TDPBF16PS; 2.1.3 and 2.1.5 (ModRM and SIB), 2.3.5 (VEX prefix).
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: LDTILECFG, STTILECFG, TILELOADD, TILESTORED,
+// TILEZERO, TDPBF16PS; 2.1.3 and 2.1.5 (ModRM and SIB), 2.3.5 (VEX prefix).
 #include "tile_trap.h"
 
 #if MPILLAMA_AMX
@@ -11,30 +11,30 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tile_config.h"
+
 namespace mpillama {
 namespace {
 
-// What LDTILECFG reads.
-struct Config {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-static_assert(sizeof(Config) == 64);
-
 struct Tiles {
-  Config config{};
+  TileConfig config;
   uint8_t data[8][16][64]{};
 
-  // The configuration must be one that the processor would take.
+  // The configuration must be one that the processor would take; of palette 0, which is none, nothing else counts.
   bool configure(const void* from) {
-    Config c;
+    TileConfig c;
     std::memcpy(&c, from, sizeof c);
-    bool good = c.palette == 1 && c.start_row == 0;
+    if (c.palette == 0) c = TileConfig{};
+    bool good = c.palette <= 1 && c.start_row == 0;
     for (uint8_t byte : c.reserved) good &= byte == 0;
     for (int i = 0; i < 16; i++) good &= i < 8 ? c.row_bytes[i] <= 64 && c.rows[i] <= 16 : !c.row_bytes[i] && !c.rows[i];
     if (good) config = c, std::memset(data, 0, sizeof data);
     return good;
+  }
+
+  bool store(void* to) const {
+    std::memcpy(to, &config, sizeof config);
+    return true;
   }
 
   bool usable(int t) const { return t < 8 && config.palette == 1 && config.rows[t] && config.row_bytes[t]; }
@@ -83,7 +83,7 @@ class Instruction {
     if (memory && !find_memory()) return nullptr;
     bool done = false;
     if (opcode == 0x49 && prefix == none && memory) done = tiles.configure(reinterpret_cast<const void*>(base_ + stride_));
-    if (opcode == 0x49 && prefix == none && !memory) done = code_[4] == 0xc0 && release();
+    if (opcode == 0x49 && prefix == x66 && memory) done = tiles.store(reinterpret_cast<void*>(base_ + stride_));
     if (opcode == 0x49 && prefix == xf2 && !memory) done = zero(reg);
     if (opcode == 0x4b && prefix == xf2 && sib) done = move(reg, true);
     if (opcode == 0x4b && prefix == xf3 && sib) done = move(reg, false);
@@ -121,11 +121,6 @@ class Instruction {
       base_ += uint64_t(int64_t(offset)), p += 4;
     }
     end_ = p;
-    return true;
-  }
-
-  static bool release() {
-    tiles = Tiles{};
     return true;
   }
 

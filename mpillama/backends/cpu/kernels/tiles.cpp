@@ -1,24 +1,23 @@
 // Products of many tokens on AMX: panels are expanded to bf16 a few at a time and meet slices of the tokens that stay in
 // the second-level cache.
-#include "kernels.h"
-#include "plan.h"
+#include "tiles.h"
 
 #if MPILLAMA_AMX
 
 namespace mpillama {
 namespace {
 
-// Measured best on Sapphire Rapids: 256 tokens x 2048 columns in bf16 are half of a core's second-level cache, four
-// expanded panels an eighth.
-constexpr size_t slice_tokens = 256, slice_groups = 64, slice_panels = 4;
-// Rows of c that lie a power of two apart would all fall into one set of the cache.
-constexpr size_t c_stride = slice_panels * 16 + 16;
+// Measured best on Sapphire Rapids, whose cores have second-level caches of 2 MiB: of rows that are no longer than
+// `whole_groups` a slice of the tokens (1 MiB in bf16) stays there while all panels pass by; of longer ones a shorter piece
+// stays for many panels.
+constexpr size_t slice_tokens = 256, whole_groups = 64, whole_panels = 4, piece_groups = 32, piece_panels = 16;
 constexpr size_t tile_values = 512;
+constexpr size_t tile_block = 32;  // tokens, and rows, of what `multiply` makes at a time
 
 // Below this the int8 kernels are faster, which compute no more tokens than there are.
 constexpr size_t least_tokens = 20;
 
-size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+constexpr size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace
 
@@ -26,62 +25,113 @@ bool wants_tiles(const Pool& pool, const PackedWeight& w, size_t n_tokens) {
   return pool.level() == Level::amx && amx_kernels.expand[w.type] && n_tokens >= least_tokens && w.n_units > 0;
 }
 
-void multiply_tiles(Pool& pool, const PackedWeight& w, const Input& x, const Plan& plan,
-                    const std::vector<Segment>& segments, float* y) {
-  const size_t n_groups = w.n_units * size_t(w.format.unit / 32);
+TileProduct::TileProduct(Pool& pool, std::vector<Product> products, const Input& x, const Plan& plan,
+                         const std::vector<Segment>& segments)
+    : pool_(pool),
+      products_(std::move(products)),
+      n_groups_(products_[0].w->n_units * size_t(products_[0].w->format.unit / 32)),
+      plan_(plan) {
   // Tokens of each segment as tiles, padded with zeros to pairs of tiles.
   std::vector<size_t> first_row{0};
-  for (const Segment& s : segments) first_row.push_back(first_row.back() + round_up(s.count, 32));
+  for (const Segment& s : segments) {
+    for (size_t m = 0; m < s.count; m += slice_tokens)
+      slices_.push_back({&s, m, std::min(s.count, m + slice_tokens), first_row.back() + m});
+    first_row.push_back(first_row.back() + round_up(s.count, tile_block));
+  }
   const size_t n_rows = first_row.back();
-  uint16_t* a = static_cast<uint16_t*>(pool.scratch(1).get(n_rows * n_groups * 64));
-  pool.parallel_for(n_rows, 4, [&](size_t begin, size_t end) {
-    for (size_t row = begin; row < end; row++) {
+  tokens_ = static_cast<uint16_t*>(pool.scratch(1).get(n_rows * n_groups_ * 64));
+  pool.parallel_for(n_rows / 16, 1, [&](size_t begin, size_t end) {
+    constexpr size_t step = 8;  // groups: what is written stays in the first-level cache until lines are full
+    for (size_t tile = begin; tile < end; tile++) {
+      const size_t row = 16 * tile;
       const size_t segment = size_t(std::upper_bound(first_row.begin(), first_row.end(), row) - first_row.begin()) - 1;
-      const size_t i = row - first_row[segment];
-      uint16_t* tiles = a + row / 16 * n_groups * tile_values;
-      if (i < segments[segment].count) {
-        for_groups(x, plan.x_rows[segments[segment].first + i], n_groups, [&](const float* values, size_t g, size_t n) {
-          amx_kernels.tile_row(values, n, int(row % 16), tiles + g * tile_values);
-        });
-      } else {
-        for (size_t g = 0; g < n_groups; g++) std::memset(tiles + g * tile_values + row % 16 * 32, 0, 64);
+      const Segment& s = segments[segment];
+      uint16_t* tiles = tokens_ + tile * n_groups_ * tile_values;
+      for (size_t g0 = 0; g0 < n_groups_; g0 += step) {
+        const size_t g1 = std::min(n_groups_, g0 + step);
+        for (size_t r = 0, i = row - first_row[segment]; r < 16; r++, i++) {
+          if (i < s.count) {
+            for_groups(x, plan.x_rows[s.first + i], n_groups_, g0, g1, [&](const float* values, size_t g, size_t n) {
+              amx_kernels.tile_row(values, n, int(r), tiles + g * tile_values);
+            });
+          } else {
+            for (size_t g = g0; g < g1; g++) std::memset(tiles + g * tile_values + r * 32, 0, 64);
+          }
+        }
       }
     }
   });
+}
 
-  const size_t n_slices = round_up(w.n_panels, slice_panels) / slice_panels;
-  constexpr size_t b_values = slice_panels * slice_groups * tile_values, c_values = slice_tokens * c_stride;
-  constexpr size_t own_bytes = b_values * 2 + c_values * 4;
-  uint8_t* buffers = static_cast<uint8_t*>(pool.scratch(2).get(size_t(pool.size()) * own_bytes));
+void TileProduct::run() {
+  run_tasks(1, [](const Product& product, const float* c, size_t, size_t row, size_t column, size_t n) {
+    std::memcpy(product.y + row * product.w->n_rows + column, c, n * sizeof(float));
+  });
+}
+
+void TileProduct::run_gated(GatedFn gated, Activation activation, float* y) {
+  run_tasks(2, [=](const Product& gate, const float* c, size_t to_up, size_t row, size_t column, size_t n) {
+    gated(activation, c, c + to_up, y + row * gate.w->n_rows + column, n);
+  });
+}
+
+template <class Put>
+void TileProduct::run_tasks(size_t n_together, const Put& put) {
+  const bool whole = n_groups_ <= whole_groups;
+  const size_t most_groups = whole ? n_groups_ : piece_groups;
+  // A task: so many panels of a product, or of each of those that are taken together, times a slice. Panels are multiplied in
+  // pairs; fewer are taken where there would not be enough tasks for all threads.
+  const size_t n_slices = slices_.size();
+  size_t n_panels_of_all = 0;
+  for (const Product& p : products_) n_panels_of_all += p.w->n_panels;
+  const size_t share = n_panels_of_all * n_slices / (4 * size_t(pool_.size()));
+  const size_t step = std::max<size_t>(2, std::min(whole ? whole_panels : piece_panels, share) / n_together / 2 * 2);
+  std::vector<size_t> first_task{0};
+  for (size_t i = 0; i < products_.size(); i += n_together)
+    first_task.push_back(first_task.back() + round_up(products_[i].w->n_panels, step) / step);
+  const size_t n_tasks = first_task.back();
+
+  // Rows of c that lie a power of two apart would all fall into one set of the cache.
+  const size_t c_stride = step * 16 + 16, c_values = c_stride * (whole ? tile_block : slice_tokens);
+  const size_t b_values = step * most_groups * tile_values;
+  const size_t own_bytes = round_up(n_together * (b_values * sizeof(uint16_t) + c_values * sizeof(float)), 4096);
+  uint8_t* buffers = static_cast<uint8_t*>(pool_.scratch(2).get(size_t(pool_.size()) * own_bytes));
   std::atomic<size_t> next{0};
-  pool.run([&](int thread) {
+  pool_.run([&](int thread) {
     uint16_t* b = reinterpret_cast<uint16_t*>(buffers + size_t(thread) * own_bytes);
-    float* c = reinterpret_cast<float*>(b + b_values);
-    amx_kernels.begin();
-    for (size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < segments.size() * n_slices;) {
-      const Segment& s = segments[task / n_slices];
-      const size_t p0 = task % n_slices * slice_panels, n_panels = std::min(slice_panels, w.n_panels - p0);
-      // An odd panel is paired with itself.
-      const auto tiles_of = [&](size_t p, size_t n) { return b + std::min(p, n_panels - 1) * n * tile_values; };
-      for (size_t m0 = 0; m0 < s.count; m0 += slice_tokens) {
-        const size_t m1 = std::min(s.count, m0 + slice_tokens);
-        for (size_t g0 = 0; g0 < n_groups; g0 += slice_groups) {
-          const size_t n = std::min(slice_groups, n_groups - g0);
+    float* c = reinterpret_cast<float*>(b + n_together * b_values);
+    TileConfig before;
+    amx_kernels.begin(&before);
+    for (size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n_slices * n_tasks;) {
+      const Slice& slice = slices_[task / n_tasks];
+      const size_t at = task % n_tasks;
+      const size_t which = size_t(std::upper_bound(first_task.begin(), first_task.end(), at) - first_task.begin()) - 1;
+      const Product* products = &products_[which * n_together];
+      const size_t p0 = (at - first_task[which]) * step, n_panels = std::min(step, products->w->n_panels - p0);
+      const size_t column = 16 * p0, n_columns = std::min(16 * n_panels, products->w->n_rows - column);
+      for (size_t g0 = 0; g0 < n_groups_; g0 += most_groups) {
+        const size_t n = std::min(most_groups, n_groups_ - g0);
+        for (size_t i = 0; i < n_together; i++)
           for (size_t p = 0; p < n_panels; p++)
-            amx_kernels.expand[w.type](w.panel(s.mat, p0 + p), g0, g0 + n, b + p * n * tile_values);
-          for (size_t m = m0; m < m1; m += 32) {
-            const uint16_t* tokens = a + ((first_row[task / n_slices] + m) / 16 * n_groups + g0) * tile_values;
+            amx_kernels.expand[products[i].w->type](products[i].w->panel(slice.segment->mat, p0 + p), g0, g0 + n,
+                                                    b + i * b_values + p * n * tile_values);
+        for (size_t m = slice.begin; m < slice.end; m += tile_block) {
+          const uint16_t* tokens = tokens_ + ((slice.row + m - slice.begin) / 16 * n_groups_ + g0) * tile_values;
+          float* rows = c + (whole ? 0 : (m - slice.begin) * c_stride);
+          for (size_t i = 0; i < n_together; i++) {
+            // An odd panel is paired with itself.
+            const auto tiles_of = [&](size_t p) { return b + i * b_values + std::min(p, n_panels - 1) * n * tile_values; };
             for (size_t p = 0; p < n_panels; p += 2)
-              amx_kernels.multiply(tokens, n_groups, tiles_of(p, n), tiles_of(p + 1, n), n, c + (m - m0) * c_stride + 16 * p,
-                                   c_stride, g0 > 0);
+              amx_kernels.multiply(tokens, n_groups_, tiles_of(p), tiles_of(p + 1), n, rows + i * c_values + 16 * p, c_stride,
+                                   g0 > 0);
           }
+          if (g0 + n < n_groups_) continue;
+          for (size_t r = 0; r < std::min(tile_block, slice.end - m); r++)
+            put(*products, rows + r * c_stride, c_values, plan_.y_rows[slice.segment->first + m + r], column, n_columns);
         }
-        const size_t column = 16 * p0, n_columns = std::min(16 * n_panels, w.n_rows - column);
-        for (size_t m = m0; m < m1; m++)
-          std::memcpy(y + plan.y_rows[s.first + m] * w.n_rows + column, c + (m - m0) * c_stride, n_columns * sizeof(float));
       }
     }
-    amx_kernels.end();
+    amx_kernels.end(&before);
   });
 }
 
