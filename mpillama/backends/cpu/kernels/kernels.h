@@ -55,18 +55,57 @@ extern const Kernels neon_kernels, dotprod_kernels, i8mm_kernels, sve512_kernels
 #endif
 
 #if MPILLAMA_AMX
+using ExpandFn = void (*)(const uint8_t* panel, size_t first, size_t last, uint16_t* tiles);
+
+// Panels that are expanded bit by bit while tiles of others are multiplied, which leaves the units for vectors time.
+class Expansion {
+ public:
+  static constexpr size_t most_panels = 16;
+  size_t pace = 1;  // groups of a step
+
+  void add(ExpandFn fn, const uint8_t* panel, size_t first, size_t last, uint16_t* tiles) {
+    parts_[n_parts_++] = {fn, panel, first, last, tiles};
+  }
+  void step() { advance(pace); }
+  // The rest. Then others can be added.
+  void finish() {
+    while (at_ < n_parts_) advance(size_t(-1));
+    at_ = n_parts_ = 0;
+  }
+
+ private:
+  struct Part {
+    ExpandFn fn;
+    const uint8_t* panel;
+    size_t first, last;
+    uint16_t* tiles;
+  };
+
+  void advance(size_t n) {
+    if (at_ == n_parts_) return;
+    Part& part = parts_[at_];
+    const size_t count = n < part.last - part.first ? n : part.last - part.first;
+    part.fn(part.panel, part.first, part.first + count, part.tiles);
+    part.first += count, part.tiles += count * 512;
+    at_ += part.first == part.last;
+  }
+
+  Part parts_[most_panels];
+  size_t n_parts_ = 0, at_ = 0;
+};
+
 // Tokens as tiles of 16 x 32 in bf16: [n / 16][n_groups]; n_tokens need not be a multiple of 16, the rest becomes zero.
 struct AmxKernels {
   // x: n_groups groups of 32 values of one token; row: of the token in the tile.
   void (*tile_row)(const float* x, size_t n_groups, int row, uint16_t* tiles);
 
   // Groups [first, last) of a panel as bf16 tiles of 16 x 16 pairs, by type.
-  void (*expand[64])(const uint8_t* panel, size_t first, size_t last, uint16_t* tiles);
+  ExpandFn expand[64];
 
   // c (32 x 32, rows `stride` floats apart) = or += two rows of tiles times two panels, over n_groups tiles each; between
-  // the two rows of token tiles lie a_step tiles.
+  // the two rows of token tiles lie a_step tiles. Meanwhile something is expanded.
   void (*multiply)(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16_t* b1, size_t n_groups, float* c,
-                   size_t stride, bool add);
+                   size_t stride, bool add, Expansion& meanwhile);
   // Sets this thread's tiles up; `before` is for `end`.
   void (*begin)(TileConfig* before);
   void (*end)(const TileConfig* before);

@@ -65,7 +65,7 @@ void expand(const uint8_t* panel, size_t first, size_t last, uint16_t* out) {
 }
 
 void multiply(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16_t* b1, size_t n_groups, float* c,
-              size_t stride, bool add) {
+              size_t stride, bool add, Expansion& meanwhile) {
   const uint16_t* lower = a + a_step * values_of_tile;
   const size_t bytes = stride * sizeof(float);
   if (add) {
@@ -78,6 +78,7 @@ void multiply(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16
     tile_load<4>(a + at, 64), tile_load<5>(lower + at, 64);
     tile_load<6>(b0 + at, 64), tile_load<7>(b1 + at, 64);
     tile_product<0, 4, 6>(), tile_product<1, 4, 7>(), tile_product<2, 5, 6>(), tile_product<3, 5, 7>();
+    if (at % (4 * values_of_tile) == 0) meanwhile.step();
   }
   tile_store<0>(c, bytes), tile_store<1>(c + 16, bytes);
   tile_store<2>(c + 16 * stride, bytes), tile_store<3>(c + 16 * stride + 16, bytes);

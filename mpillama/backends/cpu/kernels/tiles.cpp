@@ -1,5 +1,5 @@
-// Products of many tokens on AMX: panels are expanded to bf16 a few at a time and meet slices of the tokens that stay in
-// the second-level cache.
+// Products of many tokens on AMX: panels are expanded to bf16 a few at a time, while those before them meet slices of the tokens,
+// and all stays in the second-level cache.
 #include "tiles.h"
 
 #if MPILLAMA_AMX
@@ -7,10 +7,9 @@
 namespace mpillama {
 namespace {
 
-// Measured best on Sapphire Rapids, whose cores have second-level caches of 2 MiB: of rows that are no longer than
-// `whole_groups` a slice of the tokens (1 MiB in bf16) stays there while all panels pass by; of longer ones a shorter piece
-// stays for many panels.
-constexpr size_t slice_tokens = 256, whole_groups = 64, whole_panels = 4, piece_groups = 32, piece_panels = 16;
+// Measured best on Sapphire Rapids, whose cores have second-level caches of 2 MiB: a piece of the columns of so many tokens, of
+// so many panels (twice: the next are expanded meanwhile) and of what they make are a quarter of a MiB each.
+constexpr size_t slice_tokens = 256, piece_groups = 16, task_panels = 16;
 constexpr size_t tile_values = 512;
 constexpr size_t tile_block = 32;  // tokens, and rows, of what `multiply` makes at a time
 
@@ -77,59 +76,81 @@ void TileProduct::run_gated(GatedFn gated, Activation activation, float* y) {
 
 template <class Put>
 void TileProduct::run_tasks(size_t n_together, const Put& put) {
-  const bool whole = n_groups_ <= whole_groups;
-  const size_t most_groups = whole ? n_groups_ : piece_groups;
   // A task: so many panels of a product, or of each of those that are taken together, times a slice. Panels are multiplied in
   // pairs; fewer are taken where there would not be enough tasks for all threads.
-  const size_t n_slices = slices_.size();
   size_t n_panels_of_all = 0;
   for (const Product& p : products_) n_panels_of_all += p.w->n_panels;
-  const size_t share = n_panels_of_all * n_slices / (4 * size_t(pool_.size()));
-  const size_t step = std::max<size_t>(2, std::min(whole ? whole_panels : piece_panels, share) / n_together / 2 * 2);
+  const size_t share = n_panels_of_all * slices_.size() / (4 * size_t(pool_.size()));
+  const size_t step = std::max<size_t>(2, std::min(task_panels, share) / n_together / 2 * 2);
   std::vector<size_t> first_task{0};
   for (size_t i = 0; i < products_.size(); i += n_together)
     first_task.push_back(first_task.back() + round_up(products_[i].w->n_panels, step) / step);
-  const size_t n_tasks = first_task.back();
+  const size_t n_tasks = first_task.back() * slices_.size(), n_pieces = round_up(n_groups_, piece_groups) / piece_groups;
+  const auto piece_at = [&](size_t task, size_t number) -> Piece {
+    const size_t at = task % first_task.back();
+    const size_t which = size_t(std::upper_bound(first_task.begin(), first_task.end(), at) - first_task.begin()) - 1;
+    const Product* products = &products_[which * n_together];
+    const size_t p0 = (at - first_task[which]) * step, g0 = number * piece_groups;
+    return {task,   number, &slices_[task / first_task.back()], products,
+            p0,     std::min(step, products->w->n_panels - p0), g0, std::min(piece_groups, n_groups_ - g0)};
+  };
 
   // Rows of c that lie a power of two apart would all fall into one set of the cache.
-  const size_t c_stride = step * 16 + 16, c_values = c_stride * (whole ? tile_block : slice_tokens);
-  const size_t b_values = step * most_groups * tile_values;
-  const size_t own_bytes = round_up(n_together * (b_values * sizeof(uint16_t) + c_values * sizeof(float)), 4096);
+  const size_t c_stride = step * 16 + 16, c_values = c_stride * slice_tokens, b_values = step * piece_groups * tile_values;
+  const size_t own_bytes = round_up(n_together * (2 * b_values * sizeof(uint16_t) + c_values * sizeof(float)), 4096);
   uint8_t* buffers = static_cast<uint8_t*>(pool_.scratch(2).get(size_t(pool_.size()) * own_bytes));
   std::atomic<size_t> next{0};
   pool_.run([&](int thread) {
-    uint16_t* b = reinterpret_cast<uint16_t*>(buffers + size_t(thread) * own_bytes);
-    float* c = reinterpret_cast<float*>(b + n_together * b_values);
+    float* c = reinterpret_cast<float*>(buffers + size_t(thread) * own_bytes);
+    uint16_t* now = reinterpret_cast<uint16_t*>(c + n_together * c_values);
+    uint16_t* then = now + n_together * b_values;
+    Expansion expansion;
+    const auto expand = [&](const Piece& piece, uint16_t* tiles) {
+      for (size_t i = 0; i < n_together; i++)
+        for (size_t p = 0; p < piece.n_panels; p++) {
+          const PackedWeight& w = *piece.products[i].w;
+          expansion.add(amx_kernels.expand[w.type], w.panel(piece.slice->segment->mat, piece.p0 + p), piece.g0,
+                        piece.g0 + piece.n_groups, tiles + i * b_values + p * piece.n_groups * tile_values);
+        }
+    };
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    size_t task = take();
+    if (task >= n_tasks) return;
     TileConfig before;
     amx_kernels.begin(&before);
-    for (size_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n_slices * n_tasks;) {
-      const Slice& slice = slices_[task / n_tasks];
-      const size_t at = task % n_tasks;
-      const size_t which = size_t(std::upper_bound(first_task.begin(), first_task.end(), at) - first_task.begin()) - 1;
-      const Product* products = &products_[which * n_together];
-      const size_t p0 = (at - first_task[which]) * step, n_panels = std::min(step, products->w->n_panels - p0);
-      const size_t column = 16 * p0, n_columns = std::min(16 * n_panels, products->w->n_rows - column);
-      for (size_t g0 = 0; g0 < n_groups_; g0 += most_groups) {
-        const size_t n = std::min(most_groups, n_groups_ - g0);
-        for (size_t i = 0; i < n_together; i++)
-          for (size_t p = 0; p < n_panels; p++)
-            amx_kernels.expand[products[i].w->type](products[i].w->panel(slice.segment->mat, p0 + p), g0, g0 + n,
-                                                    b + i * b_values + p * n * tile_values);
-        for (size_t m = slice.begin; m < slice.end; m += tile_block) {
-          const uint16_t* tokens = tokens_ + ((slice.row + m - slice.begin) / 16 * n_groups_ + g0) * tile_values;
-          float* rows = c + (whole ? 0 : (m - slice.begin) * c_stride);
-          for (size_t i = 0; i < n_together; i++) {
-            // An odd panel is paired with itself.
-            const auto tiles_of = [&](size_t p) { return b + i * b_values + std::min(p, n_panels - 1) * n * tile_values; };
-            for (size_t p = 0; p < n_panels; p += 2)
-              amx_kernels.multiply(tokens, n_groups_, tiles_of(p), tiles_of(p + 1), n, rows + i * c_values + 16 * p, c_stride,
-                                   g0 > 0);
-          }
-          if (g0 + n < n_groups_) continue;
-          for (size_t r = 0; r < std::min(tile_block, slice.end - m); r++)
-            put(*products, rows + r * c_stride, c_values, plan_.y_rows[slice.segment->first + m + r], column, n_columns);
-        }
+    Piece piece = piece_at(task, 0);
+    expand(piece, now);
+    expansion.finish();
+    for (bool more = true; more;) {
+      const Piece current = piece;
+      const size_t number = (current.number + 1) % n_pieces;
+      if (number == 0) task = take();
+      more = task < n_tasks;
+      if (more) {
+        piece = piece_at(task, number);
+        expand(piece, then);
       }
+      const Slice& slice = *current.slice;
+      expansion.pace = 8 / (round_up(slice.end - slice.begin, tile_block) / tile_block);
+      const size_t column = 16 * current.p0, n_columns = std::min(16 * current.n_panels, current.products->w->n_rows - column);
+      for (size_t m = slice.begin; m < slice.end; m += tile_block) {
+        const uint16_t* tokens = tokens_ + ((slice.row + m - slice.begin) / 16 * n_groups_ + current.g0) * tile_values;
+        float* rows = c + (m - slice.begin) * c_stride;
+        for (size_t i = 0; i < n_together; i++) {
+          // An odd panel is paired with itself.
+          const auto tiles_of = [&](size_t p) {
+            return now + i * b_values + std::min(p, current.n_panels - 1) * current.n_groups * tile_values;
+          };
+          for (size_t p = 0; p < current.n_panels; p += 2)
+            amx_kernels.multiply(tokens, n_groups_, tiles_of(p), tiles_of(p + 1), current.n_groups, rows + i * c_values + 16 * p,
+                                 c_stride, current.number > 0, expansion);
+        }
+        if (number) continue;
+        for (size_t r = 0; r < std::min(tile_block, slice.end - m); r++)
+          put(*current.products, rows + r * c_stride, c_values, plan_.y_rows[slice.segment->first + m + r], column, n_columns);
+      }
+      expansion.finish();
+      std::swap(now, then);
     }
     amx_kernels.end(&before);
   });

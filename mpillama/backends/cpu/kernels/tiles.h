@@ -29,6 +29,14 @@ class TileProduct {
     size_t begin, end, row;
   };
 
+  // Groups [g0, g0 + n_groups) of the columns of panels [p0, p0 + n_panels) of one product, or of several, times a slice.
+  struct Piece {
+    size_t task, number;  // a task's pieces follow each other
+    const Slice* slice;
+    const Product* products;
+    size_t p0, n_panels, g0, n_groups;
+  };
+
   // Calls put(product, c, to_next, row, column, n) for pieces of rows of y: n values at c, and `to_next` values after them those
   // of the next of n_together products.
   template <class Put> void run_tasks(size_t n_together, const Put& put);
