@@ -17,6 +17,8 @@ from mpillama.config import Rope
 _cpu = pytest.importorskip("mpillama._cpu", reason="the cpu backend is not built")
 from mpillama.backends.cpu.backend import CpuBackend  # noqa: E402
 
+# Where there is no AMX, the same machine code is still run, an instruction at a time.
+_cpu.trap_tiles()
 LEVELS = _cpu.levels()
 
 
@@ -40,6 +42,9 @@ def test_rounding(rng, level, type):
     v[0] = 0
     result = backend.attention(q, k, v, pair.cache, batch, pair.params, None)
     wrong = result != kept(v, type)
+    if level == "amx" and type in ("q8_0", "q4_0"):
+        # A code times its factor has more bits than the sum of two numbers of bf16.
+        wrong = np.abs(result - kept(v, type)) > np.abs(v).max(axis=-1, keepdims=True) * 2.0**-17
     if type in ("q8_0", "q4_0"):
         # Products are fused with sums on some levels, and then a value in the middle goes to its other neighbour.
         assert wrong.mean() < 1e-3

@@ -1,5 +1,6 @@
 """Products with packed weights against the same products in float64, for every type, level and odd shape."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+import machine_code
 from mpillama.backends.base import RawWeight
 from mpillama.backends.quants import SUPPORTED, dequantize
 from mpillama.gguf.types import GGMLType, row_bytes
@@ -205,21 +207,48 @@ def test_nothing_to_do(level, rng):
     assert not backend.linear(zeros, w).any()
 
 
-UNKNOWN = """
-import ctypes, mmap
-from mpillama import _cpu
-_cpu.trap_tiles()
-code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-code.write(bytes.fromhex("{instruction}c3"))
-ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
-"""
-
-
 @pytest.mark.skipif("avx512" not in LEVELS, reason="tiles are trapped where there is AVX-512")
 @pytest.mark.parametrize("instruction", ["0f0b", "c4e27b49c0"], ids=["ud2", "a tile that is not set up"])
 def test_what_is_no_good_tile_instruction_still_ends_the_process(instruction):
-    result = subprocess.run([sys.executable, "-c", UNKNOWN.format(instruction=instruction)], capture_output=True)
-    assert result.returncode in (-signal.SIGILL, -signal.SIGSEGV)
+    program = f"from mpillama import _cpu; _cpu.trap_tiles(); import machine_code; machine_code.run({instruction!r})"
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(machine_code.__file__)}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert result.returncode in (-signal.SIGILL, -signal.SIGSEGV), result.stderr
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="there are no tiles")
+@pytest.mark.parametrize("palette", [0, 1])
+def test_tiles_stay_set_up_as_they_were(palette, rng):
+    """Other libraries set them up once for each thread."""
+    config = np.zeros(64, np.uint8)
+    config[0] = palette
+    if palette:
+        config[16:32].view(np.uint16)[:] = 4 * rng.integers(1, 17, 8)
+        config[48:56] = rng.integers(1, 17, 8)
+    machine_code.run("c4e2784907", config.ctypes.data)  # LDTILECFG
+    backend = CpuBackend(1, (), "amx")
+    w, floats = make_weight(rng, backend, GGMLType.Q8_0, 1, 16, 64)
+    x = rng.standard_normal((32, 64)).astype(np.float32)
+    expect(backend.linear(x, w), x, floats[0], GGMLType.Q8_0, "amx", 32)
+    after = np.full(64, 255, np.uint8)
+    machine_code.run("c4e2794907", after.ctypes.data)  # STTILECFG
+    machine_code.run("c4e27849c0")  # TILERELEASE
+    np.testing.assert_array_equal(after, config)
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="there are no tiles")
+def test_more_than_fits_the_caches(rng):
+    """Several slices of the tokens, pieces of the columns and tasks, and the last of each smaller than the others."""
+    type, n_in = GGMLType.Q8_0, 32 * int(rng.integers(33, 60))
+    x = rng.standard_normal((257 + int(rng.integers(60)), n_in)).astype(np.float32)
+    for n_threads in (1, 3):
+        backend = CpuBackend(n_threads, (), "amx")
+        pairs = [make_weight(rng, backend, type, 1, n_rows, n_in) for n_rows in (int(rng.integers(280, 330)), 17, 530)]
+        for y, (_, floats) in zip(backend.linears(x, [w for w, _ in pairs]), pairs, strict=True):
+            expect(y, x, floats[0], type, "amx", len(x))
+        gate, up = (make_weight(rng, backend, type, 1, 150, n_in)[0] for _ in range(2))
+        gated = backend.gated("silu", backend.linear(x, gate), backend.linear(x, up))
+        np.testing.assert_array_equal(backend.gated_linear("silu", x, gate, up), gated)
 
 
 @pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)

@@ -29,7 +29,7 @@ class Buffers:
             return np.empty(shape, np.float32)
         with self._lock:
             kept = self._kept
-            # Arrays that were given out refer to the one here; else there are the list's reference and getrefcount's own.
+            # Arrays that were given out refer to the one here; else there are the list's reference and the call's own.
             free = [i for i in range(len(kept)) if sys.getrefcount(kept[i]) == 2]
             fitting = min((i for i in free if n <= kept[i].size <= 2 * n), key=lambda i: kept[i].size, default=None)
             if fitting is None:

@@ -16,12 +16,14 @@
 namespace mpillama {
 namespace {
 
-constexpr size_t rows_of_tile = 2 * panel_rows;
 constexpr size_t blocks_of_part = 8;      // of a sequence that has one tile
 constexpr size_t elements_to_store = 8192, elements_to_rotate = 16384;  // that are worth a thread's while
 
 const AttentionKernels& kernels_of(Level level) {
 #if MPILLAMA_X86
+#if MPILLAMA_AMX
+  if (level == Level::amx) return amx_attention;
+#endif
   if (level >= Level::avx512) return avx512_attention;
   if (level == Level::avx2) return avx2_attention;
 #elif MPILLAMA_ARM
@@ -105,11 +107,11 @@ struct HeadGroups {
 
 // The items of a sequence; those that share their rows follow each other.
 void add_items(const AttentionCall& c, const HeadGroups& groups, size_t token, size_t n_tokens, const int32_t* table,
-               std::vector<AttentionItem>& items) {
+               size_t item_rows, std::vector<AttentionItem>& items) {
   for (size_t g = 0; g + 1 < groups.begin.size(); g++) {
     const size_t n_heads = size_t(groups.begin[g + 1] - groups.begin[g]);
     if (!n_heads) continue;
-    const size_t step = std::max<size_t>(1, rows_of_tile / n_heads), n_tiles = (n_tokens + step - 1) / step;
+    const size_t step = std::max<size_t>(1, item_rows / n_heads), n_tiles = (n_tokens + step - 1) / step;
     // The last tiles see the most tokens: they begin first, so that no thread is left with one at the end.
     for (size_t tile = n_tiles; tile-- > 0;) {
       AttentionItem item{};
@@ -194,7 +196,7 @@ void attention(Pool& pool, const KVCache& cache, const AttentionCall& call) {
 
   std::vector<AttentionItem> items;
   for (size_t s = 0, token = 0; s < c.n_seqs; token += size_t(c.seq_lens[s]), s++)
-    add_items(c, groups, token, size_t(c.seq_lens[s]), c.tables + s * c.table_width, items);
+    add_items(c, groups, token, size_t(c.seq_lens[s]), c.tables + s * c.table_width, kernels.item_rows, items);
 
   // Working memory of each thread, with the partial result of an item that has its rows for itself; then the others'.
   size_t most_rows = 0, shared = 0;

@@ -80,10 +80,10 @@ struct AttentionItem {
 constexpr size_t sums_stride(size_t n_v) { return round_up(n_v, 16); }
 constexpr size_t partial_floats(size_t n_rows, size_t n_v) { return 2 * round_up(n_rows, 16) + n_rows * sums_stride(n_v); }
 
-// Floats of working memory for items of at most n_rows rows: see attend_panels, which needs more than attend_rows.
+// Floats of working memory for items of at most n_rows rows: what attend_panels and attend_tiles need; attend_rows needs less.
 constexpr size_t attention_floats(size_t n_rows, size_t n_k, size_t n_v) {
-  const size_t n = round_up(n_rows, panel_rows);
-  return n * (n_k + n_v + 3) + panel_span * (panel_rows + n_k + sums_stride(n_v));
+  const size_t n = round_up(n_rows, 2 * panel_rows), wide_k = round_up(n_k, 32), wide_v = round_up(n_v, 32);
+  return n * (wide_k + wide_v + 17) + attention_span * (4 * panel_rows + 2 * (wide_k + wide_v));
 }
 
 struct AttentionKernels {
@@ -94,11 +94,15 @@ struct AttentionKernels {
   void (*attend)(const AttentionStep&, const AttentionItem&, float* memory);
   // Writes rows [first, last) of the tokens of items[0], from the partial results of items[0 .. n_parts), which are used up.
   void (*combine)(const AttentionStep&, const AttentionItem* items, size_t first, size_t last);
+  size_t item_rows;  // of an item, if a sequence has so many queries: more share the reading of keys and values
 };
 
 extern const AttentionKernels scalar_attention;
 #if MPILLAMA_X86
 extern const AttentionKernels avx2_attention, avx512_attention;
+#if MPILLAMA_AMX
+extern const AttentionKernels amx_attention;
+#endif
 #elif MPILLAMA_ARM
 extern const AttentionKernels neon_attention, sve512_attention;
 #endif

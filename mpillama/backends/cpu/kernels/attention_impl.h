@@ -3,7 +3,6 @@
 #pragma once
 #include "attention.h"
 #include "attention_multiply.h"
-#include "attention_panels.h"
 #include "elementwise_math.h"
 
 namespace mpillama {
@@ -47,7 +46,7 @@ inline void weigh(float* scores, size_t n, float softcap, Seen seen, float& m, f
   }
   F total = Simd::load(l);
   for (size_t i = 0; i < n; i += width) {
-    const F weight = exp(Simd::sub(Simd::load(scores + i), Simd::all(m)));
+    const F weight = exp_near_0<true>(Simd::sub(Simd::load(scores + i), Simd::all(m)));
     Simd::store(scores + i, weight);
     total = Simd::add(total, weight);
   }
@@ -113,9 +112,10 @@ void attend_rows(const AttentionStep& s, const AttentionItem& item, float* memor
   for (size_t r = 0; r < n_rows; r++) total[r] = Simd::sum(Simd::load(l + r * 16));
 }
 
+template <void (*of_many)(const AttentionStep&, const AttentionItem&, float*)>
 void attend(const AttentionStep& s, const AttentionItem& item, float* memory) {
   const bool few = item.n_tokens * item.n_heads <= size_t(Simd::max_rows);
-  (few ? attend_rows : attend_panels)(s, item, memory);
+  (few ? attend_rows : of_many)(s, item, memory);
 }
 
 void combine(const AttentionStep& s, const AttentionItem* items, size_t first, size_t last) {
@@ -148,8 +148,6 @@ void combine(const AttentionStep& s, const AttentionItem* items, size_t first, s
     }
   }
 }
-
-constexpr AttentionKernels attention_kernels{store_keys, store_values, attend, combine};
 
 }  // namespace
 }  // namespace mpillama

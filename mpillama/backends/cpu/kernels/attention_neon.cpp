@@ -1,9 +1,10 @@
 #include "elementwise_simd_neon.h"
 // After the vectors.
 #include "attention_impl.h"
+#include "attention_panels.h"
 
 namespace mpillama {
 
-const AttentionKernels neon_attention = attention_kernels;
+const AttentionKernels neon_attention{store_keys, store_values, attend<attend_panels>, combine, 2 * panel_rows};
 
 }  // namespace mpillama

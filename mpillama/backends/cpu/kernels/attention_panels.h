@@ -19,23 +19,6 @@ constexpr float unseen = -2e30f, none_seen = -1e30f;
 // How far scores can be above the one that stands for the largest before sums are divided anew: weights are below e^8.
 constexpr float tolerance = 8;
 
-// Tiles that will be needed next, to be fetched into the cache in pieces while others are computed with: all at once they
-// would be waited for.
-struct Ahead {
-  struct Tile { const uint8_t* data; size_t n_bytes; };
-  Tile tiles[2 * panel_span / kv_block];
-  size_t n_tiles, piece;  // bytes
-  size_t tile, at;
-
-  void fetch() {
-    if (tile == n_tiles) return;
-    const Tile& t = tiles[tile];
-    const size_t end = at + piece < t.n_bytes ? at + piece : t.n_bytes;
-    for (; at < end; at += 64) Simd::prefetch(t.data + at);
-    if (end == t.n_bytes) tile++, at = 0;
-  }
-};
-
 // c[n_columns][lanes] = or += the sum over k < depth of a[k][n_columns] times b[k][lanes]; the rows of a are lda floats apart.
 template <int n_columns, int n_vectors, bool add>
 inline void outer_block(const float* a, size_t lda, const float* b, float* c, size_t depth) {

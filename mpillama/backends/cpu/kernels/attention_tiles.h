@@ -189,5 +189,22 @@ inline void expand_values(const Tiles& t, const uint8_t* tile, float* out, size_
     }
 }
 
+// Tiles that will be needed next, to be fetched into the cache in pieces while others are computed with: all at once they
+// would be waited for.
+struct Ahead {
+  struct Tile { const uint8_t* data; size_t n_bytes; };
+  Tile tiles[2 * attention_span / kv_block];
+  size_t n_tiles, piece;  // bytes
+  size_t tile, at;
+
+  void fetch() {
+    if (tile == n_tiles) return;
+    const Tile& t = tiles[tile];
+    const size_t end = at + piece < t.n_bytes ? at + piece : t.n_bytes;
+    for (; at < end; at += 64) Simd::prefetch(t.data + at);
+    if (end == t.n_bytes) tile++, at = 0;
+  }
+};
+
 }  // namespace
 }  // namespace mpillama
