@@ -85,9 +85,11 @@ Lookahead preferred_lookahead() {
 #if MPILLAMA_X86
   // The first level of AMD's Zen can await few lines at once, which are better left to the loads: without this, a thread has
   // 0.8 of the speed.
-  if (constexpr uint32_t auth = 0x68747541; cpuid(0, 0).b == auth) return {768, false};
+  if (constexpr uint32_t auth = 0x68747541; cpuid(0, 0).b == auth) return {768, false, 0};
+  // Sapphire Rapids, and others with tiles; Cascade Lake wants what follows.
+  if (bit(cpuid(7, 0).d, 24)) return {3072, false, 256};
 #endif
-  return {2048, true};
+  return {2048, true, 0};
 }
 
 }  // namespace

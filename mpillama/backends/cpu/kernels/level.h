@@ -19,11 +19,13 @@ const char* level_name(Level level);
 // "" means the highest that the machine itself has. Throws std::invalid_argument for an unknown name or a level that is not available.
 Level choose_level(const std::string& name);
 
-// How this machine likes to be told what of the weights will be read: how many bytes before, and whether into the first
-// level of its caches or the second. Measured best for rows of 2048 and 8192 weights.
+// How this machine likes to be told what of the weights will be read: how many bytes before, whether into the first level of its
+// caches or the second, and how many bytes before it is then to come from the second into the first (0: never). Measured best
+// for rows of 2048 and 8192 weights.
 struct Lookahead {
   size_t bytes;
   bool first_level;
+  size_t near;
 };
 extern const Lookahead lookahead;
 

@@ -77,7 +77,7 @@ class PanelProduct {
     // The panels of all segments of all products.
     std::vector<size_t> first{0};
     for (const Product& p : products_) first.push_back(first.back() + segments_.size() * p.w->n_panels);
-    pool_.parallel_for(first.back(), grain(first.back(), 1), [&](size_t begin, size_t end) {
+    pool_.parallel_for_shrinking(first.back(), least(1), most(1), [&](size_t begin, size_t end) {
       for (size_t i = 0; i < products_.size(); i++) {
         const size_t n_panels = products_[i].w->n_panels, stop = std::min(end, first[i + 1]);
         while (begin >= first[i] && begin < stop) {
@@ -94,7 +94,7 @@ class PanelProduct {
     make_blocks();
     prepare();
     const Product &gate = products_[0], &up = products_[1];
-    pool_.parallel_for(gate.w->n_panels, grain(gate.w->n_panels, 2), [&](size_t begin, size_t end) {
+    pool_.parallel_for_shrinking(gate.w->n_panels, least(2), most(2), [&](size_t begin, size_t end) {
       panels(gate, 0, begin, end);
       panels(up, 0, begin, end);
       const size_t n_rows = gate.w->n_rows, from = 16 * begin, n = std::min(n_rows, 16 * end) - from;
@@ -103,14 +103,11 @@ class PanelProduct {
   }
 
  private:
-  // Panels of a piece of work, each of which is one of `n_matrices`.
-  size_t grain(size_t n_tasks, size_t n_matrices) const {
-    const size_t bytes = std::max<size_t>(1, products_[0].w->panel_bytes * n_matrices);
-    // Tokens in many rounds over the same panels want these in the cache; a single round wants long sequential reads.
-    size_t grain = n_tasks / (8 * size_t(pool_.size()));
-    if (largest_ > size_t(max_tokens)) grain = std::min(grain, most_bytes / bytes);
-    return std::max(grain, least_bytes / bytes);
-  }
+  // How many panels make a piece of work, each of which is one of `n_matrices`.
+  size_t least(size_t n_matrices) const { return least_bytes / bytes_of(n_matrices); }
+  // Tokens in many rounds over the same panels want these in the cache; a single round wants long sequential reads.
+  size_t most(size_t n_matrices) const { return largest_ > size_t(max_tokens) ? most_bytes / bytes_of(n_matrices) : SIZE_MAX; }
+  size_t bytes_of(size_t n_matrices) const { return std::max<size_t>(1, products_[0].w->panel_bytes * n_matrices); }
 
   void make_blocks() {
     size_t bytes = 0;
@@ -160,6 +157,9 @@ class PanelProduct {
     const size_t last_block = first_block_[segment + 1];
     const size_t row_bytes = std::max<size_t>(1, n_groups_ * group_size(1));
     float* out[max_tokens];
+    // What kernels would have asked for if they came from the panel before.
+    const uint8_t* start = w.panel(segments_[segment].mat, begin);
+    for (size_t i = 0; i < lookahead.bytes; i += 64) fetch_line(start + i);
     for (size_t b = first_block_[segment]; b < last_block;) {
       size_t stop = b, bytes = 0;
       while (stop < last_block && (stop == b || bytes + blocks_[stop].n * row_bytes <= token_bytes))

@@ -17,7 +17,10 @@ void paired_panel(const uint16_t* codebook, const uint8_t* unit, size_t n_units,
 
 // Asks for memory that will be read after the n bytes at p.
 inline void fetch_ahead(const uint8_t* p, size_t n) {
-  for (size_t i = 0; i < n; i += 64) Vec::prefetch(p + lookahead.bytes + i);
+  for (size_t i = 0; i < n; i += 64) {
+    Vec::prefetch(p + lookahead.bytes + i);
+    if (lookahead.near) __builtin_prefetch(p + lookahead.near + i, 0, 3);
+  }
 }
 
 inline float load_float(const uint8_t* p) {

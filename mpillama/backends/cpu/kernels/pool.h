@@ -106,6 +106,28 @@ class Pool {
     });
   }
 
+  // The same for ranges that become smaller: half of a fair share of what is left, at least `least` and at most `most`. Few
+  // beginnings, and little to wait for at the end.
+  template <class F>
+  void parallel_for_shrinking(size_t n, size_t least, size_t most, F&& f) {
+    const size_t divisor = 2 * size_t(n_threads_);
+    least = std::max<size_t>(1, least);
+    std::atomic<size_t> next{0};
+    const auto work = [&](int) {
+      for (size_t begin = next.load(std::memory_order_relaxed), end; begin < n; begin = next.load(std::memory_order_relaxed)) {
+        do {
+          end = std::min(n, begin + std::max(least, std::min(most, (n - begin) / divisor)));
+        } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed) && begin < n);
+        if (begin < n) f(begin, end);
+      }
+    };
+    if (n_threads_ == 1 || n <= least) {
+      work(0);
+    } else {
+      run(work);
+    }
+  }
+
  private:
   void start();
   void wait();
