@@ -30,7 +30,7 @@ FLOATS = {GGMLType.F32, GGMLType.F16, GGMLType.BF16}
 def in_bf16(type, level, n_tokens):
     """Whether so many tokens of a matrix are multiplied on AMX, which has no way to codebooks."""
     return (
-        level == "amx" and n_tokens >= 20 and type != GGMLType.F32 and not type.name.startswith(("IQ1", "IQ2", "IQ3"))
+        level == "amx" and n_tokens >= 24 and type != GGMLType.F32 and not type.name.startswith(("IQ1", "IQ2", "IQ3"))
     )
 
 

@@ -50,11 +50,9 @@ Form form_of(const Format& f) {
   return is_float(f) ? Form::floats : is_permuted(f) ? Form::int8_permuted : Form::int8;
 }
 
-size_t groups_of(const PackedWeight& w) { return w.n_units * size_t(w.format.unit / 32); }
-
 // Whether x prepared for one matrix can meet the other, by kernels for the same numbers of tokens.
 bool alike(const PackedWeight& a, const PackedWeight& b) {
-  return form_of(a.format) == form_of(b.format) && groups_of(a) == groups_of(b);
+  return form_of(a.format) == form_of(b.format) && a.n_groups == b.n_groups;
 }
 
 // Matrices that are `alike`, times the same tokens.
@@ -65,7 +63,7 @@ class PanelProduct {
       : pool_(pool),
         products_(std::move(products)),
         form_(form_of(products_[0].w->format)),
-        n_groups_(groups_of(*products_[0].w)),
+        n_groups_(products_[0].w->n_groups),
         x_(x),
         plan_(plan),
         segments_(segments),
@@ -234,7 +232,7 @@ void linears(Pool& pool, const std::vector<Product>& products, const Input& x) {
     if (p.w->n_rows == 0) continue;
     const bool tiles = tiles_for(pool, *p.w, x.n_rows);
     std::vector<Product>& others = tiles ? on_tiles : together;
-    const bool fits = others.empty() || (tiles ? groups_of(*p.w) == groups_of(*others[0].w) : alike(*p.w, *others[0].w));
+    const bool fits = others.empty() || (tiles ? p.w->n_groups == others[0].w->n_groups : alike(*p.w, *others[0].w));
     (fits ? others : rest).push_back(p);
   }
   if (!together.empty()) PanelProduct(pool, together, x, plan, plan.segments).run();
@@ -252,7 +250,7 @@ void gated_linear(Pool& pool, Activation activation, const PackedWeight& gate, c
   const auto fn = elementwise_kernels_of(pool.level()).gated;
   const bool gate_on_tiles = tiles_for(pool, gate, x.n_rows), up_on_tiles = tiles_for(pool, up, x.n_rows);
 #if MPILLAMA_AMX
-  if (gate_on_tiles && up_on_tiles && groups_of(gate) == groups_of(up)) {
+  if (gate_on_tiles && up_on_tiles && gate.n_groups == up.n_groups) {
     TileProduct(pool, {{&gate, nullptr}, {&up, nullptr}}, x, plan, plan.segments).run_gated(fn, activation, y);
     return;
   }

@@ -27,6 +27,7 @@ PackedWeight::PackedWeight(int type_, size_t n_mats_, size_t n_rows_, size_t n_i
       n_in(n_in_),
       n_panels((n_rows_ + 15) / 16),
       n_units(units(format, n_in_)),
+      n_groups(n_units * size_t(format.unit / 32)),
       panel_bytes(mpillama::panel_bytes(format, n_in_)),
       pages_(n_mats_ * n_panels * panel_bytes),
       // Some kernels read a word past the last entry.

@@ -24,7 +24,7 @@ class PackedWeight {
   const Format format;
   const size_t n_mats, n_rows, n_in;
   const size_t n_panels;     // of one matrix
-  const size_t n_units;      // of one panel
+  const size_t n_units, n_groups;  // of one panel; groups of 32 columns
   const size_t panel_bytes;
 
   const uint8_t* panel(size_t mat, size_t p) const { return pages_.data() + (mat * n_panels + p) * panel_bytes; }

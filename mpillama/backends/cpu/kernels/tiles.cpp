@@ -10,11 +10,12 @@ namespace {
 // Measured best on Sapphire Rapids, whose cores have second-level caches of 2 MiB: a piece of the columns of so many tokens, of
 // so many panels (twice: the next are expanded meanwhile) and of what they make are a quarter of a MiB each.
 constexpr size_t slice_tokens = 256, piece_groups = 16, task_panels = 16;
+static_assert(task_panels <= Expansion::most_panels, "a task is expanded while another is multiplied");
 constexpr size_t tile_values = 512;
 constexpr size_t tile_block = 32;  // tokens, and rows, of what `multiply` makes at a time
 
 // Below this the int8 kernels are faster, which compute no more tokens than there are.
-constexpr size_t least_tokens = 20;
+constexpr size_t least_tokens = 24;
 
 constexpr size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
@@ -28,7 +29,7 @@ TileProduct::TileProduct(Pool& pool, std::vector<Product> products, const Input&
                          const std::vector<Segment>& segments)
     : pool_(pool),
       products_(std::move(products)),
-      n_groups_(products_[0].w->n_units * size_t(products_[0].w->format.unit / 32)),
+      n_groups_(products_[0].w->n_groups),
       plan_(plan) {
   // Tokens of each segment as tiles, padded with zeros to pairs of tiles.
   std::vector<size_t> first_row{0};
