@@ -229,7 +229,7 @@ def test_shares_for_another_number_of_ranks(tmp_path, rng):
 
 def test_stream_is_measured_or_asked_for():
     class Own(ReferenceBackend):
-        def stream_gbps(self, n_threads: int) -> float:
+        def stream_gbps(self, n_threads: int, n_bytes: int) -> float:
             return 10.0 * n_threads
 
     assert stream_gbps(Own(), 3, 1) == 30.0

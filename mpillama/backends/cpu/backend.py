@@ -133,6 +133,6 @@ class CpuBackend(AttentionOps, ElementwiseOps):
         self.kernels.expert_linear(self.pool, w.packed, x, w.pad, experts, out)
         return out
 
-    def stream_gbps(self, n_threads: int) -> float:
+    def stream_gbps(self, n_threads: int, n_bytes: int) -> float:
         """Return how fast all threads together read memory, in 1e9 bytes/s; ``n_threads`` is what the pool has."""
-        return _cpu.stream_gbps(self.pool, max(256 << 20, n_threads * (64 << 20)), 0.4)
+        return _cpu.stream_gbps(self.pool, n_bytes, 0.4)
