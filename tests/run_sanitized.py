@@ -19,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "build" / "sanitize"
 TESTS = ("test_cpu_attention.py", "test_cpu_elementwise.py", "test_cpu_matmul.py", "test_cpu_backend.py")
+# The sanitizer keeps what was freed for a while, to find who uses it still.
+LEFT_OUT = "not need_no_more_memory"
 CHILD = "--with-extension"
 
 
@@ -61,7 +63,8 @@ def main(arguments: list[str]) -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     tests = [str(ROOT / "tests" / "unit" / name) for name in TESTS]
-    command = [sys.executable, __file__, CHILD, str(extension), "--no-header", "--capture=sys", *tests, *arguments]
+    command = [sys.executable, __file__, CHILD, str(extension), "--no-header", "--capture=sys", "-k", LEFT_OUT]
+    command += [*tests, *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 
