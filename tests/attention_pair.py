@@ -23,6 +23,14 @@ def kept(x: np.ndarray, type: str) -> np.ndarray:
     return x
 
 
+def coarseness(backend, *types: str) -> int:
+    """Return how many times coarser than with floats throughout attention over a cache of these types may be.
+
+    Tiles of bf16 keep 16 bits of scores, and of what they weigh, where the cache keeps no more.
+    """
+    return 16 if getattr(getattr(backend, "pool", None), "level", "") == "amx" and "f32" not in types else 1
+
+
 class Pair:
     """A backend and the reference, fed with the same steps of several sequences."""
 
@@ -38,9 +46,8 @@ class Pair:
         self.cache = backend.new_cache(n_blocks, self.n_head_kv, self.n_k, self.n_v, *types)
         self.reference = KVCache(n_blocks, self.n_head_kv, self.n_k, self.n_v, "f32", "f32")
         self.n_past = [0] * n_seqs
-        # Scores of about 10 are rounded in their 24th bit, and so is what they weigh; on tiles of bf16 in their 17th.
-        tiles = getattr(getattr(backend, "pool", None), "level", "") == "amx" and "f32" not in types
-        self.tolerance = 1e-4 if tiles else 1e-5
+        # Scores of about 10 are rounded in their 24th bit, and so is what they weigh.
+        self.tolerance = 1e-5 * coarseness(backend, *types)
 
     def random(self, *shape):
         return self.rng.standard_normal(shape, dtype=np.float32)

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from attention_pair import kept
+from attention_pair import coarseness, kept
 from gpu_host import REAL, VARIANTS, emulated, needs_compiler
 from mpillama.backends import make_backend
 from mpillama.backends.base import KV_BLOCK, AttentionParams, Batch, RawWeight
@@ -117,7 +117,7 @@ def check_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng
     n_k, n_v = rng.choice([32, 64] if kv_type in _QUANTS else [6, 8, 16, 40], 2).tolist()
     params = AttentionParams(n_k**-0.5, softcap, window, kv_heads)
     sinks = rng.standard_normal(n_head).astype("f4") if with_sinks else None
-    cache = backend.new_cache(12, n_kv, n_k, n_v, kv_type, kv_type)
+    cache, coarser = backend.new_cache(12, n_kv, n_k, n_v, kv_type, kv_type), coarseness(backend, kv_type)
     history = [(np.zeros((0, n_kv, n_k)), np.zeros((0, n_kv, n_v))) for _ in range(2)]
     pasts, table_rng = [0, 0], np.random.default_rng(3)
     tables = batch_of([100, 90], [0, 0], 12, table_rng).block_tables
@@ -137,7 +137,7 @@ def check_attention(window, softcap, with_sinks, kv_heads, kv_type, backend, rng
             history[row] = np.concatenate([old_k, k[part]]), np.concatenate([old_v, v[part]])
             for t in range(start, start + length):
                 expected = slow_attention(q[t], *history[row], int(positions[t]), params, sinks)
-                np.testing.assert_allclose(out[t], expected, rtol=2e-5, atol=2e-6)
+                np.testing.assert_allclose(out[t], expected, rtol=2e-5 * coarser, atol=2e-6 * coarser)
             start += length
             pasts[row] += length
 
@@ -174,7 +174,8 @@ def test_copied_blocks_are_the_same_for_attention(n_kv, kv_type, backend, rng):
         every = np.arange(n + 3, dtype="i4")
         batch = Batch(every, every, np.array([n + 3], "i4"), np.array([[0, 1]], "i4"), every[:0])
         whole = backend.attention(q, k, v, fresh, batch, params, None)
-        np.testing.assert_allclose(out, whole[n:], rtol=1e-5, atol=1e-6)
+        coarser = coarseness(backend, kv_type)
+        np.testing.assert_allclose(out, whole[n:], rtol=1e-5 * coarser, atol=1e-6 * coarser)
 
 
 @pytest.mark.parametrize("neox", [False, True])

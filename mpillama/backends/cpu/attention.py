@@ -17,8 +17,9 @@ from mpillama.backends.kv_codec import check_cache_type
 class AttentionOps:
     """The ops of `Backend` that need a KV cache, on a pool of threads.
 
-    Scores, weights and sums are float32; only what the cache keeps is rounded. The result does not depend on the number
-    of threads.
+    Scores, weights and sums are float32; only what the cache keeps is rounded. On AMX the factors of many queries'
+    products have 16 bits, as sums of two of bfloat16, unless the cache keeps f32. The result does not depend on the
+    number of threads.
     """
 
     pool: _cpu.Pool
