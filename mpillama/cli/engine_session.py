@@ -222,7 +222,7 @@ def _service(args: Namespace, world: World, loaded: Loaded, prepared: Prepared) 
         prepared.template,
         metadata,
         name,
-        sampling_params(args),
+        sampling_params(args, metadata),
         args.ignore_eos,
         max(args.predict, -1),
         args.reasoning_budget,

@@ -83,7 +83,7 @@ def _prepare(args: Namespace, n_ranks: int, log: Log) -> tuple[Model, _Work]:
     if max(prompt) >= model.cfg.n_vocab:
         raise UsageError(f"the tokenizer made token {max(prompt)}, but the model has only {model.cfg.n_vocab}")
     params = RequestParams(
-        sampling=sampling_params(args),
+        sampling=sampling_params(args, header.metadata),
         max_tokens=args.predict if args.predict > 0 else None,
         stop=args.reverse_prompt,
         ignore_eos=args.ignore_eos,

@@ -13,7 +13,7 @@ from mpillama.errors import UsageError
 
 def default_namespace(options: Iterable[Option]) -> Namespace:
     """Return what a command line without flags gives."""
-    return Namespace(**{option.dest: option.default for option in options}, notes=[])
+    return Namespace(**{option.dest: option.default for option in options}, given=frozenset(), notes=[])
 
 
 def set_options(namespace: Namespace, options: Iterable[Option], given: Mapping[str, tuple[str, Any]]) -> None:
@@ -35,3 +35,4 @@ def set_options(namespace: Namespace, options: Iterable[Option], given: Mapping[
             setattr(namespace, option.dest, option.parse(str(value)) if option.parse else bool(value))
         except values.BadValueError as error:
             raise UsageError(f"{name}: {error}") from error
+        namespace.given |= {option.dest}

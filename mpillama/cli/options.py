@@ -8,7 +8,7 @@ by where the ranks are, and ``-s -1`` stands for the random seed.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -340,10 +340,14 @@ LOGGING = _grouped(
 )
 
 
-def sampling_params(namespace: Namespace, banned: Iterable[int] = ()) -> SamplingParams:
-    """Return the sampling parameters that the flags ask for, with ``banned`` tokens biased to -inf (``--ignore-eos``).
+def sampling_params(namespace: Namespace, metadata: Mapping[str, Any] | None = None) -> SamplingParams:
+    """Return the sampling parameters that the flags ask for, else the model's file by its ``metadata``.
 
-    The dests of the sampling group are the fields of SamplingParams. Raises UsageError naming the flag that is wrong.
+    The dests of the sampling group are the fields of SamplingParams.
+
+    Raises:
+        UsageError: a flag is wrong; it is named.
+        ModelError: what the file recommends is.
     """
     from mpillama.engine.sampling import params
 
@@ -355,12 +359,11 @@ def sampling_params(namespace: Namespace, banned: Iterable[int] = ()) -> Samplin
         if namespace.sampler_seq is None
         else params.parse_sampler_seq(namespace.sampler_seq)
     )
-    given["logit_bias"] = (
-        *(params.parse_logit_bias(text) for text in namespace.logit_bias),
-        *((token, float("-inf")) for token in banned),
-    )
+    given["logit_bias"] = tuple(params.parse_logit_bias(text) for text in namespace.logit_bias)
     breakers = namespace.dry_sequence_breakers
     while "none" in breakers:
         breakers = breakers[breakers.index("none") + 1 :]
     given["dry_sequence_breakers"] = breakers
+    by_user = namespace.given | ({"samplers"} if "sampler_seq" in namespace.given else set())
+    given |= params.recommended(metadata or {}, by_user)
     return params.SamplingParams(**given)

@@ -41,8 +41,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, argpars
     """Return the command's name and a namespace with a value for each of its options.
 
     ``argv`` comes without the program's name. A flag wins over an environment variable, which wins over the default; an
-    empty variable counts as unset. The namespace also holds ``notes``: a line for each flag or variable that does
-    nothing here. Raises UsageError or HelpRequested.
+    empty variable counts as unset. The namespace also holds ``given``, the dests that are no defaults, and ``notes``: a
+    line for each flag or variable that does nothing here. Raises UsageError or HelpRequested.
     """
     words = list(argv)
     if not words or words[0] in HELP:
@@ -61,6 +61,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, argpars
     namespace = default_namespace(command.options)
     for dest, (_, value) in found.items():
         setattr(namespace, dest, value)
+    namespace.given = frozenset(found)
     for option in command.options:
         if option.required and option.dest not in found:
             raise UsageError(f"mpillama {command.name} needs {option.long_name} {option.metavar}: {option.help}")

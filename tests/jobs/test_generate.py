@@ -2,7 +2,9 @@
 
 import json
 import re
+import struct
 
+import gguf
 import numpy as np
 import pytest
 
@@ -45,6 +47,32 @@ def test_seed_repeats_a_text_on_any_number_of_ranks():
     assert run(arguments).out == first.out
     assert run(arguments, 3).out == first.out
     assert run([*arguments[:-3], 8, *arguments[-2:]]).out != first.out
+
+
+def with_metadata(data, **numbers):
+    """Return a GGUF file with more metadata, which makes it longer by whole pages: what follows stays aligned."""
+    added = b"".join(
+        struct.pack(f"<Q{len(key)}sIf", len(key), key.encode(), gguf.GGUFValueType.FLOAT32, value)
+        for key, value in numbers.items()
+    )
+    n_tensors, n_kv = struct.unpack_from("<QQ", data, 8)
+    text = b" " * (4096 - (len(added) + 8 + 3 + 4 + 8) % 4096)
+    added += struct.pack(f"<Q3sIQ{len(text)}s", 3, b"pad", gguf.GGUFValueType.STRING, len(text), text)
+    return data[:8] + struct.pack("<QQ", n_tensors, n_kv + len(numbers) + 1) + added + data[24:]
+
+
+def test_what_the_model_recommends_is_the_default(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(with_metadata(stories().read_bytes(), **{"general.sampling.temp": 0.0}))
+    arguments = ["generate", "-m", path, "-p", "Once upon a time", "-n", 12]
+    greedy = run([*arguments[:2], stories(), *arguments[3:], "--temp", 0]).out
+    assert run(arguments).out == run(arguments, 2).out == greedy
+    assert run([*arguments, "--temp", 5, "-s", 1]).out != greedy
+    path.write_bytes(with_metadata(stories().read_bytes(), **{"general.sampling.top_p": 2.0}))
+    ended = run(arguments, 2)
+    assert ended.code == 1
+    assert ended.err.count("\n") == 1
+    assert "general.sampling.top_p of the model: --top-p must be between 0 and 1" in ended.err
 
 
 def test_without_an_mpi_library():

@@ -182,6 +182,10 @@ def generate(*argv: str, **environ: str) -> Namespace:
     return namespace
 
 
+def values_of(namespace: Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(namespace).items() if name != "given"}
+
+
 def refused(*argv: str, **environ: str) -> str:
     """The message of the UsageError that these arguments cause; one line, like all that users get to see."""
     with pytest.raises(UsageError) as caught:
@@ -201,7 +205,7 @@ def text_of(option: Option, value: Any) -> list[str]:
 
 
 def test_defaults_are_llama_cpps() -> None:
-    assert vars(generate("-p", "x")) == DEFAULTS | {"prompt": "x"}
+    assert values_of(generate("-p", "x")) == DEFAULTS | {"prompt": "x"}
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=lambda x: getattr(x, "dest", None) or x.name)
@@ -209,20 +213,21 @@ def test_typing_the_default_changes_nothing(command: Any, option: Option) -> Non
     required = REQUIRED.get(command.name, [])
     if option.default is None or option.names[0] == "--rope-scale":
         return
-    typed = parse([command.name, *required, *text_of(option, option.default)], {})
-    assert typed == parse([command.name, *required], {})
+    typed = parse([command.name, *required, *text_of(option, option.default)], {})[1]
+    assert values_of(typed) == values_of(parse([command.name, *required], {})[1])
 
 
 @pytest.mark.parametrize(("variable", "text", "dest", "value"), VARIABLES)
 def test_variables(variable: str, text: str, dest: str, value: Any) -> None:
-    assert vars(generate("-v", **{variable: text})) == DEFAULTS | {"verbose": True, dest: value}
+    assert values_of(generate("-v", **{variable: text})) == DEFAULTS | {"verbose": True, dest: value}
 
 
 @pytest.mark.parametrize(("command", "variable", "text", "dest", "value"), OTHER_VARIABLES)
 def test_variables_of_other_commands(command: str, variable: str, text: str, dest: str, value: Any) -> None:
     plain = parse([command, *REQUIRED.get(command, [])], {})[1]
     given = parse([command, *REQUIRED.get(command, [])], {variable: text})[1]
-    assert vars(given) == vars(plain) | {dest: value}
+    assert values_of(given) == values_of(plain) | {dest: value}
+    assert given.given - plain.given == {dest}
 
 
 def test_every_variable_is_tested() -> None:
@@ -522,11 +527,26 @@ def test_sampling_params_take_every_flag(rng: np.random.Generator) -> None:
     assert {name for name, value in vars(params).items() if value == getattr(SamplingParams(), name)} == untouched
 
 
+def test_what_a_model_recommends_is_its_default() -> None:
+    model = {
+        "general.sampling.temp": 0.6,
+        "general.sampling.top_k": 20,
+        "general.sampling.sequence": "top_k;temperature",
+    }
+    params = sampling_params(generate("-p", "x"), model)
+    assert (params.temp, params.top_k, params.samplers) == (0.6, 20, ("top_k", "temperature"))
+    # Also a flag that says what is the default without it.
+    params = sampling_params(generate("--temp", "0.8", "--sampler-seq", "pt"), model)
+    assert (params.temp, params.top_k, params.samplers) == (0.8, 20, ("top_p", "temperature"))
+    from_environment = parse(["generate", "-p", "x"], {"LLAMA_ARG_TOP_K": "7"})[1]
+    assert sampling_params(from_environment, model).top_k == 7
+
+
 def test_samplers_biases_and_breakers() -> None:
     assert sampling_params(generate("--samplers", "top_k;temperature")).samplers == ("top_k", "temperature")
     assert sampling_params(generate("--sampling-seq", "kt")).samplers == ("top_k", "temperature")
-    params = sampling_params(generate("-l", "5+1.5", "-l", "6-2"), banned=[7, 8])
-    assert params.logit_bias == ((5, 1.5), (6, -2.0), (7, float("-inf")), (8, float("-inf")))
+    params = sampling_params(generate("-l", "5+1.5", "-l", "6-2"))
+    assert params.logit_bias == ((5, 1.5), (6, -2.0))
     breakers = ["--dry-sequence-breaker"]
     assert sampling_params(generate(*breakers, "none")).dry_sequence_breakers == ()
     words = [*breakers, "a", *breakers, "none", *breakers, r"\n"]

@@ -13,8 +13,9 @@ from mpillama.engine.sampling.params import (
     parse_logit_bias,
     parse_sampler_seq,
     parse_samplers,
+    recommended,
 )
-from mpillama.errors import UsageError
+from mpillama.errors import ModelError, UsageError
 
 
 def test_defaults_are_those_of_llama_cpp():
@@ -126,3 +127,53 @@ def test_logit_bias(text, value):
 def test_a_malformed_logit_bias_is_refused(text):
     with pytest.raises(UsageError, match="--logit-bias"):
         parse_logit_bias(text)
+
+
+def test_a_file_s_recommendations():
+    names = ("temp", "top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold", "penalty_last_n", "penalty_repeat")
+    values = dict(
+        zip(
+            (*names, "mirostat", "mirostat_tau", "mirostat_eta"),
+            (0.6, 20, 0.9, 0, 1, 0.2, 32, 1.1, 2, 4, 0.2),
+            strict=True,
+        )
+    )
+    expected = {
+        "temp": 0.6,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.0,
+        "xtc_probability": 1.0,
+        "xtc_threshold": 0.2,
+        "repeat_last_n": 32,
+        "repeat_penalty": 1.1,
+        "mirostat": 2,
+        "mirostat_ent": 4.0,
+        "mirostat_lr": 0.2,
+    }
+    for as_file_has in (lambda x: x, str):
+        metadata = {f"general.sampling.{name}": as_file_has(value) for name, value in values.items()}
+        found = recommended(metadata)
+        assert found == expected
+        assert all(type(value) is type(getattr(SamplingParams, name)) for name, value in found.items())
+        assert "temp" not in recommended(metadata, {"temp"})
+    assert recommended({"general.name": "x", "general.sampling.unknown": 1}) == {}
+    sequence = {"general.sampling.sequence": "Penalties; top-k;infill;temp"}
+    assert recommended(sequence) == {"samplers": ("penalties", "top_k", "temperature")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("top_p", 1.5, "--top-p must be between 0 and 1"),
+        ("top_k", "many", "'many' is no number"),
+        ("temp", [1], "no number"),
+    ],
+)
+def test_a_bad_recommendation_is_told_and_can_be_overridden(key, value, message):
+    metadata = {f"general.sampling.{key}": value}
+    with pytest.raises(
+        ModelError, match=rf"general\.sampling\.{key} of the model: .*{message}.*; give another value by its flag"
+    ):
+        recommended(metadata)
+    assert recommended(metadata, {key}) == {}

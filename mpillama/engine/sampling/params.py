@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from mpillama.errors import UsageError
+from mpillama.errors import ModelError, UsageError
 
 # llama.cpp's names and one-letter codes; `infill` ('i') is the one it has and this program has not.
 SAMPLER_CODES = {
@@ -22,6 +24,10 @@ SAMPLER_CODES = {
     "adaptive_p": "a",
 }
 DEFAULT_SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+
+# What llama.cpp understands too.
+_ALIASES = {alias: name for name in SAMPLER_CODES for alias in (name, name.replace("_", "-"), name.replace("_", ""))}
+_ALIASES |= {"nucleus": "top_p", "temp": "temperature", "typ": "typ_p"}
 
 # The seed that means a random one is -1 on the command line and its uint32 twin in llama.cpp.
 RANDOM_SEED = 0xFFFFFFFF
@@ -103,19 +109,64 @@ class SamplingParams:
                 raise UsageError(_unknown("--samplers", name))
 
 
+# What a model's file may have under general.sampling, and the fields that it sets.
+_RECOMMENDED = {
+    "temp": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+    "penalty_last_n": "repeat_last_n",
+    "penalty_repeat": "repeat_penalty",
+    "mirostat": "mirostat",
+    "mirostat_eta": "mirostat_lr",
+    "mirostat_tau": "mirostat_ent",
+    "sequence": "samplers",
+}
+
+
+def recommended(metadata: Mapping[str, Any], given: Container[str] = ()) -> dict[str, Any]:
+    """Return what a model's file recommends for fields of SamplingParams that are not ``given``, as llama.cpp reads it.
+
+    Args:
+        metadata: of the file; ``general.sampling.*`` are numbers, or texts of them, and ``sequence`` is as in
+            `parse_samplers`, but names that are unknown are left out.
+        given: names of fields.
+
+    Raises:
+        ModelError: a value is no number, or out of range.
+    """
+    found: dict[str, Any] = {}
+    for key, name in _RECOMMENDED.items():
+        value = metadata.get(f"general.sampling.{key}")
+        if value is None or name in given:
+            continue
+        try:
+            if name == "samplers":
+                found[name] = tuple(
+                    _ALIASES[part] for part in str(value).lower().replace(" ", "").split(";") if part in _ALIASES
+                )
+            else:
+                found[name] = type(getattr(SamplingParams, name))(value)
+            SamplingParams(**{name: found[name]})
+        except (TypeError, ValueError, UsageError) as error:
+            reason = str(error) if isinstance(error, UsageError) else f"{value!r} is no number"
+            raise ModelError(f"general.sampling.{key} of the model: {reason}; give another value by its flag") from None
+    return found
+
+
 def parse_samplers(text: str) -> tuple[str, ...]:
     """Sampler names in order, from `--samplers "top_k;top_p;temperature"`; an empty text means none.
 
     Case does not matter, and llama.cpp's aliases are understood: top-k, topk, nucleus, temp, typ. Raises UsageError for
     an unknown name (llama.cpp ignores it with a warning).
     """
-    names = {alias: name for name in SAMPLER_CODES for alias in (name, name.replace("_", "-"), name.replace("_", ""))}
-    names |= {"nucleus": "top_p", "temp": "temperature", "typ": "typ_p"}
     parts = [part.strip() for part in text.split(";")] if text.strip() else []
     for part in parts:
-        if part.lower() not in names:
+        if part.lower() not in _ALIASES:
             raise UsageError(_unknown("--samplers", part))
-    return tuple(names[part.lower()] for part in parts)
+    return tuple(_ALIASES[part.lower()] for part in parts)
 
 
 def parse_sampler_seq(text: str) -> tuple[str, ...]:
