@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from test_cli_parser import DEFAULTS, REQUIRED, generate, refused
+from test_cli_parser import DEFAULTS, REQUIRED, generate, refused, values_of
 
 from mpillama.cli import generate as generate_command
 from mpillama.cli.foreign import ForeignFlag, accepting_command, foreign_flags
@@ -43,7 +43,7 @@ def test_ignored_flags_take_their_values_and_leave_a_note(flag: str) -> None:
     foreign = FLAGS[flag]
     namespace = generate(flag, *sample(foreign), "-n", "3")
     note = f"{flag} has no effect in mpillama" + (f": {foreign.remark}" if foreign.remark else "")
-    assert vars(namespace) == DEFAULTS | {"predict": 3, "notes": [note]}
+    assert values_of(namespace) == DEFAULTS | {"predict": 3, "notes": [note]}
     if foreign.arity and not foreign.may_lack(None):
         assert refused("-p", "x", flag) == f"{flag} needs a value: {flag} value"
 
