@@ -69,7 +69,7 @@ def test_what_the_model_recommends_is_the_default(tmp_path):
     assert run(arguments).out == run(arguments, 2).out == greedy
     assert run([*arguments, "--temp", 5, "-s", 1]).out != greedy
     path.write_bytes(with_metadata(stories().read_bytes(), **{"general.sampling.top_p": 2.0}))
-    ended = run(arguments, 2)
+    ended = run(arguments)
     assert ended.code == 1
     assert ended.err.count("\n") == 1
     assert "general.sampling.top_p of the model: --top-p must be between 0 and 1" in ended.err
