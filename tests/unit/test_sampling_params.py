@@ -167,6 +167,7 @@ def test_a_file_s_recommendations():
     [
         ("top_p", 1.5, "--top-p must be between 0 and 1"),
         ("top_k", "many", "'many' is no number"),
+        ("top_k", float("inf"), "inf is no number"),
         ("temp", [1], "no number"),
     ],
 )

@@ -150,7 +150,7 @@ def recommended(metadata: Mapping[str, Any], given: Container[str] = ()) -> dict
             else:
                 found[name] = type(getattr(SamplingParams, name))(value)
             SamplingParams(**{name: found[name]})
-        except (TypeError, ValueError, UsageError) as error:
+        except (TypeError, ValueError, OverflowError, UsageError) as error:
             reason = str(error) if isinstance(error, UsageError) else f"{value!r} is no number"
             raise ModelError(f"general.sampling.{key} of the model: {reason}; give another value by its flag") from None
     return found

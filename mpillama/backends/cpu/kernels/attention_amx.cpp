@@ -4,6 +4,6 @@
 
 namespace mpillama {
 
-const AttentionKernels amx_attention{store_keys, store_values, attend<attend_many>, combine, 192};
+const AttentionKernels amx_attention{store_keys, store_values, attend<attend_many>, combine, 4 * panel_rows};
 
 }  // namespace mpillama

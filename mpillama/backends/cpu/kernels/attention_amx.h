@@ -1,7 +1,8 @@
 // Attention of many queries on the tiles of AMX. To be included after the Simd of AVX-512.
 //
 // Tiles multiply numbers of bf16, which are too coarse for scores. So each float is the sum of two of them, and a product that of
-// three: high * high + low * high + high * low, with a relative error of about 2^-16 (arXiv:1904.06376).
+// three: high * high + low * high + high * low, with a relative error of about 2^-16 (arXiv:1904.06376). What a cache keeps in f16
+// or bf16 is such a sum without an error; f32 is not, and goes the way of `attention_panels.h`.
 #pragma once
 #include "amx.h"
 #include "attention_impl.h"
@@ -12,7 +13,7 @@ namespace {
 
 // Rows and columns of what is multiplied at a time: two tiles. The operands' parts for 32 steps of the sum lie together:
 // high parts of the first and the second 16 rows (or columns), then their low parts.
-constexpr size_t pair = 32, tile_values = 512, part_values = 2 * tile_values, step_values = 2 * part_values;
+constexpr size_t pair = 32, part_values = 2 * tile_values, step_values = 2 * part_values;
 
 // 32 numbers, a[i] and b[i] side by side: the order of the steps of a sum, of which both operands have the same.
 inline void split(F a, F b, uint16_t* high) {

@@ -86,7 +86,7 @@ class Expansion {
     Part& part = parts_[at_];
     const size_t count = n < part.last - part.first ? n : part.last - part.first;
     part.fn(part.panel, part.first, part.first + count, part.tiles);
-    part.first += count, part.tiles += count * 512;
+    part.first += count, part.tiles += count * tile_values;
     at_ += part.first == part.last;
   }
 

@@ -7,7 +7,6 @@
 namespace mpillama {
 namespace {
 
-constexpr int values_of_tile = 512;
 constexpr size_t ahead = 2048;
 
 // Floats whose upper halves are x in bf16, rounded to nearest. AVX512_BF16 has an instruction for it, which takes longer
@@ -20,7 +19,7 @@ inline __m256i to_bf16(const float* x) {
 
 void tile_row(const float* x, size_t n_groups, int row, uint16_t* tiles) {
   for (size_t g = 0; g < n_groups; g++) {
-    __m256i* out = reinterpret_cast<__m256i*>(tiles + g * values_of_tile + 32 * row);
+    __m256i* out = reinterpret_cast<__m256i*>(tiles + g * tile_values + 32 * row);
     _mm256_storeu_si256(out, to_bf16(x + 32 * g));
     _mm256_storeu_si256(out + 1, to_bf16(x + 32 * g + 16));
   }
@@ -36,7 +35,7 @@ void expand(const uint8_t* panel, size_t first, size_t last, uint16_t* out) {
   constexpr Format f = format_of(type);
   constexpr size_t per_unit = size_t(f.unit / 32);
   const __m512i byte = _mm512_set1_epi32(255);
-  for (size_t g = first; g < last; g++, out += values_of_tile) {
+  for (size_t g = first; g < last; g++, out += tile_values) {
     const uint8_t* unit = panel + g / per_unit * unit_bytes(f);
     const uint8_t* group = unit + f.factor_bytes + g % per_unit * group_bytes(f);
     for (size_t i = 0; i < group_bytes(f); i += 64) Vec::prefetch(group + ahead + i);
@@ -66,7 +65,7 @@ void expand(const uint8_t* panel, size_t first, size_t last, uint16_t* out) {
 
 void multiply(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16_t* b1, size_t n_groups, float* c,
               size_t stride, bool add, Expansion& meanwhile) {
-  const uint16_t* lower = a + a_step * values_of_tile;
+  const uint16_t* lower = a + a_step * tile_values;
   const size_t bytes = stride * sizeof(float);
   if (add) {
     tile_load<0>(c, bytes), tile_load<1>(c + 16, bytes);
@@ -74,11 +73,11 @@ void multiply(const uint16_t* a, size_t a_step, const uint16_t* b0, const uint16
   } else {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   }
-  for (size_t at = 0; at < n_groups * values_of_tile; at += values_of_tile) {
+  for (size_t at = 0; at < n_groups * tile_values; at += tile_values) {
     tile_load<4>(a + at, 64), tile_load<5>(lower + at, 64);
     tile_load<6>(b0 + at, 64), tile_load<7>(b1 + at, 64);
     tile_product<0, 4, 6>(), tile_product<1, 4, 7>(), tile_product<2, 5, 6>(), tile_product<3, 5, 7>();
-    if (at % (4 * values_of_tile) == 0) meanwhile.step();
+    if (at % (4 * tile_values) == 0) meanwhile.step();
   }
   tile_store<0>(c, bytes), tile_store<1>(c + 16, bytes);
   tile_store<2>(c + 16 * stride, bytes), tile_store<3>(c + 16 * stride + 16, bytes);

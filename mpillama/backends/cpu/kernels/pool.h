@@ -114,11 +114,11 @@ class Pool {
     least = std::max<size_t>(1, least);
     std::atomic<size_t> next{0};
     const auto work = [&](int) {
-      for (size_t begin = next.load(std::memory_order_relaxed), end; begin < n; begin = next.load(std::memory_order_relaxed)) {
-        do {
-          end = std::min(n, begin + std::max(least, std::min(most, (n - begin) / divisor)));
-        } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed) && begin < n);
-        if (begin < n) f(begin, end);
+      for (size_t begin = next.load(std::memory_order_relaxed); begin < n;) {
+        const size_t end = std::min(n, begin + std::max(least, std::min(most, (n - begin) / divisor)));
+        if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+        f(begin, end);
+        begin = next.load(std::memory_order_relaxed);
       }
     };
     if (n_threads_ == 1 || n <= least) {

@@ -11,7 +11,6 @@ namespace {
 // so many panels (twice: the next are expanded meanwhile) and of what they make are a quarter of a MiB each.
 constexpr size_t slice_tokens = 256, piece_groups = 16, task_panels = 16;
 static_assert(task_panels <= Expansion::most_panels, "a task is expanded while another is multiplied");
-constexpr size_t tile_values = 512;
 constexpr size_t tile_block = 32;  // tokens, and rows, of what `multiply` makes at a time
 
 // Below this the int8 kernels are faster, which compute no more tokens than there are.
@@ -92,8 +91,8 @@ void TileProduct::run_tasks(size_t n_together, const Put& put) {
     const size_t which = size_t(std::upper_bound(first_task.begin(), first_task.end(), at) - first_task.begin()) - 1;
     const Product* products = &products_[which * n_together];
     const size_t p0 = (at - first_task[which]) * step, g0 = number * piece_groups;
-    return {task,   number, &slices_[task / first_task.back()], products,
-            p0,     std::min(step, products->w->n_panels - p0), g0, std::min(piece_groups, n_groups_ - g0)};
+    return {number, &slices_[task / first_task.back()], products, p0, std::min(step, products->w->n_panels - p0),
+            g0,     std::min(piece_groups, n_groups_ - g0)};
   };
 
   // Rows of c that lie a power of two apart would all fall into one set of the cache.
@@ -132,7 +131,8 @@ void TileProduct::run_tasks(size_t n_together, const Put& put) {
         expand(piece, then);
       }
       const Slice& slice = *current.slice;
-      expansion.pace = 8 / (round_up(slice.end - slice.begin, tile_block) / tile_block);
+      // A pair of panels meets all blocks of tokens, and meanwhile two panels are to be expanded, a step at every fourth group.
+      expansion.pace = 4 * 2 / (round_up(slice.end - slice.begin, tile_block) / tile_block);
       const size_t column = 16 * current.p0, n_columns = std::min(16 * current.n_panels, current.products->w->n_rows - column);
       for (size_t m = slice.begin; m < slice.end; m += tile_block) {
         const uint16_t* tokens = tokens_ + ((slice.row + m - slice.begin) / 16 * n_groups_ + current.g0) * tile_values;

@@ -31,7 +31,7 @@ class TileProduct {
 
   // Groups [g0, g0 + n_groups) of the columns of panels [p0, p0 + n_panels) of one product, or of several, times a slice.
   struct Piece {
-    size_t task, number;  // a task's pieces follow each other
+    size_t number;  // among those of a task, which follow each other
     const Slice* slice;
     const Product* products;
     size_t p0, n_panels, g0, n_groups;
