@@ -102,7 +102,22 @@ def test_every_request_is_answered_once_as_if_it_were_alone(n_replicas, rng):
     for each in requests:
         for index in range(0 if each.id in dropped else each.params.n):
             assert tokens[each.id, index] == alone(each, index, N_CTX)[0], each.id
-    assert all(engine.stats().finished > 5 for engine in others)
+    # How many depends on which thread gets the processor.
+    assert all(engine.stats().requests > 0 for engine in others)
+
+
+@pytest.mark.parametrize("n_replicas", [2, 3])
+def test_replicas_that_have_nothing_to_do_get_the_same(n_replicas, rng):
+    def body(engines):
+        for round_ in range(5):
+            for i in range(n_replicas * N_PARALLEL):
+                engines.add(request(f"r{round_}.{i}", rng.integers(0, N_VOCAB, rng.integers(1, 70))))
+            finish(engines, {})
+        return engines.stats()
+
+    total, others = run(n_replicas, body)
+    assert total.finished == 5 * n_replicas * N_PARALLEL
+    assert [engine.stats().finished for engine in others] == [5 * N_PARALLEL] * (n_replicas - 1)
 
 
 def test_a_slow_replica_gets_less_and_nobody_waits_for_it(rng):
