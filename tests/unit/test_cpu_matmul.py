@@ -232,7 +232,7 @@ def test_tiles_stay_set_up_as_they_were(palette, rng):
     expect(backend.linear(x, w), x, floats[0], GGMLType.Q8_0, "amx", 32)
     after = np.full(64, 255, np.uint8)
     machine_code.run("c4e2794907", after.ctypes.data)  # STTILECFG
-    machine_code.run("c4e27849c0")  # TILERELEASE
+    machine_code.run("c4e2784907", np.zeros(64, np.uint8).ctypes.data)  # LDTILECFG
     np.testing.assert_array_equal(after, config)
 
 
