@@ -261,7 +261,9 @@ class Device:
         pass
 
 
-def fake_cupy(n_gpus: int = 2, hip: bool = False, error: str = "") -> SimpleNamespace:
+def fake_cupy(
+    n_gpus: int = 2, hip: bool = False, error: str = "", arch: bytes = b"gfx90a:sramecc+:xnack-"
+) -> SimpleNamespace:
     """Return a module that sees so many GPUs, or none because of ``error``."""
 
     def count():
@@ -277,7 +279,8 @@ def fake_cupy(n_gpus: int = 2, hip: bool = False, error: str = "") -> SimpleName
         return out
 
     def properties(index):
-        return {"name": b"Fake GPU", "uuid": bytes([index + 1] * 16)}
+        found = {"name": b"Fake GPU", "uuid": bytes([index + 1] * 16)}
+        return found | ({"gcnArchName": arch} if hip else {})
 
     allocators = Allocators()
     runtime = SimpleNamespace(

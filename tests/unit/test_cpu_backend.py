@@ -51,16 +51,19 @@ def test_quantized_models_on_several_ranks(type, tmp_path, rng):
     # 12 heads of 64 on 4 ranks end inside 256-wide blocks, and so do the 768 columns of experts. All are used: the
     # last bit of a router's sum must not decide what is compared.
     path = write_llama(tmp_path / "m.gguf", rng, type, n_head=12, n_ff=768, n_expert=3, n_expert_used=3)
-    tokens = rng.integers(0, 96, 30).tolist()
+    prompts = rng.integers(0, 96, (3, 10)).tolist()
     level = "avx512" if "amx" in _cpu.levels() else ""
     for weights in ([1.0], [1.0] * 4, [2.0, 1.0]):
-        reference = run_on(path, tokens, weights, make=RoundingReference)[0]
-        for chunk in (30, 1):
-            result = run_on(path, tokens, weights, chunk, make=lambda: CpuBackend(2, (), level))[0]
-            # The last bit of a sum may round an activation to its neighbour, which later tokens then see.
-            far = [nmse(a, b) for a, b in zip(result, reference, strict=True)]
-            assert min(far) < 1e-10, (weights, chunk, far)
-            assert max(far) < 1e-2, (weights, chunk, far)
+        references = [run_on(path, tokens, weights, make=RoundingReference)[0] for tokens in prompts]
+        for chunk in (10, 1):
+            results = [
+                run_on(path, tokens, weights, chunk, make=lambda: CpuBackend(2, (), level))[0] for tokens in prompts
+            ]
+            # The last bit of a sum may round an activation to its neighbour, which later tokens then see: one of
+            # the first token all of its prompt.
+            far = [[nmse(*pair) for pair in zip(*both, strict=True)] for both in zip(results, references, strict=True)]
+            assert np.median([min(each) for each in far]) < 1e-10, (weights, chunk, far)
+            assert np.max(far) < 1e-2, (weights, chunk, far)
 
 
 def test_make_backend():

@@ -189,7 +189,7 @@ def test_logits_of_a_model(rng, kv_type, tmp_path, launched):
     assert many_rows(launched) > 0
 
 
-MATRICES = """#include "compat.cuh"
+MATRICES = """#include "mma.cuh"
 extern "C" __global__ void multiply(const unsigned short* a, const unsigned short* b, float* c) {
   MPL_DYN_SHARED(u8, memory);
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;

@@ -98,6 +98,15 @@ def test_graphs_share_memory_and_keep_what_they_need(install, monkeypatch, tmp_p
     run_threads(1, main)
 
 
+@pytest.mark.parametrize(
+    ("arch", "has"),
+    [(b"gfx90a:sramecc+:xnack-", True), (b"gfx942", True), (b"gfx906:sramecc+:xnack-", False), (b"gfx1100", False)],
+)
+def test_amd_gpus_with_matrix_units(install, arch, has):
+    install(hip=True, arch=arch)
+    assert CupyDevice("hip").matrix_units is has
+
+
 def test_what_is_missing_is_said_in_one_line(install, monkeypatch):
     def said(kind="cuda"):
         with pytest.raises(UserError) as caught:

@@ -15,9 +15,12 @@ TYPES = sorted(SUPPORTED)
 BOUND = 1e-3
 
 
-def on_units(rng):
-    """Copies of 16 bytes are done at once in order 0, as late as they may be in the others."""
-    return emulated(32, int(rng.integers(3)), int(rng.integers(1 << 30)), matrix_units=True)
+def on_units(rng, warp=32):
+    """Return a backend with NVIDIA's units, or AMD's.
+
+    Copies of 16 bytes are done at once in order 0, as late as they may be in the others.
+    """
+    return emulated(warp, int(rng.integers(3)), int(rng.integers(1 << 30)), matrix_units=True)
 
 
 def width(rng, type, least=1, most=6):
@@ -42,9 +45,16 @@ def check(y, x, floats, bound=BOUND):
         assert error(row, expected, np.linalg.norm(size)) < bound
 
 
-@pytest.mark.parametrize("type", TYPES, ids=lambda t: t.name)
-def test_every_type(type, rng):
-    backend = on_units(rng)
+# Compiling takes longest: for AMD's units some types, which have all that is particular to any.
+CASES = [
+    *((32, type) for type in TYPES),
+    *((64, GGMLType[name]) for name in ("F16", "BF16", "Q4_0", "Q4_K", "Q6_K", "IQ3_S")),
+]
+
+
+@pytest.mark.parametrize(("warp", "type"), CASES, ids=lambda x: getattr(x, "name", x))
+def test_every_type(warp, type, rng):
+    backend = on_units(rng, warp)
     bound = 3e-6 if type == GGMLType.F32 else BOUND
     pad = (0, 0) if rng.integers(2) else (int(rng.integers(1, 20)), int(rng.integers(0, 12)))
     n_rows, n_in = int(rng.integers(1, 300)), width(rng, type, least=2)
@@ -61,9 +71,10 @@ def test_every_type(type, rng):
     check(backend.expert_linear(own, w, chosen), own, matrices, bound)
 
 
+@pytest.mark.parametrize("warp", [32, 64])
 @pytest.mark.parametrize("type", [GGMLType.Q4_0, GGMLType.Q6_K, GGMLType.F16], ids=lambda t: t.name)
-def test_blocks_that_share_the_columns(type, rng, monkeypatch):
-    backend = on_units(rng)
+def test_blocks_that_share_the_columns(type, warp, rng, monkeypatch):
+    backend = on_units(rng, warp)
     n_rows, n_in = int(rng.integers(1, 200)), 32 * int(rng.integers(64, 120)) // type.block_size * type.block_size
     w, floats = make_weight(rng, backend, type, 1, n_rows, n_in)
     launch, grids = backend.device.launch, []

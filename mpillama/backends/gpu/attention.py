@@ -104,7 +104,7 @@ class AttentionOps(MatmulOps):
         keys = self.device.empty((*rows, row_bytes(k, n_k)), np.uint8)
         values = self.device.empty((*rows, row_bytes(v, n_v)), np.uint8)
         unit = attention_unit(k, v, n_v, self.device.warp)
-        tiles = tiles_unit(k, v, n_k, n_v) if self.device.matrix_units else None
+        tiles = tiles_unit(k, v, n_k, n_v) if self.device.matrix_units and self.device.warp == 32 else None
         return GpuCache(keys, values, n_head_kv, n_k, n_v, unit, tiles, type_k, type_v)
 
     def copy_blocks(self, cache: GpuCache, copies: np.ndarray) -> None:

@@ -20,6 +20,8 @@ _PIECE = 16 << 20
 # From so many tokens on it should cost less to make all weights floats once than to decode them for each tile: with
 # matrix units, and without. By count of bytes and instructions; not measured yet.
 _GEMM_TOKENS, _GEMM_TOKENS_PLAIN = 256, 128
+# AMD's GPUs that mma.cuh is made for: CDNA from 2 on.
+_MATRIX_ARCHS = frozenset({"gfx90a", "gfx940", "gfx941", "gfx942", "gfx950"})
 
 
 class CupyGraph:
@@ -54,10 +56,9 @@ class CupyDevice:
         device = cuda.Device(index)
         device.use()
         attributes = device.attributes
-        self.model = str(self._cupy.cuda.runtime.getDeviceProperties(index)["name"])
         self.warp = int(attributes["WarpSize"])
         self.n_cores = int(attributes["MultiProcessorCount"])
-        self.matrix_units = kind == "cuda" and int(device.compute_capability) >= 80
+        self.matrix_units = self._has_matrix_units(device)
         self._stream = cuda.Stream(non_blocking=True)
         self._stream.use()
         self._modules: dict[Unit, Any] = {}
@@ -71,6 +72,13 @@ class CupyDevice:
         self._graph_chunks: list[Any] = []
         self._graph_pool: Any = None
         self._in_graph_memory = False
+
+    def _has_matrix_units(self, device: Any) -> bool:
+        if self.name == "cuda":
+            return int(device.compute_capability) >= 80
+        # Like gfx90a:sramecc+:xnack-.
+        name = self._cupy.cuda.runtime.getDeviceProperties(self.index)["gcnArchName"]
+        return name.decode().split(":")[0] in _MATRIX_ARCHS
 
     def _load_blas(self) -> Any:
         """Return CuPy's cuBLAS module, or None; the tiled kernels then serve long prompts too, more slowly."""

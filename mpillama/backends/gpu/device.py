@@ -17,8 +17,8 @@ Array = Any
 SHARED_BYTES = 48 << 10
 """Shared memory that a block of threads has without asking for more."""
 MOST_SHARED_BYTES = 99 << 10
-"""What it can ask for on each GPU with matrix units (CUDA C++ Programming Guide, "Technical Specifications per Compute
-Capability": 99 KB on 8.6, 8.9 and 12.0, more on others)."""
+"""What it can ask for on each NVIDIA GPU with matrix units (CUDA C++ Programming Guide, "Technical Specifications per
+Compute Capability": 99 KB on 8.6, 8.9 and 12.0, more on others)."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Device(Protocol):
         warp: lanes of a warp, 32 or 64.
         n_cores: multiprocessors; what a launch should at least fill.
         gemm_tokens: from so many tokens on `gemm` is worth making the weights floats; 0: never.
-        matrix_units: it has those of `mma_half` (compat.cuh), and products of 9 tokens and more and attention of
-            prompts may use them.
+        matrix_units: it has those of mma.cuh, and products of 9 tokens and more may use them; with warps of 32 also
+            attention of prompts.
         can_capture: it has `capture`.
     """
 
@@ -84,7 +84,7 @@ class Device(Protocol):
             grid: up to three sizes, none of them 0.
             block: threads, whole warps.
             args: arrays, None for a null pointer, and NumPy scalars of exactly the types of the parameters.
-            shared: bytes of dynamic shared memory; with matrix units up to MOST_SHARED_BYTES, else SHARED_BYTES.
+            shared: bytes of dynamic shared memory, up to SHARED_BYTES; on NVIDIA's with matrix units MOST_SHARED_BYTES.
         """
         ...
 

@@ -104,7 +104,7 @@ class EmulatedDevice:
         sanitize: compile with AddressSanitizer, which must be loaded before Python (LD_PRELOAD).
         folder: for compiled kernels; by default the user's on this node.
         gemm_tokens: see `Device`.
-        matrix_units: see `Device`; with warps of 64 there are none.
+        matrix_units: see `Device`.
 
     Raises:
         UserError: there is no g++.
@@ -128,7 +128,7 @@ class EmulatedDevice:
         if not self._compiler:
             raise UserError("the emulated device compiles its kernels with g++, which is not on PATH; install g++")
         self.warp, self._order, self._seed, self._sanitize = warp, order, seed, sanitize
-        self.gemm_tokens, self.matrix_units = gemm_tokens, matrix_units and warp == 32
+        self.gemm_tokens, self.matrix_units = gemm_tokens, matrix_units
         self._folder = folder or user_cache()
         self._libraries: dict[Unit, ctypes.CDLL] = {}
         self._kernels: dict[tuple[Unit, str], tuple[Any, list[str]]] = {}
@@ -220,7 +220,7 @@ class EmulatedDevice:
             RuntimeError: its threads wait for each other.
         """
         grid = (*grid, 1, 1)[:3]
-        room = MOST_SHARED_BYTES if self.matrix_units else SHARED_BYTES
+        room = MOST_SHARED_BYTES if self.matrix_units and self.warp == 32 else SHARED_BYTES
         if min(grid) < 1 or max(grid[1:]) > 65535 or not 0 < block <= 1024 or block % self.warp or shared > room:
             raise ValueError(f"{kernel}: grid {grid}, block {block}, {shared} bytes of shared memory")
         function, signature = self._kernel(unit, kernel)

@@ -24,7 +24,7 @@ _SHARED_BLOCKS = 4 * sum(4 * (12 * n + 8) + 16 * (n + 2) for n in (_TILE_ROWS, _
 # As in matvec.cuh.
 _MATVEC_THREADS, _MATVEC_PARTS = 256, 3
 # As in matmul_mma.cuh; a block of threads that shares the columns with others has at least so many steps.
-_MMA_ROWS, _MMA_THREADS, _MMA_STEP, _MMA_SHARE = 128, 128, 128, 4
+_MMA_ROWS, _MMA_WARPS, _MMA_STEP, _MMA_SHARE = 128, 4, 128, 4
 # Weights that are made floats at a time, for a product with many tokens.
 _GEMM_ELEMENTS = 32 << 20
 _MAX_GRID = 65535
@@ -67,15 +67,15 @@ class GpuMatrix:
         return int(self.data.nbytes)
 
 
-def _mma_bytes(w: GpuMatrix, n_tokens: int) -> int:
-    """Return the shared memory of matmul_mma.cuh: two spans of weights, two steps of activations."""
+def _mma_bytes(w: GpuMatrix, n_tokens: int, warp: int) -> int:
+    """Return the shared memory of matmul_mma.cuh: a span of weights and a step of activations, or two of each."""
     span = (
         _MMA_STEP * 2
         if w.type in FLOATS
         else max(_MMA_STEP, w.type.block_size) // w.type.block_size * w.type.block_bytes
     )
     pieces = (span + 14) // 16 + 1
-    return 2 * (_MMA_ROWS * 16 * (pieces | 1) + n_tokens * _MMA_STEP * 2)
+    return (2 if warp == 32 else 1) * (_MMA_ROWS * 16 * (pieces | 1) + n_tokens * _MMA_STEP * 2)
 
 
 def unit_of(type: GGMLType) -> Unit:
@@ -257,7 +257,9 @@ class MatmulOps(ElementwiseOps):
         n_shares = 1 if experts is not None else self._mma_shares(w, grid[0] * grid[1])
         result = out if n_shares == 1 else self.device.empty((n_shares, *out.shape))
         args = (*matrix, *which, *self._halves_of(x, -(-w.n_in // 32) * 32, w.pad), result, *sizes)
-        self.device.launch(w.unit, f"matmul_mma_{size}", (*grid, n_shares), _MMA_THREADS, args, _mma_bytes(w, size))
+        warp = self.device.warp
+        shared = _mma_bytes(w, size, warp)
+        self.device.launch(w.unit, f"matmul_mma_{size}", (*grid, n_shares), _MMA_WARPS * warp, args, shared)
         if n_shares > 1:
             self.run.elements("sum_parts", out.size, result, np.int32(n_shares), np.int64(out.size), out)
 

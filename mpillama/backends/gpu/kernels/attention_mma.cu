@@ -7,7 +7,7 @@
 #include "codec.cuh"
 #include "half_math.cuh"
 
-#if MPL_MMA
+#if MPL_MMA && MPL_WARP == 32
 constexpr int kK = MPL_N_K, kV = MPL_N_V, kKeys = MPL_KEYS;
 // Bytes from row to row. An odd number of 16 bytes, so that the same column of eight rows is in all the 32 banks.
 constexpr int kPitchK = 2 * kK + 16, kPitchV = 2 * kV + 16;

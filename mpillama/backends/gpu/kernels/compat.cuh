@@ -124,9 +124,8 @@ MPL_INLINE u32 word_of(Piece q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i 
 #define MPL_ASYNC (__CUDA_ARCH__ >= 800)
 #endif
 
-#if MPL_ASYNC
 // A place in shared memory, counted in bytes.
-#if defined(MPL_EMULATE)
+#if defined(MPL_EMULATE) || !MPL_ASYNC
 typedef u8* SharedAt;
 MPL_INLINE SharedAt shared_at(u8* p) { return p; }
 #else
@@ -136,6 +135,7 @@ MPL_INLINE SharedAt shared_at(u8* p) {
 }
 #endif
 
+#if MPL_ASYNC
 MPL_INLINE void copy_16(SharedAt to, const void* from) {
 #if defined(MPL_EMULATE)
   emulate::copy_later(to, from);
@@ -172,112 +172,6 @@ MPL_INLINE void wait_for_copies() {
   emulate::finish_copies(0);
 #else
   asm volatile("cp.async.wait_all;" : : : "memory");
-#endif
-}
-#endif
-
-#if defined(MPL_EMULATE)
-#define MPL_MMA (MPL_WARP == 32)
-#elif defined(MPL_HIP) || !defined(__CUDA_ARCH__)
-#define MPL_MMA 0
-#else
-#define MPL_MMA (__CUDA_ARCH__ >= 800)
-#endif
-
-#if MPL_MMA
-// -- matrix units: products of float16 by a warp of 32, with sums in float32 (PTX ISA, "Matrix fragments for mma.m16n8k16 with
-// floating point types").
-//
-// a is 16 x 16, b is 16 x 8, c is 16 x 8. With g = lane / 4 and t = lane % 4 a lane has of a word t of row g and of row g + 8, then word
-// t + 4 of both; of b words t and t + 4 of column g; and of c columns 2 t and 2 t + 1 in row g, then in row g + 8. A word has two
-// neighbours, the first in its low half. `first`: c is set to the product, not added to.
-MPL_INLINE void mma_half(float* c, const u32* a, u32 b0, u32 b1, bool first) {
-#if defined(MPL_EMULATE)
-  struct Words { u32 a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  auto* slots = emulate::exchange(mine);
-  const float* sums = emulate::product(slots, [&](float* out) {
-    float left[16][16], right[8][16];
-    for (unsigned lane = 0; lane < 32; lane++) {
-      Words w;
-      memcpy(&w, slots[lane], sizeof w);
-      for (unsigned i = 0; i < 2; i++)
-        for (unsigned j = 0; j < 2; j++)
-          for (unsigned part = 0; part < 2; part++) {
-            const unsigned k = 8 * j + 2 * (lane % 4) + part;
-            left[lane / 4 + 8 * i][k] = half_to_float((u16)(w.a[i + 2 * j] >> 16 * part));
-            right[lane / 4][k] = half_to_float((u16)(w.b[j] >> 16 * part));
-          }
-    }
-    for (int i = 0; i < 128; i++) {
-      out[i] = 0.f;
-      for (int k = 0; k < 16; k++) out[i] += left[i / 8][k] * right[i % 8][k];
-    }
-  });
-  const unsigned at = emulate::lane() / 4 * 8 + emulate::lane() % 4 * 2;
-  for (unsigned i = 0; i < 4; i++) c[i] = (first ? 0.f : c[i]) + sums[at + i / 2 * 64 + i % 2];
-#else
-  if (first)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
-  else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
-// Two numbers as float16, the first in the low half.
-MPL_INLINE u32 halves(float low, float high) {
-#if defined(MPL_EMULATE)
-  return float_to_half(low) | (u32)float_to_half(high) << 16;
-#else
-  u32 both; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low)); return both;
-#endif
-}
-
-// Four matrices of 8 rows of 16 bytes, 8 x 8 halves; lane i says where row i % 8 of matrix i / 8 is, and gets of each matrix word
-// t of row g or, transposed, the halves 2 t and 2 t + 1 of column g.
-template <bool TRANSPOSED> MPL_INLINE void load_matrices(u32* out, SharedAt row) {
-#if defined(MPL_EMULATE)
-  const unsigned lane = emulate::lane(), g = lane / 4, t = lane % 4;
-  const auto* slots = emulate::exchange(row);
-  for (unsigned i = 0; i < 4; i++) {
-    u16 both[2];
-    for (unsigned j = 0; j < 2; j++) {
-      const u8* from;
-      memcpy(&from, slots[8 * i + (TRANSPOSED ? 2 * t + j : g)], sizeof from);
-      memcpy(&both[j], from + 2 * (TRANSPOSED ? g : 2 * t + j), 2);
-    }
-    out[i] = both[0] | (u32)both[1] << 16;
-  }
-#else
-  if (TRANSPOSED)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row) : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(row) : "memory");
-#endif
-}
-
-// Whether it is true in any lane of the warp.
-MPL_INLINE bool any_lane(bool here) {
-#if defined(MPL_EMULATE)
-  bool found = false, one;
-  const auto* slots = emulate::exchange(here);
-  for (unsigned i = 0; i < 32; i++) memcpy(&one, slots[i], sizeof one), found |= one;
-  return found;
-#else
-  return __any_sync(0xffffffffu, here);
-#endif
-}
-
-MPL_INLINE void store_16(SharedAt to, Piece v) {
-#if defined(MPL_EMULATE)
-  memcpy(to, &v, 16);
-#else
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" : : "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 #endif
 }
 #endif

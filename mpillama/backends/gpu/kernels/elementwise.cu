@@ -36,14 +36,15 @@ extern "C" __global__ void pad(const float* x, int n, int before, int n_out, i64
 }
 MPL_EXPORT(pad)
 
-// As pad, in float16, each row divided by a power of 2 (in `scales`) that brings its largest number below 2.
+// As pad, in float16, each row divided by a power of 2 (in `scales`) that brings its largest number below 2^15: CDNA 2 counts what
+// is below 2^-14 as zeros.
 extern "C" __global__ void halve(const float* x, int n, int before, int n_out, u16* out, float* scales) {
   __shared__ float scratch[32];
   x += (i64)blockIdx.x * n;
   float top = 0.f;
   for (int i = threadIdx.x; i < n; i += blockDim.x) top = fmaxf(top, fabsf(x[i]));
   top = block_max(top, scratch);
-  const float scale = top >= 1e-30f ? as_float(as_bits(top) & 0x7F800000u) : 1.f, inverse = 1.f / scale;
+  const float scale = top >= 1e-30f ? as_float(as_bits(top) & 0x7F800000u) / 16384.f : 1.f, inverse = 1.f / scale;
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
   for (int i = threadIdx.x; i < n_out; i += blockDim.x) {
     const int col = i - before;

@@ -34,7 +34,7 @@ struct Fiber { jmp_buf at; ucontext_t start; bool made = false, done = false; Di
 struct Warp {
   unsigned generation = 0, waiting = 0, alive = 0, size = 0;
   unsigned char slot[2][64][kSlot];
-  float reduced[2][64], product[2][128];
+  float reduced[2][64], product[2][256];
   unsigned exchanged[2] = {}, reduced_at[2][64] = {}, product_at[2] = {};
 };
 
@@ -187,7 +187,7 @@ template <int W, class F> inline float reduce(float value, F f) {
   return w.reduced[set][group];
 }
 
-// A product of the whole warp, 16 x 8 numbers, from the slots of an exchange: worked out by the first lane that gets here.
+// A product of the whole warp, up to 16 x 16 numbers, from the slots of an exchange: worked out by the first lane that gets here.
 template <class F> inline const float* product(unsigned char (*slots)[kSlot], F f) {
   Warp& w = MPL_MACHINE.warps[MPL_MACHINE.fibers[MPL_MACHINE.current]->warp];
   const unsigned set = slots == w.slot[1];

@@ -1,8 +1,9 @@
 // Arithmetic on pairs of float16 in a word, the first in the low half.
 #pragma once
-#include "compat.cuh"
+#include "mma.cuh"
 
 #if MPL_MMA
+#if MPL_WARP == 32
 MPL_INLINE float clamped(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
 
 // Both halves times a number; what float16 has no room for becomes its largest number.
@@ -17,6 +18,12 @@ MPL_INLINE u32 times(u32 pair, u16 factor) {
   return y;
 #endif
 }
+#endif
+
+#if defined(MPL_HIP)
+typedef _Float16 Half2 __attribute__((ext_vector_type(2)));
+MPL_INLINE Half2 pair_of(u32 word) { return __builtin_bit_cast(Half2, word); }
+#endif
 
 // x y + z, rounded once.
 MPL_INLINE u32 fused(u32 x, u32 y, u32 z) {
@@ -25,6 +32,8 @@ MPL_INLINE u32 fused(u32 x, u32 y, u32 z) {
     return fmaf(half_to_float((u16)(x >> shift)), half_to_float((u16)(y >> shift)), half_to_float((u16)(z >> shift)));
   };
   return halves(one(0), one(16));
+#elif defined(MPL_HIP)
+  u32 v; asm("v_pk_fma_f16 %0, %1, %2, %3" : "=v"(v) : "v"(x), "v"(y), "v"(z)); return v;
 #else
   u32 v; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(x), "r"(y), "r"(z)); return v;
 #endif
@@ -35,6 +44,8 @@ template <int I> MPL_INLINE u32 bytes_less(u32 bytes, u32 offset) {
 #if defined(MPL_EMULATE)
   const float minus = half_to_float((u16)offset) - 1024.f;
   return halves((float)(bytes >> 16 * I & 255) - minus, (float)(bytes >> (16 * I + 8) & 255) - minus);
+#elif defined(MPL_HIP)
+  return __builtin_bit_cast(u32, pair_of(__builtin_amdgcn_perm(0x64646464u, bytes, I ? 0x04030402u : 0x04010400u)) - pair_of(offset));
 #else
   u32 y; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(__byte_perm(bytes, 0x64646464u, I ? 0x4342 : 0x4140)), "r"(offset)); return y;
 #endif
