@@ -42,8 +42,8 @@ def warp_of(arch: str) -> int:
     return 64 if arch.startswith("gfx9") else 32
 
 
-def has_matrix_units(arch: str) -> bool:
-    """Whether a GPU has those of `mma_half` (compat.cuh)."""
+def has_tiles(arch: str) -> bool:
+    """Whether a GPU has the matrix units that attention_mma.cu is made for."""
     return arch.isdigit() and int(arch) >= 80
 
 
@@ -54,7 +54,7 @@ def units(arch: str) -> Iterator[Unit]:
     for k in CACHE_TYPES.values():
         for n_v in (64, 128, 256):
             yield attention_unit(k, k, n_v, warp_of(arch))
-        for n in HEADS if has_matrix_units(arch) else ():
+        for n in HEADS if has_tiles(arch) else ():
             tiles = tiles_unit(k, k, n, n)
             # Quantized caches have blocks of 32.
             if tiles is not None and (n % 32 == 0 or k in (GGMLType.F16, GGMLType.BF16)):
@@ -68,7 +68,7 @@ def some_units(arch: str, rng: np.random.Generator) -> Iterator[Unit]:
     yield unit_of(types[rng.integers(len(types))])
     k, v = (CACHE_TYPES[str(name)] for name in rng.choice(list(CACHE_TYPES), 2))
     yield attention_unit(k, v, int(rng.choice([64, 128, 256])), warp_of(arch))
-    if has_matrix_units(arch):
+    if has_tiles(arch):
         k, v = (CACHE_TYPES[str(name)] for name in rng.choice([name for name in CACHE_TYPES if name != "f32"], 2))
         n = int(rng.choice([n for n in HEADS if n % 32 == 0]))
         tiles = tiles_unit(k, v, n, n)

@@ -82,9 +82,9 @@ class _Call:
 class AttentionOps(MatmulOps):
     """The ops of `Backend` that need a KV cache.
 
-    Scores, weights and sums are float32. On matrix units (`Device.matrix_units`) sequences with more than a few query
-    rows in a step have queries and weights rounded to float16, unless keys or values are kept as f32. A score, which is
-    a sum of products, is then wrong by at most 2^-11 of the sum of their sizes.
+    Scores, weights and sums are float32. On NVIDIA's matrix units (`Device.matrix_units`) sequences with more than a
+    few query rows in a step have queries and weights rounded to float16, unless keys or values are kept as f32. A
+    score, which is a sum of products, is then wrong by at most 2^-11 of the sum of their sizes.
     """
 
     def __init__(self, device: Device) -> None:

@@ -33,7 +33,11 @@ MPL_INLINE u32 fused(u32 x, u32 y, u32 z) {
   };
   return halves(one(0), one(16));
 #elif defined(MPL_HIP)
-  u32 v; asm("v_pk_fma_f16 %0, %1, %2, %3" : "=v"(v) : "v"(x), "v"(y), "v"(z)); return v;
+  // Not as asm: how long `mma_half` must wait for a result the compiler only knows of its own instructions.
+  const Half2 a = pair_of(x), b = pair_of(y);
+  Half2 c = pair_of(z);
+  c.x = __builtin_fmaf16(a.x, b.x, c.x), c.y = __builtin_fmaf16(a.y, b.y, c.y);
+  return __builtin_bit_cast(u32, c);
 #else
   u32 v; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(x), "r"(y), "r"(z)); return v;
 #endif

@@ -30,6 +30,16 @@ MPL_INLINE u32 halves(float low, float high) {
 }
 #endif
 
+#if defined(MPL_EMULATE)
+// out (16, N) = left (16, 16) right (N, 16)^T.
+template <int N> inline void multiply_rows(const float (*left)[16], const float (*right)[16], float* out) {
+  for (int i = 0; i < 16 * N; i++) {
+    out[i] = 0.f;
+    for (int k = 0; k < 16; k++) out[i] += left[i / N][k] * right[i % N][k];
+  }
+}
+#endif
+
 #if MPL_MMA && MPL_WARP == 64
 // AMD's v_mfma_f32_16x16x16_f16 ("AMD Instinct MI300 Instruction Set Architecture", "Dense Matrix Multiplication Layouts"): a, b and
 // c are 16 x 16. With g = lane % 16 and t = lane / 16 a lane has of a columns 4 t to 4 t + 3 of row g, of b rows 4 t to 4 t + 3 of
@@ -51,10 +61,7 @@ MPL_INLINE void mma_half(float* c, const u32* a, u32 b0, u32 b1) {
         right[lane % 16][k] = both[1] & 0x7C00 ? half_to_float(both[1]) : 0.f;
       }
     }
-    for (int i = 0; i < 256; i++) {
-      out[i] = 0.f;
-      for (int k = 0; k < 16; k++) out[i] += left[i / 16][k] * right[i % 16][k];
-    }
+    multiply_rows<16>(left, right, out);
   });
   const unsigned at = emulate::lane() / 16 * 64 + emulate::lane() % 16;
   for (unsigned i = 0; i < 4; i++) c[i] += sums[at + 16 * i];
@@ -91,10 +98,7 @@ MPL_INLINE void mma_half(float* c, const u32* a, u32 b0, u32 b1, bool first) {
             right[lane / 4][k] = half_to_float((u16)(w.b[j] >> 16 * part));
           }
     }
-    for (int i = 0; i < 128; i++) {
-      out[i] = 0.f;
-      for (int k = 0; k < 16; k++) out[i] += left[i / 8][k] * right[i % 8][k];
-    }
+    multiply_rows<8>(left, right, out);
   });
   const unsigned at = emulate::lane() / 4 * 8 + emulate::lane() % 4 * 2;
   for (unsigned i = 0; i < 4; i++) c[i] = (first ? 0.f : c[i]) + sums[at + i / 2 * 64 + i % 2];
