@@ -36,7 +36,7 @@ class Ops:
         self.backend, self._group, self._alike = backend, group, alike
         fuses = hasattr(backend, "linears") and hasattr(backend, "gated_linear")
         self._fusing = cast(Fusing, backend) if fuses else None
-        joins = fuses and hasattr(backend, "add_norm") and hasattr(backend, "add_taken")
+        joins = fuses and hasattr(backend, "add_norm")
         self._joining = cast(Joining, backend) if joins else None
 
     @property
@@ -91,9 +91,8 @@ class Ops:
         return Value(self.backend.merge_top_k(self._group.allgather(mine, _side_by_side(2 * k, n_ranks)), k))
 
     def _leaders(self, x: Array) -> Array:
-        """Return the first rank's array on all ranks: of numbers that float32 can hold."""
-        mine = x.astype("f4") if self._group.leader else self.backend.asarray(np.zeros(x.shape, np.float32))
-        return self._group.allreduce(mine).astype(x.dtype)
+        """Return the first rank's float32 array on all ranks."""
+        return self._group.allreduce(x if self._group.leader else self.backend.asarray(np.zeros(x.shape, np.float32)))
 
     def _elementwise(self, x: Value) -> Layout:
         if isinstance(x.layout, Partial):
@@ -320,15 +319,16 @@ class Ops:
             index, weights = self._joining.route(x, n_used, gating, normalize, bias)
         else:
             index, weights = self.backend.route(self.whole(logits), n_used, gating, normalize)
-        return Experts(index, weights) if self._alike else Experts(self._leaders(index), self._leaders(weights))
+        if not self._alike:
+            index = self.backend.as_index(self._leaders(self.backend.as_numbers(index)))
+            weights = self._leaders(weights)
+        return Experts(index, weights)
 
     def _held(self, cut: Cut, experts: Experts) -> Array:
         """Return which of this rank's experts the chosen ones are, (T, K), -1 for those of other ranks."""
         found = experts.held.get(cut)
         if found is None:
-            start, stop = cut.ranges[self._group.rank]
-            index = experts.index
-            found = experts.held[cut] = (index - start + 1) * ((index >= start) & (index < stop)) - 1
+            found = experts.held[cut] = self.backend.held(experts.index, *cut.ranges[self._group.rank])
         return found
 
     def expert_linear(self, x: Value, w: Weight, experts: Experts) -> Value:
@@ -344,17 +344,15 @@ class Ops:
     def expert_scale(self, x: Value, scales: Value, experts: Experts) -> Value:
         """Multiply by one number for each expert."""
         chosen = self.backend.take(self.whole(scales), experts.index)
-        return Value(self.backend.mul(x.data, chosen[..., None]), x.layout)
+        return Value(self.backend.mul(x.data, chosen.reshape(*chosen.shape, 1)), x.layout)
 
     def expert_bias(self, x: Value, bias: Value, experts: Experts) -> Value:
         """Add each expert's bias."""
         if isinstance(x.layout, Routed):
             if x.layout.cut.width(self._group.rank) == 0:
                 return x
-            index = self._held(x.layout.cut, experts)
-            held = index >= 0
-            rows = self.backend.mul(self.backend.take(bias.data, index * held), held[..., None].astype("f4"))
-            return Value(self.backend.add(x.data, rows), self._pair(x, bias))
+            held = self._held(x.layout.cut, experts)
+            return Value(self.backend.add_taken(x.data, bias.data, held), self._pair(x, bias))
         if self._joining and self._joins(x, bias):
             total = partial(self._joining.add_taken, x.data, bias.data, experts.index)
             return Biased(x, bias.data, experts.index, total)

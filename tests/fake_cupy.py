@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import subprocess
 import threading
 import weakref
@@ -25,7 +26,7 @@ KERNELS = Path(package.__file__).parent / "kernels"
 class Stream:
     """A stream that does all work at once, unless it records: then kernels wait for the launch of a graph."""
 
-    ptr = 1
+    ptr, current = 1, None
 
     def __init__(self, non_blocking):
         # A blocking one could not be recorded.
@@ -140,23 +141,16 @@ class Pointer:
 
     def copy_from_host_async(self, memory, size, stream):
         assert isinstance(memory, ctypes.c_void_p)
-        assert stream is not None
+        assert stream.recorded is None
         ctypes.memmove(self.ptr, memory, size)
 
 
 class Array(np.ndarray):
-    """An array with CuPy's ``set`` and ``data``."""
+    """An array with CuPy's ``data``."""
 
     @property
     def data(self):
         return Pointer(self.ctypes.data)
-
-    def set(self, x, stream=None):
-        assert type(x) is np.ndarray
-        assert stream.recorded is None
-        assert x.shape == self.shape
-        assert x.dtype == self.dtype
-        np.copyto(self, x)
 
 
 class Pinned(bytearray):
@@ -185,7 +179,8 @@ class RawModule:
         self.code, self.options = code, options
 
     def get_function(self, name):
-        flags = [*self.options, "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DMPL_EMULATE"]
+        warp = re.search(r"#define MPL_WARP (\d+)", self.code)[1]
+        flags = [*self.options, f"-DMPL_WARP={warp}", "-DMPL_EMULATE", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
 
         def make(path):
             command = ["g++", *flags, "-include", str(KERNELS / "emulate.h"), "-x", "c++", "-", "-o", str(path)]
@@ -245,9 +240,8 @@ CUBLAS = SimpleNamespace(
 
 
 class Device:
-    def __init__(self, index, warp=32):
+    def __init__(self, index):
         self.index = index
-        self.attributes = {"WarpSize": warp, "MultiProcessorCount": 4}
         self.compute_capability = "90"
         self.pci_bus_id = f"0000:0{index}:00.0"
 
@@ -279,8 +273,8 @@ def fake_cupy(
         return out
 
     def properties(index):
-        found = {"name": b"Fake GPU", "uuid": bytes([index + 1] * 16)}
-        return found | ({"gcnArchName": arch} if hip else {})
+        found = {"name": b"Fake GPU", "multiProcessorCount": 4, "warpSize": 64 if hip else 32}
+        return found | ({"gcnArchName": arch} if hip else {"uuid": bytes([index + 1] * 16)})
 
     allocators = Allocators()
     runtime = SimpleNamespace(
@@ -297,6 +291,7 @@ def fake_cupy(
         runtime=runtime,
         Device=Device,
         Stream=Stream,
+        get_current_stream=lambda: Stream.current,
         MemoryPool=MemoryPool,
         using_allocator=allocators.using,
         Event=Event,

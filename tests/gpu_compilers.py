@@ -108,10 +108,6 @@ def find_clang() -> str | None:
     return found if found and Path("/usr/include/hip/hip_runtime.h").exists() else None
 
 
-def _defines(unit: Unit, arch: str) -> list[str]:
-    return [f"-DMPL_WARP={warp_of(arch)}", *(f"-D{name}={value}" for name, value in unit.defines)]
-
-
 def _rtc(library: ctypes.CDLL, prefix: str, text: str, options: list[str]) -> tuple[bool, str]:
     """Compile by a run-time compiler's functions, which both vendors call alike."""
     program = ctypes.c_void_p()
@@ -129,10 +125,10 @@ def _rtc(library: ctypes.CDLL, prefix: str, text: str, options: list[str]) -> tu
 def nvrtc(unit: Unit, arch: str) -> tuple[bool, str]:
     """Compile with the options that CuPy's RawModule gives; returns success and the log."""
     options = ["-std=c++17", f"-arch=sm_{arch}", "-ftz=true", "--device-as-default-execution-space", "-w"]
-    options += ["--ptxas-options=-v", *_defines(unit, arch)]
+    options += ["--ptxas-options=-v"]
     library = find_nvrtc()
     assert library is not None
-    return _rtc(ctypes.CDLL(str(library)), "nvrtc", assemble(unit), options)
+    return _rtc(ctypes.CDLL(str(library)), "nvrtc", assemble(unit, warp_of(arch)), options)
 
 
 def hiprtc(unit: Unit, arch: str) -> tuple[bool, str]:
@@ -162,8 +158,8 @@ def clang(unit: Unit, arch: str) -> tuple[bool, str]:
         "-w",
     ]
     flags += ["--rocm-path=/usr", "-include", "hip/hip_runtime.h", "-Rpass-analysis=kernel-resource-usage"]
-    command = [compiler, *flags, *_defines(unit, arch), "-", "-o", "/dev/null"]
-    done = subprocess.run(command, input=assemble(unit), capture_output=True, text=True)
+    command = [compiler, *flags, "-", "-o", "/dev/null"]
+    done = subprocess.run(command, input=assemble(unit, warp_of(arch)), capture_output=True, text=True)
     return done.returncode == 0, done.stderr
 
 
@@ -186,8 +182,8 @@ def main() -> int:
     if sys.argv[1:2] == ["--hiprtc"]:
         arch, file, *defines = sys.argv[2:]
         unit = Unit(file, tuple((name, int(value)) for name, value in (define.split("=") for define in defines)))
-        options = [f"--offload-arch={arch}", "-O3", "-std=c++17", *_defines(unit, arch)]
-        ok, log = _rtc(ctypes.CDLL(str(find_hiprtc())), "hiprtc", assemble(unit), options)
+        options = [f"--offload-arch={arch}", "-O3", "-std=c++17"]
+        ok, log = _rtc(ctypes.CDLL(str(find_hiprtc())), "hiprtc", assemble(unit, warp_of(arch)), options)
         print(log)
         return not ok
     failed = 0

@@ -149,6 +149,10 @@ class Backend(Protocol):
         """Return ``table[index]`` along the first axis."""
         ...
 
+    def add_taken(self, x: Array, table: Array, index: Array) -> Array:
+        """Return x + table[index], and x where the index is negative."""
+        ...
+
     def rows(self, x: Array, index: np.ndarray) -> Array:
         """Return these rows of x."""
         ...
@@ -194,6 +198,18 @@ class Backend(Protocol):
 
         ``gating`` is ``softmax`` (over all experts, before choosing) or ``softmax_weight`` (over the chosen logits).
         """
+        ...
+
+    def held(self, index: Array, start: int, stop: int) -> Array:
+        """Return index - start where that is one of a rank's experts start to stop, and -1 for those of others."""
+        ...
+
+    def as_numbers(self, index: Array) -> Array:
+        """Return indices as float32, which collectives take; exact below 2^24."""
+        ...
+
+    def as_index(self, x: Array) -> Array:
+        """Return what `as_numbers` was given."""
         ...
 
     def top_k(self, x: Array, k: int, first: int) -> Array:
@@ -367,8 +383,4 @@ class Joining(Fusing, Protocol):
             bias: what to add to x before all else: (N,), or with ``index`` (T, K) a table, as for `add_taken`.
             index: of rows of the table.
         """
-        ...
-
-    def add_taken(self, x: Array, table: Array, index: Array) -> Array:
-        """Return x + table[index]."""
         ...

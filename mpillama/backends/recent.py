@@ -19,6 +19,10 @@ class Recent(Generic[_Key, _Value]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._values.clear()
+
     def get(self, key: _Key) -> _Value | None:
         """Return a value, which counts as a use; None if it is not there."""
         value = self._values.pop(key, None)

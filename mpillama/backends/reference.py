@@ -119,6 +119,10 @@ class ReferenceBackend:
         """Return ``table[index]``."""
         return table[index]
 
+    def add_taken(self, x: np.ndarray, table: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return x + table[index], and x where the index is negative."""
+        return np.where((index < 0)[..., None], x, x + table[index])
+
     def rows(self, x: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Return these rows."""
         return x[index]
@@ -179,6 +183,18 @@ class ReferenceBackend:
         if normalize:
             weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), np.float32(6.103515625e-5))
         return experts, weights
+
+    def held(self, index: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Return index - start, or -1 outside of start to stop."""
+        return np.where((index >= start) & (index < stop), index - start, -1)
+
+    def as_numbers(self, index: np.ndarray) -> np.ndarray:
+        """Return indices as float32."""
+        return index.astype(np.float32)
+
+    def as_index(self, x: np.ndarray) -> np.ndarray:
+        """Return them as indices again."""
+        return x.astype(np.int64)
 
     def top_k(self, x: np.ndarray, k: int, first: int) -> np.ndarray:
         """Return the largest of each row and their columns."""

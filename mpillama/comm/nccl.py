@@ -12,17 +12,17 @@ from mpillama.errors import UserError
 from mpillama.layout import Cut
 
 
-class GpuMemory(Protocol):
-    """A device, as far as collectives are concerned.
+class OnGpu(Protocol):
+    """A backend, as far as collectives are concerned.
 
     Attributes:
-        stream: the stream of all its work, as a number.
+        device: it has the stream of all work, as a number, and makes float32 arrays.
     """
 
-    stream: int
+    device: Any
 
-    def empty(self, shape: tuple[int, ...]) -> Any:
-        """Return a float32 array on the device."""
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Return arrays joined along the last axis."""
         ...
 
 
@@ -34,7 +34,7 @@ class NcclGroup:
 
     Args:
         nccl: the module ``cupy.cuda.nccl``.
-        device: of this rank, the current one of this thread.
+        backend: of this rank, whose GPU is the current one of this thread.
         name: the id of the group, see `meet`.
         rank: in the group.
         size: of the group.
@@ -43,9 +43,9 @@ class NcclGroup:
         UserError: NCCL fails on this rank.
     """
 
-    def __init__(self, nccl: Any, device: GpuMemory, name: Any, rank: int, size: int) -> None:
+    def __init__(self, nccl: Any, backend: OnGpu, name: Any, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self._nccl, self._device = nccl, device
+        self._nccl, self._backend, self._device = nccl, backend, backend.device
         try:
             self._comm = nccl.NcclCommunicator(size, name, rank)
         except RuntimeError as error:
@@ -82,12 +82,7 @@ class NcclGroup:
             if part.size:
                 self._check("broadcast", part.data.ptr, part.data.ptr, part.size, self._nccl.NCCL_FLOAT32, rank)
         self._nccl.groupEnd()
-        out = self._device.empty((*lead, sum(cut.width(rank) for rank in range(self.size))))
-        start = 0
-        for part in parts:
-            out[..., start : start + part.shape[-1]] = part
-            start += part.shape[-1]
-        return out
+        return self._backend.join(parts)
 
     def _check(self, name: str, *args: Any) -> None:
         """Call NCCL, and learn of what went wrong in earlier calls.
@@ -199,13 +194,13 @@ def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Gro
         return tensor_group(world.group(), holder)
     name = meet(world, islands, nccl)
     if len(islands[0]) == world.size:
-        return NcclGroup(nccl, backend.device, name, world.rank, world.size)
+        return NcclGroup(nccl, backend, name, world.rank, world.size)
     mine = next((island for island in islands if world.rank in island), None)
     quiet = {rank for island in islands for rank in island[1:]}
     speakers = [rank for rank in range(world.size) if rank not in quiet]
     # All ranks make both groups, in this order, before any of them enters NCCL.
     whole, spoken = world.group(), world.group([world.rank] if world.rank in quiet else speakers)
-    island = NcclGroup(nccl, backend.device, name, mine.index(world.rank), len(mine)) if mine else None
+    island = NcclGroup(nccl, backend, name, mine.index(world.rank), len(mine)) if mine else None
     return IslandGroup(whole, None if world.rank in quiet else spoken, island, holder)
 
 

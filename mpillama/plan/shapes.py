@@ -213,6 +213,10 @@ class ShapeBackend:
         """Choose rows of a table."""
         return self._light("take", (*index.shape, *table.shape[1:]))
 
+    def add_taken(self, x: Shaped, table: Shaped, index: Shaped) -> Shaped:
+        """Add rows of a table."""
+        return self._light("add_taken", x.shape, x)
+
     def rows(self, x: Shaped, index: np.ndarray) -> Shaped:
         """Keep tokens."""
         return self._light("rows", (len(index), *x.shape[1:]))
@@ -257,6 +261,18 @@ class ShapeBackend:
         """Choose experts."""
         shape = (logits.shape[0], n_used)
         return self._light("route", shape, logits, flops=logits.shape[1]), self._out(shape)
+
+    def held(self, index: Shaped, start: int, stop: int) -> Shaped:
+        """Tell a rank's experts from those of others."""
+        return self._light("held", index.shape, index)
+
+    def as_numbers(self, index: Shaped) -> Shaped:
+        """Make numbers of indices."""
+        return self._light("as_numbers", index.shape, index)
+
+    def as_index(self, x: Shaped) -> Shaped:
+        """Make indices of numbers."""
+        return self._light("as_index", x.shape, x)
 
     def top_k(self, x: Shaped, k: int, first: int) -> Shaped:
         """Find the largest of each row."""

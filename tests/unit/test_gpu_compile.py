@@ -46,6 +46,6 @@ def test_clang(arch, rng):
 
 def test_real_gpus_get_no_trace_of_the_emulator():
     for unit in compilers.units("90"):
-        text = assemble(unit)
+        text = assemble(unit, 32)
         assert "#include <" not in text
         assert "setjmp" not in text

@@ -79,10 +79,25 @@ class Memory:
         return np.full(shape, np.nan, np.float32).view(fake_cupy.Array)
 
 
+class Backend:
+    host_arrays = False
+
+    def __init__(self, name="cuda"):
+        self.name, self.device = name, Memory()
+
+    def asarray(self, x):
+        return x
+
+    to_host = asarray
+
+    def join(self, parts):
+        return np.concatenate(parts, axis=-1)
+
+
 def join(world, nccl):
     """Return the group of all ranks."""
     name = meet(world, [range(world.size)], nccl)
-    return NcclGroup(nccl, Memory(), name, world.rank, world.size)
+    return NcclGroup(nccl, Backend(), name, world.rank, world.size)
 
 
 class OnGpu:
@@ -148,18 +163,6 @@ def test_an_error_while_running_names_the_call():
             group.allreduce(Memory().empty((3,)))
 
     run_threads(2, main)
-
-
-class Backend:
-    host_arrays = False
-
-    def __init__(self, name="cuda"):
-        self.name, self.device = name, Memory()
-
-    def asarray(self, x):
-        return x
-
-    to_host = asarray
 
 
 @pytest.mark.parametrize(

@@ -109,22 +109,27 @@ class AttentionOps(MatmulOps):
 
     def copy_blocks(self, cache: GpuCache, copies: np.ndarray) -> None:
         """Copy blocks of keys and values within a cache, as they are stored; see `Batch.copies`."""
-        source, target = (self.device.upload(np.ascontiguousarray(column)) for column in copies.T)
+        source, target = (self.device.upload(int32(column)) for column in copies.T)
         for stored in (cache.keys, cache.values):
-            stored[target] = stored[source]
+            self.move_rows(stored, source, stored, target)
 
     def read_blocks(self, cache: GpuCache, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the numbers of blocks; see `Backend.read_blocks`."""
-        index = self.device.upload(np.ascontiguousarray(blocks))
-        kinds = ((cache.keys, cache.type_k), (cache.values, cache.type_v))
-        k, v = (decode(self.device.download(stored[index]).transpose(0, 2, 1, 3), type) for stored, type in kinds)
-        return k, v
+        index = self.device.upload(int32(blocks))
+
+        def read(stored: Array, type: str) -> np.ndarray:
+            found = self.device.empty((len(blocks), *stored.shape[1:]), np.uint8)
+            self.move_rows(stored, index, found, None)
+            return decode(self.device.download(found).transpose(0, 2, 1, 3), type)
+
+        return read(cache.keys, cache.type_k), read(cache.values, cache.type_v)
 
     def write_blocks(self, cache: GpuCache, blocks: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         """Put keys and values into blocks."""
-        index = self.device.upload(np.ascontiguousarray(blocks))
+        index = self.device.upload(int32(blocks))
         for stored, type, x in ((cache.keys, cache.type_k, k), (cache.values, cache.type_v, v)):
-            stored[index] = self.device.upload(np.ascontiguousarray(encode(x, type).transpose(0, 2, 1, 3)))
+            kept = self.device.upload(np.ascontiguousarray(encode(x, type).transpose(0, 2, 1, 3)))
+            self.move_rows(kept, None, stored, index)
 
     def attention(
         self,

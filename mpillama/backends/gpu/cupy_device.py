@@ -36,11 +36,14 @@ class CupyGraph:
 
 
 class CupyDevice:
-    """One GPU; the thread that makes it must be the one that uses it.
+    """One GPU. Several, and several of one GPU, can be in a process; each is for one thread at a time.
 
     Args:
         kind: ``cuda`` or ``hip``.
         index: among the GPUs that this process sees.
+
+    Attributes:
+        model: what decides about the last bits of its results, and about what its steps are made of.
 
     Raises:
         UserError: something that it needs is missing; see `driver`.
@@ -55,11 +58,11 @@ class CupyDevice:
         self.name, self.index = kind, index
         device = cuda.Device(index)
         device.use()
-        attributes = device.attributes
-        self.warp = int(attributes["WarpSize"])
-        self.n_cores = int(attributes["MultiProcessorCount"])
-        self.matrix_units = self._has_matrix_units(device)
-        self._stream = cuda.Stream(non_blocking=True)
+        # Not `device.attributes`, which asks ROCm by numbers that it has changed.
+        properties = cuda.runtime.getDeviceProperties(index)
+        self.warp, self.n_cores = int(properties["warpSize"]), int(properties["multiProcessorCount"])
+        self.matrix_units = self._has_matrix_units(device, properties)
+        self._device, self._stream = device, cuda.Stream(non_blocking=True)
         self._stream.use()
         self._modules: dict[Unit, Any] = {}
         self._kernels: dict[tuple[Unit, str], Any] = {}
@@ -67,18 +70,19 @@ class CupyDevice:
         self._blas = self._load_blas()
         least = _GEMM_TOKENS if self.matrix_units else _GEMM_TOKENS_PLAIN
         self.gemm_tokens = least if self._blas is not None else 0
+        arch = properties["gcnArchName"].decode() if kind == "hip" else f"sm_{device.compute_capability}"
+        self.model = f"{properties['name'].decode()} {arch}, {self.n_cores} cores, gemm from {self.gemm_tokens}"
         # CuPy records nothing on ROCm.
         self.can_capture = kind == "cuda"
         self._graph_chunks: list[Any] = []
         self._graph_pool: Any = None
         self._in_graph_memory = False
 
-    def _has_matrix_units(self, device: Any) -> bool:
+    def _has_matrix_units(self, device: Any, properties: dict[str, Any]) -> bool:
         if self.name == "cuda":
             return int(device.compute_capability) >= 80
         # Like gfx90a:sramecc+:xnack-.
-        name = self._cupy.cuda.runtime.getDeviceProperties(self.index)["gcnArchName"]
-        return name.decode().split(":")[0] in _MATRIX_ARCHS
+        return properties["gcnArchName"].decode().split(":")[0] in _MATRIX_ARCHS
 
     def _load_blas(self) -> Any:
         """Return CuPy's cuBLAS module, or None; the tiled kernels then serve long prompts too, more slowly."""
@@ -90,8 +94,15 @@ class CupyDevice:
             return None
         return cublas
 
+    def _enter(self) -> None:
+        """Make this the GPU and the stream of this thread, which may have used others."""
+        if self._cupy.cuda.get_current_stream() is not self._stream:
+            self._device.use()
+            self._stream.use()
+
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """Return an array of the pool."""
+        self._enter()
         try:
             return self._cupy.empty(shape, dtype)
         except self._cupy.cuda.memory.OutOfMemoryError:
@@ -102,40 +113,49 @@ class CupyDevice:
             ) from None
 
     def upload(self, x: np.ndarray) -> Array:
-        """Return a copy; large ones through pinned memory."""
-        x = np.ascontiguousarray(x)
+        """Return a copy."""
         with self._lasting_memory():
             out = self.empty(x.shape, x.dtype)
-        if x.nbytes <= _PIECE:
-            # From pageable memory: CUDA has taken the bytes when this returns.
-            out.set(x, stream=self._stream)
-            return out
-        if not self._pinned:
-            cuda = self._cupy.cuda
-            self._pinned = [(cuda.alloc_pinned_memory(_PIECE), cuda.Event(disable_timing=True)) for _ in range(2)]
-        source = x.reshape(-1).view(np.uint8)
-        for i, start in enumerate(range(0, source.size, _PIECE)):
-            memory, sent = self._pinned[i % 2]
-            sent.synchronize()
-            piece = source[start : start + _PIECE]
-            np.frombuffer(memory, np.uint8, piece.size)[:] = piece
-            (out.data + start).copy_from_host_async(ctypes.c_void_p(memory.ptr), piece.size, self._stream)
-            sent.record(self._stream)
+        self._send(np.ascontiguousarray(x), out)
         return out
 
     def write(self, x: Array, values: np.ndarray) -> None:
-        """Overwrite an array from pageable memory, whose bytes CUDA has taken when this returns."""
-        x.set(np.ascontiguousarray(values), stream=self._stream)
+        """Overwrite an array."""
+        self._enter()
+        self._send(np.ascontiguousarray(values, x.dtype), x)
+
+    def _send(self, source: np.ndarray, target: Array) -> None:
+        """Copy by way of pinned memory of our own: others may have their bytes read after this has returned."""
+        if not source.nbytes:
+            return
+        if not self._pinned:
+            cuda = self._cupy.cuda
+            self._pinned = [(cuda.alloc_pinned_memory(_PIECE), cuda.Event(disable_timing=True)) for _ in range(2)]
+        source = source.reshape(-1).view(np.uint8)
+        for start in range(0, source.size, _PIECE):
+            memory, sent = self._pinned[0]
+            self._pinned.reverse()
+            sent.synchronize()
+            piece = source[start : start + _PIECE]
+            np.frombuffer(memory, np.uint8, piece.size)[:] = piece
+            (target.data + start).copy_from_host_async(ctypes.c_void_p(memory.ptr), piece.size, self._stream)
+            sent.record(self._stream)
 
     def download(self, x: Array) -> np.ndarray:
         """Return a copy on the host, after all work so far."""
         if not x.size:
             return np.empty(x.shape, x.dtype)
+        self._enter()
         # Straight into pinned memory, of CuPy's pool: the logits of a large vocabulary come at the speed of the bus.
         memory = self._cupy.cuda.alloc_pinned_memory(x.nbytes)
         out = np.frombuffer(memory, x.dtype, x.size).reshape(x.shape)
         self._cupy.asnumpy(x, stream=self._stream, out=out)
         return out
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy an array as a whole."""
+        self._enter()
+        target.data.copy_from_device_async(source.data, source.nbytes, self._stream)
 
     def address(self, x: Array) -> int:
         """Return where an array begins in memory."""
@@ -157,7 +177,12 @@ class CupyDevice:
         if self._graph_pool is None:
 
             def allocate(size: int) -> Any:
-                chunk = memory.Memory(size)
+                try:
+                    chunk = memory.Memory(size)
+                except memory.OutOfMemoryError:
+                    # The usual pool keeps what it has once had, of long prompts much.
+                    self._cupy.get_default_memory_pool().free_all_blocks()
+                    chunk = memory.Memory(size)
                 self._graph_chunks.append(chunk)
                 return memory.MemoryPointer(chunk, 0)
 
@@ -171,6 +196,7 @@ class CupyDevice:
 
     def capture(self, work: Callable[[], Array]) -> tuple[CupyGraph, Array]:
         """Record the stream."""
+        self._enter()
         with self.graph_memory():
             self._stream.begin_capture()
             try:
@@ -184,6 +210,7 @@ class CupyDevice:
 
     def free_memory(self) -> int:
         """Return the bytes that the driver has free."""
+        self._enter()
         return int(self._cupy.cuda.runtime.memGetInfo()[0])
 
     def synchronize(self) -> None:
@@ -199,6 +226,7 @@ class CupyDevice:
         self, unit: Unit, kernel: str, grid: tuple[int, ...], block: int, args: tuple[Any, ...], shared: int = 0
     ) -> None:
         """Start a kernel."""
+        self._enter()
         function = self._kernels.get((unit, kernel)) or self._kernel(unit, kernel)
         if shared > SHARED_BYTES and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
@@ -208,9 +236,8 @@ class CupyDevice:
     def _kernel(self, unit: Unit, name: str) -> Any:
         module = self._modules.get(unit)
         if module is None:
-            defines = (("MPL_WARP", self.warp), *unit.defines)
-            options = ("-std=c++17", *(f"-D{key}={value}" for key, value in defines))
-            module = self._modules[unit] = self._cupy.RawModule(code=assemble(unit), options=options)
+            text = assemble(unit, self.warp)
+            module = self._modules[unit] = self._cupy.RawModule(code=text, options=("-std=c++17",))
         try:
             function = module.get_function(name)
         except (RuntimeError, OSError, self._cupy.cuda.compiler.CompileException) as error:
@@ -220,6 +247,7 @@ class CupyDevice:
 
     def gemm(self, x: Array, w: Array, out: Array) -> None:
         """Set out = x w^T, summed in float32 (not TF32)."""
+        self._enter()
         blas, runtime = self._blas, self._cupy.cuda.runtime
         n_tokens, n_in = x.shape
         n_rows = w.shape[0]

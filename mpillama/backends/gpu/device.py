@@ -11,7 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 Array = Any
-"""An array in the device's memory, C-contiguous, with ``shape``, ``dtype``, ``size`` and ``reshape`` as in NumPy."""
+"""An array in the device's memory, C-contiguous, with ``shape``, ``dtype``, ``size`` and ``reshape`` as in NumPy.
+
+There is no arithmetic on it, and no part of it but slices: CuPy would compile kernels of its own for the rest, whose
+headers not every cluster has installed.
+"""
 
 
 SHARED_BYTES = 48 << 10
@@ -90,6 +94,10 @@ class Device(Protocol):
 
     def gemm(self, x: Array, w: Array, out: Array) -> None:
         """Set out (T, n) float32 = x (T, k) w (n, k)^T; x and w are both float32, float16, or bfloat16 as uint16."""
+        ...
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy an array as a whole."""
         ...
 
     def address(self, x: Array) -> int:

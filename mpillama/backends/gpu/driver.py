@@ -42,7 +42,8 @@ def load_cupy(kind: str) -> ModuleType:
             f"--backend {kind} needs CuPy: pip install '{EXTRAS[kind].split(' ')[0]}'{_or(kind)}"
         ) from None
     except ImportError as error:
-        reason = str(error).strip().splitlines()[-1]
+        # CuPy frames its message, and has the reason in the middle of it.
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         library = "ROCm 7" if kind == "hip" else "CUDA"
         raise UserError(f"CuPy cannot be loaded ({reason}); load the cluster's {library} module") from None
     if bool(cupy.cuda.runtime.is_hip) != (kind == "hip"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,11 +84,29 @@ class ElementwiseOps:
         return out
 
     def add_taken(self, x: Array, table: Array, index: Array) -> Array:
-        """Return x + table[index]."""
+        """Return x + table[index], and x where the index is negative."""
         out = self.device.empty(tuple(x.shape))
         size = np.int64(out.size)
         self.run.elements("add_rows", out.size, x, table, index, np.int32(x.shape[-1]), size, out)
         return out
+
+    def join(self, parts: Sequence[Array]) -> Array:
+        """Return float32 arrays of as many rows joined along the last axis."""
+        n = sum(int(part.shape[-1]) for part in parts)
+        out, start = self.device.empty((*parts[0].shape[:-1], n)), 0
+        for part in parts:
+            width = int(part.shape[-1])
+            size = np.int64(part.size)
+            self.run.elements("put_columns", part.size, part, np.int32(width), np.int32(start), np.int32(n), size, out)
+            start += width
+        return out
+
+    def move_rows(self, source: Array, rows: Array | None, target: Array, places: Array | None) -> None:
+        """Copy rows of bytes, whole pieces of 16, of one array to places in another; None: the first, in order."""
+        n = product(tuple(target.shape[1:])) // 16
+        index = rows if rows is not None else places
+        size = n * (int(index.size) if index is not None else int(source.shape[0]))
+        self.run.elements("move_rows", size, source, rows, target, places, np.int32(n), np.int64(size))
 
     def rows(self, x: Array, index: np.ndarray) -> Array:
         """Return these rows."""
@@ -270,6 +289,24 @@ class ElementwiseOps:
             block, shared = min(256, whole_warps), 4 * (whole_warps + n_used + 32)
             self.device.launch(EXPERTS, "route", (n_tokens,), block, args, shared)
         return experts, weights
+
+    def held(self, index: Array, start: int, stop: int) -> Array:
+        """Return index - start, or -1 outside of start to stop."""
+        out = self.device.empty(tuple(index.shape), np.int32)
+        self.run.elements("held", out.size, index, np.int32(start), np.int32(stop), np.int64(out.size), out)
+        return out
+
+    def as_numbers(self, index: Array) -> Array:
+        """Return indices as float32."""
+        out = self.device.empty(tuple(index.shape))
+        self.run.elements("to_float", out.size, index, np.int64(out.size), out)
+        return out
+
+    def as_index(self, x: Array) -> Array:
+        """Return them as indices again."""
+        out = self.device.empty(tuple(x.shape), np.int32)
+        self.run.elements("to_int", out.size, x, np.int64(out.size), out)
+        return out
 
     def top_k(self, x: Array, k: int, first: int) -> Array:
         """Return the largest of each row and their columns."""

@@ -30,50 +30,31 @@ _PARAMETER = re.compile(r"\*?.")
 
 
 class DeviceArray(np.ndarray):
-    """An array that counts as being in a device's memory.
+    """An array that counts as being in a device's memory: for kernels only, see `device.Array`."""
 
-    Arithmetic on it is work of the device, which is recorded like its kernels; CuPy's arrays are like that too.
-    """
+    def __array_ufunc__(self, ufunc: np.ufunc, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"{ufunc.__name__} on a device's array")
 
-    owner: EmulatedDevice | None = None
-
-    def __array_finalize__(self, other: object) -> None:
-        self.owner = getattr(other, "owner", None)
-
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
-        plain = [_plain(x) for x in inputs]
-        call = partial(getattr(ufunc, method), *plain, **kwargs)
-        owner = next(x.owner for x in (*inputs, *(out or ())) if isinstance(x, DeviceArray))
-        if out is None:
-            with np.errstate(all="ignore"):
-                example = np.asarray(call())
-            out = (_empty(owner, example.shape, example.dtype),)
-        _do(owner, partial(call, out=_plain(out[0])))
-        return out[0]
+    def __getitem__(self, key: Any) -> Any:
+        parts = key if isinstance(key, tuple) else (key,)
+        if not all(part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
+            raise TypeError("a selection from a device's array")
+        return super().__getitem__(key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _do(self.owner, partial(np.ndarray.__setitem__, self.view(np.ndarray), key, _plain(value)))
+        raise TypeError("an assignment to a device's array")
 
-    def astype(self, dtype: DTypeLike, *args: Any, **kwargs: Any) -> DeviceArray:  # type: ignore[override]
-        """Return a copy of another type."""
-        out = _empty(self.owner, self.shape, dtype)
-        _do(self.owner, partial(np.copyto, out.view(np.ndarray), _plain(self), casting="unsafe"))
-        return out
+    def astype(self, *_: Any, **__: Any) -> Any:
+        """Refuse; see the class.
 
-
-def _plain(x: Any) -> Any:
-    return x.view(np.ndarray) if isinstance(x, DeviceArray) else x
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("another type of a device's array")
 
 
-def _empty(device: EmulatedDevice | None, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
-    return np.empty(shape, dtype).view(DeviceArray) if device is None else device.empty(shape, dtype)
-
-
-def _do(device: EmulatedDevice | None, work: Callable[[], object]) -> None:
-    if device is None:
-        work()
-    else:
-        device.enqueue(work)
+def _plain(x: DeviceArray) -> np.ndarray:
+    return x.view(np.ndarray)
 
 
 class EmulatedGraph:
@@ -91,7 +72,7 @@ class EmulatedGraph:
 
 
 def _spoil(array: DeviceArray) -> None:
-    array.view(np.ndarray).reshape(-1).view(np.uint8)[:] = 0xFD
+    _plain(array).reshape(-1).view(np.uint8)[:] = 0xFD
 
 
 class EmulatedDevice:
@@ -138,7 +119,6 @@ class EmulatedDevice:
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
         """Return an array of bytes that are no sensible number."""
         out = np.empty(shape, dtype).view(DeviceArray)
-        out.owner = self
         _spoil(out)
         if self._recorded is not None:
             self._made.append(out)
@@ -147,19 +127,21 @@ class EmulatedDevice:
     def upload(self, x: np.ndarray) -> DeviceArray:
         """Return a copy."""
         self._not_while_recording("upload")
-        out = np.array(x, order="C").view(DeviceArray)
-        out.owner = self
-        return out
+        return np.array(x, order="C").view(DeviceArray)
 
     def write(self, x: Array, values: np.ndarray) -> None:
         """Overwrite an array."""
         self._not_while_recording("write")
-        x[...] = values
+        _plain(x)[...] = values
 
     def download(self, x: Array) -> np.ndarray:
         """Return a copy."""
         self._not_while_recording("download")
         return np.array(x, subok=False)
+
+    def copy(self, target: Array, source: Array) -> None:
+        """Copy an array as a whole."""
+        self.enqueue(partial(np.copyto, _plain(target), _plain(source)))
 
     def address(self, x: Array) -> int:
         """Return where an array begins in memory."""
@@ -205,9 +187,9 @@ class EmulatedDevice:
     def gemm(self, x: Array, w: Array, out: Array) -> None:
         """Set out = x w^T in float32."""
         self._not_while_recording("gemm")
-        x, w = (a.astype(np.uint32) << 16 if a.dtype == np.uint16 else a for a in (x, w))
+        x, w = (a.astype(np.uint32) << 16 if a.dtype == np.uint16 else a for a in map(_plain, (x, w)))
         x, w = (np.asarray(a.view(np.float32) if a.dtype == np.uint32 else a, np.float32) for a in (x, w))
-        np.matmul(x, w.T, out=out)
+        np.matmul(x, w.T, out=_plain(out))
 
     def launch(
         self, unit: Unit, kernel: str, grid: tuple[int, ...], block: int, args: tuple[Any, ...], shared: int = 0
@@ -252,10 +234,10 @@ class EmulatedDevice:
         return found
 
     def _compile(self, unit: Unit) -> Path:
-        flags = [*_FLAGS, f"-DMPL_WARP={self.warp}", *(f"-D{name}={value}" for name, value in unit.defines)]
+        flags = [*_FLAGS]
         if self._sanitize:
             flags += ["-g", "-fsanitize=address"]
-        text = assemble(unit, emulated=True)
+        text = assemble(unit, self.warp, emulated=True)
 
         def make(path: Path) -> None:
             command = [self._compiler, *flags, "-x", "c++", "-", "-o", str(path)]

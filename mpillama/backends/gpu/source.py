@@ -30,8 +30,11 @@ def read(name: str) -> str:
     return (files(__package__) / "kernels" / name).read_text("utf-8")
 
 
-def assemble(unit: Unit, emulated: bool = False) -> str:
-    """Return the whole text of a unit; only emulation needs its own header."""
+def assemble(unit: Unit, warp: int, emulated: bool = False) -> str:
+    """Return the whole text of a unit for warps of 32 or 64; only emulation needs its own header.
+
+    Macros are in it. For each set of options CuPy compiles a kernel of its own, in each process.
+    """
     done = {"" if emulated else "emulate.h"}
 
     def put(match: re.Match[str]) -> str:
@@ -46,7 +49,8 @@ def assemble(unit: Unit, emulated: bool = False) -> str:
     def expand(text: str) -> str:
         return _INCLUDE.sub(put, text)
 
-    return expand(read(unit.file))
+    macros = "".join(f"#define {name} {value}\n" for name, value in (("MPL_WARP", warp), *unit.defines))
+    return macros + expand(read(unit.file))
 
 
 def _table(number: int) -> str:

@@ -47,9 +47,13 @@ class Steps:
     """
 
     def __init__(self, backend: GpuBackend, work: Work, capture: bool) -> None:
+        self._shapes: Recent[tuple[int, ...], _Shape] = Recent(_MAX_GRAPHS)
         self._backend, self._device, self._work = backend, backend.device, work
         self.captures = capture and self._device.can_capture
-        self._shapes: Recent[tuple[int, ...], _Shape] = Recent(_MAX_GRAPHS)
+
+    def __del__(self) -> None:
+        # Before the communicator that `work` uses: NCCL does not end one while a graph has recorded its calls.
+        self._shapes.clear()
 
     def __call__(self, batch: Batch, residual: np.ndarray | None) -> Array:
         """Run a batch. The result is good until the next one."""

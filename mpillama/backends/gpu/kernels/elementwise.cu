@@ -109,12 +109,49 @@ extern "C" __global__ void gather_rows(const float* table, const int* index, int
 }
 MPL_EXPORT(gather_rows)
 
-// out (rows, n): x, to which row index[i] of table is added.
+// out (rows, n): x, to which row index[i] of table is added, if that is one.
 extern "C" __global__ void add_rows(const float* x, const float* table, const int* index, int n, i64 size, float* out) {
   const i64 id = THREAD_ID;
-  if (id < size) out[id] = x[id] + table[(i64)index[id / n] * n + id % n];
+  if (id >= size) return;
+  const int row = index[id / n];
+  out[id] = row < 0 ? x[id] : x[id] + table[(i64)row * n + id % n];
 }
 MPL_EXPORT(add_rows)
+
+// Rows of n pieces: row source[i] of one array to row target[i] of another or the same; null stands for i.
+extern "C" __global__ void move_rows(const u8* from, const int* source, u8* to, const int* target, int n, i64 size) {
+  const i64 id = THREAD_ID;
+  if (id >= size) return;
+  const i64 row = id / n, col = id % n;
+  ((Piece*)to)[(target ? target[row] : row) * n + col] = ((const Piece*)from)[(source ? source[row] : row) * n + col];
+}
+MPL_EXPORT(move_rows)
+
+// Columns start to start + n_part of out (rows, n): part (rows, n_part).
+extern "C" __global__ void put_columns(const float* part, int n_part, int start, int n, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id / n_part * n + start + id % n_part] = part[id];
+}
+MPL_EXPORT(put_columns)
+
+// index - start, or -1 outside of start to stop.
+extern "C" __global__ void held(const int* index, int start, int stop, i64 size, int* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = index[id] >= start && index[id] < stop ? index[id] - start : -1;
+}
+MPL_EXPORT(held)
+
+extern "C" __global__ void to_float(const int* x, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = (float)x[id];
+}
+MPL_EXPORT(to_float)
+
+extern "C" __global__ void to_int(const float* x, i64 size, int* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = (int)x[id];
+}
+MPL_EXPORT(to_int)
 
 // out (T, n): the sum over K of weights (T, K) times x (T, K, n).
 extern "C" __global__ void sum_experts(const float* x, const float* weights, int n_used, int n, i64 size, float* out) {
