@@ -2,7 +2,7 @@
 
 ``MPILLAMA_TEST_GPU=cuda`` (or ``hip``) takes a real GPU; `run_gpu.py` sets it. With
 ``MPILLAMA_TEST_GPU_POOL=0`` each array is an allocation of its own, so that a tool that watches accesses knows where it
-ends.
+ends. With ``MPILLAMA_TEST_GPU_GRAPHS=1`` steps are recorded on ROCm too, which `emulated_rocm.py` can do.
 """
 
 from __future__ import annotations
@@ -56,9 +56,17 @@ def gpu_backend(
         import cupy
 
         cupy.cuda.set_allocator(None)
-    backend.device.gemm_tokens = gemm_tokens
+    # Without a library there is no use in asking for it.
+    backend.device.gemm_tokens = gemm_tokens if backend.device.gemm_tokens else 0
     backend.device.matrix_units &= matrix_units
+    backend.device.can_capture |= os.environ.get("MPILLAMA_TEST_GPU_GRAPHS") == "1"
     return backend
+
+
+def skip_without(what: str, there: bool) -> None:
+    """Skip a test where a real GPU lacks what it is about."""
+    if REAL and not there:
+        pytest.skip(f"this GPU has no {what}")
 
 
 class HostView:
@@ -133,5 +141,6 @@ __all__ = [
     "kernels_of",
     "needs_compiler",
     "only_emulated",
+    "skip_without",
     "variant_of",
 ]

@@ -17,6 +17,7 @@ from statistics import fmean, median
 from mpillama import __version__
 from mpillama.backends import GPU_NAMES
 from mpillama.backends.base import Backend
+from mpillama.backends.gpu.backend import GpuBackend
 from mpillama.bench.measure import Figures, MeteredRunner, RankSteps, Workload, figures, spread
 from mpillama.bench.model import BenchModel, StepBytes, describe, load, step_bytes
 from mpillama.bench.output import COMPARISON, DETAILS, Printer, Result, make_printer
@@ -193,7 +194,7 @@ class _Bench:
             # To be read in a table: 1.94/1.
             model = replace(model, shares=tuple(share / min(found) for share in found))
         partition = Partition(model.cfg, model.tensors, model.grid, model.shares, self._args.ep)
-        self._check_memory(model, partition)
+        self._check_memory(model, partition, backend)
         stream = self._stream(backend, n_threads) if self._details else None
         weights = self._weights(model, partition, backend)
         reads = step_bytes(model, *partition.stages)
@@ -215,8 +216,8 @@ class _Bench:
         model.grid.stage_weights(model.shares)
         return model
 
-    def _check_memory(self, model: BenchModel, partition: Partition) -> None:
-        """Make sure that the ranks of each host find room, rather than let the system kill them."""
+    def _check_memory(self, model: BenchModel, partition: Partition, backend: Backend) -> None:
+        """Make sure that the ranks find room on their hosts or GPUs, rather than let the system kill them."""
         world, args = self._world, self._args
         need = partition.bytes_of(world.rank)
         need += max(
@@ -224,7 +225,8 @@ class _Bench:
             for type_k in args.cache_type_k
             for type_v in args.cache_type_v
         )
-        check_memory(world, need, model.type_name)
+        own = backend.free_memory() if isinstance(backend, GpuBackend) else 0
+        check_memory(world, need, model.type_name, own)
 
     def _stream(self, backend: Backend, n_threads: int) -> float:
         """Measure what the ranks read from memory, all at once; returns the sum on rank 0."""

@@ -11,7 +11,7 @@ from mpillama.cli.progress import format_bytes
 from mpillama.comm.base import World, from_root
 from mpillama.errors import PeerFailure, UserError
 
-# What a rank needs beside its weights and its KV cache: buffers of a step, and the dequantized rows of a product.
+# What a rank on a CPU needs beside its weights and its KV cache; GPUs tell it (`GpuBackend.work_bytes`).
 WORKSPACE = 128 << 20
 # Of the free memory, at most so much is taken for a KV cache whose size nobody has asked for.
 _OWN_CHOICE = 0.8
@@ -41,40 +41,50 @@ def available_memory() -> int:
 
 @dataclass(frozen=True)
 class _Place:
-    """A host, or one rank's device: its ranks, and the bytes that are free there."""
+    """A host, or one rank's device: its ranks, the bytes that are free there, and those that its ranks work in."""
 
     name: str
     ranks: tuple[int, ...]
     room: int
+    work: int
     is_gpu: bool
 
 
-def _places(world: World, own: int) -> list[_Place]:
+def _places(world: World, own: int, work: int = WORKSPACE) -> list[_Place]:
     """Return all hosts and devices; ``own`` are the bytes free on this rank's device, 0 if it computes on its host."""
-    free = world.bcast(world.gather((own or available_memory(), own > 0)))
-    names = [f"the GPU of rank {r} on {world.hosts[r]}" if gpu else world.hosts[r] for r, (_, gpu) in enumerate(free)]
+    free = world.bcast(world.gather((own or available_memory(), own > 0, work)))
+    names = [
+        f"the GPU of rank {r} on {world.hosts[r]}" if gpu else world.hosts[r] for r, (_, gpu, _) in enumerate(free)
+    ]
     found = []
     for name in dict.fromkeys(names):
         ranks = tuple(rank for rank in range(world.size) if names[rank] == name)
-        found.append(_Place(name, ranks, min(free[rank][0] for rank in ranks), free[ranks[0]][1]))
+        room, used = min(free[rank][0] for rank in ranks), sum(free[rank][2] for rank in ranks)
+        found.append(_Place(name, ranks, room, used, free[ranks[0]][1]))
     return found
 
 
-def fits_easily(world: World, needed: list[int], own: int = 0) -> bool:
+def fits_easily(world: World, needed: list[int], own: int = 0, work: int = WORKSPACE) -> bool:
     """Return whether so many bytes for each rank leave a part of the memory to others, everywhere; see `fit_memory`."""
     return all(
-        sum(needed[rank] + WORKSPACE for rank in place.ranks) <= place.room * _OWN_CHOICE
-        for place in _places(world, own)
+        sum(needed[rank] for rank in place.ranks) + place.work <= place.room * _OWN_CHOICE
+        for place in _places(world, own, work)
     )
 
 
-def check_memory(world: World, need: int, what: str) -> None:
-    """Make sure that the ranks of each host find room for ``need`` bytes each, rather than let the system kill them.
+def check_memory(world: World, need: int, what: str, own: int = 0) -> None:
+    """Make sure that the ranks of each host, or each GPU, find room for ``need`` bytes, rather than be killed.
+
+    Args:
+        world: of all ranks.
+        need: of this rank.
+        what: it is for.
+        own: see `fit_memory`.
 
     Raises:
         UserError: on all ranks, naming the host and what there is too little room for.
     """
-    needs, places = world.bcast(world.gather(need)), _places(world, 0)
+    needs, places = world.bcast(world.gather(need)), _places(world, own)
 
     def check() -> None:
         for place in places:
@@ -88,7 +98,9 @@ def check_memory(world: World, need: int, what: str) -> None:
     from_root(world, check)
 
 
-def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int, own: int = 0) -> int:
+def fit_memory(
+    world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int, own: int = 0, work: int = WORKSPACE
+) -> int:
     """Return how many tokens the KV cache can hold where each host, or each rank's device, has room; at best ``n_kv``.
 
     Args:
@@ -98,14 +110,15 @@ def fit_memory(world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_
         n_kv: tokens wanted.
         n_kv_min: with fewer than these there is no use in starting.
         own: bytes free on this rank's own device; 0: it computes in the host's memory.
+        work: bytes that this rank works in.
 
     Raises:
         UserError: on rank 0, naming the host, what is needed and what would fit; the other ranks raise PeerFailure.
     """
     granted, largest = n_kv, n_kv
     tightest: tuple[_Place, int, int] | None = None
-    for place in _places(world, own):
-        fixed = sum(weights[rank] + WORKSPACE for rank in place.ranks)
+    for place in _places(world, own, work):
+        fixed = sum(weights[rank] for rank in place.ranks) + place.work
         cache = sum(kv[rank] for rank in place.ranks)
         if fixed + cache <= place.room:
             continue

@@ -24,7 +24,7 @@ from mpillama.backends.kv_codec import check_cache_type
 from mpillama.backends.reference import ReferenceBackend
 from mpillama.cli.devices import choose_device, devices_of, kinds_of
 from mpillama.cli.loading import choose_loading, read_watch
-from mpillama.cli.memory import fit_memory, fits_easily
+from mpillama.cli.memory import WORKSPACE, fit_memory, fits_easily
 from mpillama.cli.progress import JointProgress, Log
 from mpillama.cli.shares import choose_shares
 from mpillama.cli.words import layout_line, reading_lines
@@ -177,8 +177,8 @@ def load(
     model = from_root(world, describe)
     backend, threads, gpu = settle(world, attempt(lambda: open_backend(args, world, one_thread=args.deterministic)))
     kinds = kinds_of(world, backend, gpu)
-    room = backend.free_memory() if isinstance(backend, GpuBackend) else 0
-    if replicas and _leaves_layout_open(args) and _fit_into_hosts(args, world, model, room):
+    room, work = _device_memory(args, model, backend, world.size)
+    if replicas and _leaves_layout_open(args) and _fit_into_hosts(args, world, model, room, work):
         model = replace(model, grid=host_replicas(world.hosts))
     model = replace(model, weights=choose_shares(args.tensor_split, world, model.grid, backend))
     virtual = virtual_ranks(model.weights) if args.deterministic else None
@@ -192,7 +192,7 @@ def load(
         """Return the bytes of each rank's KV cache."""
         return [sum(kv_bytes(model.cfg, *partition.of(i), n_kv, *kv_types) for i in here) for here in slices]
 
-    n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room)
+    n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room, work)
     if n_kv < model.n_kv:
         tell = log.report if args.ctx_size else log.info
         tell(f"the memory holds a context of {n_kv} tokens, where {model.n_kv} were asked for")
@@ -262,7 +262,7 @@ def _leaves_layout_open(args: Namespace) -> bool:
     return not args.deterministic and all(value is None for value in given)
 
 
-def _fit_into_hosts(args: Namespace, world: World, model: Model, room: int) -> bool:
+def _fit_into_hosts(args: Namespace, world: World, model: Model, room: int, work: int) -> bool:
     """Return whether each of several hosts can easily hold a replica, with a whole KV cache."""
     grid = host_replicas(world.hosts)
     if grid.dp == 1:
@@ -270,7 +270,18 @@ def _fit_into_hosts(args: Namespace, world: World, model: Model, room: int) -> b
     partition = Partition(model.cfg, model.tensors, grid, (1.0,) * grid.replica_size, args.ep)
     kv_types = (args.cache_type_k, args.cache_type_v)
     kv = [kv_bytes(model.cfg, *partition.of(rank), model.n_kv, *kv_types) for rank in range(grid.size)]
-    return fits_easily(world, [partition.bytes_of(rank) + kv[rank] for rank in range(grid.size)], room)
+    return fits_easily(world, [partition.bytes_of(rank) + kv[rank] for rank in range(grid.size)], room, work)
+
+
+def _device_memory(args: Namespace, model: Model, backend: Backend, n_ranks: int) -> tuple[int, int]:
+    """Return the bytes that are free on this rank's device, 0 if it has none, and those that it works in."""
+    if not isinstance(backend, GpuBackend):
+        return 0, WORKSPACE
+    # Virtual ranks are all on this device; of ranks in a pipeline nobody has slices so narrow.
+    n_here = -(-VIRTUAL_RANKS // n_ranks) if args.deterministic else 1
+    n_slices = VIRTUAL_RANKS if args.deterministic else model.grid.tp
+    n_tokens = min(args.batch_size, args.ubatch_size)
+    return backend.free_memory(), n_here * backend.work_bytes(model.cfg, n_tokens, n_slices)
 
 
 def _team(world: World, grid: Grid) -> Team:

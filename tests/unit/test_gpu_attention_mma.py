@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from attention_pair import Pair
-from gpu_host import REAL, emulated, gpu_backend, needs_compiler, only_emulated
+from gpu_host import REAL, emulated, gpu_backend, needs_compiler, only_emulated, skip_without
 from mpillama.backends.gpu import attention, source
 from mpillama.backends.gpu.attention import tiles_unit
 from mpillama.backends.gpu.cupy_device import CupyDevice
@@ -28,6 +28,9 @@ ALL, WORST = 1e-3, 4e-3
 def launched(monkeypatch):
     """The kernels that were started, by name."""
     device = CupyDevice if REAL else EmulatedDevice
+    if REAL:
+        real = gpu_backend(matrix_units=True).device
+        skip_without("matrix units for attention", real.matrix_units and real.warp == 32)
     names, launch = [], device.launch
 
     def note(self, unit, kernel, *args):

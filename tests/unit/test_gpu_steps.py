@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_golden import MODELS
 
-from gpu_host import gpu_backend, needs_compiler, only_emulated
+from gpu_host import REAL, gpu_backend, needs_compiler, only_emulated, skip_without
 from mpillama.backends.base import KV_BLOCK
 from mpillama.backends.gpu.emulated import DeviceArray, EmulatedDevice
 from mpillama.backends.reference import ReferenceBackend
@@ -32,6 +32,8 @@ def near_bounds(monkeypatch):
     """Let graphs serve up to 32, 64, 128 … tokens, and splits begin at 8 keys, so that short sequences cross bounds."""
     monkeypatch.setattr("mpillama.backends.gpu.inputs._LEAST_SEEN", KV_BLOCK)
     monkeypatch.setattr("mpillama.backends.gpu.attention._SPLIT_KEYS", 8)
+    if REAL:
+        skip_without("graphs", gpu_backend().device.can_capture)
 
 
 def open_on(world, path, join=None, graphs=True, experts="off", kv_type="f16", **device):

@@ -10,6 +10,17 @@ from typing import Any
 from mpillama.backends.base import Batch, Stepper
 from mpillama.backends.gpu.attention import AttentionOps
 from mpillama.backends.gpu.device import Array, Device
+from mpillama.backends.gpu.matmul import GEMM_ELEMENTS
+from mpillama.config import Config
+
+# Kernels, inputs of steps, parts that blocks of threads add up, graphs.
+_LEAST_BYTES = 64 << 20
+# A library for large products, and the weights that are made floats for it.
+_BLAS_BYTES = (64 << 20) + 2 * GEMM_ELEMENTS
+# Its buffers for each connection to another GPU, of which it has some 32.
+_NCCL_BYTES = 256 << 20
+# Tokens of a prompt whose logits are wanted, but for those who ask for all.
+_WANTED_TOKENS = 64
 
 
 class GpuBackend(AttentionOps):
@@ -47,6 +58,25 @@ class GpuBackend(AttentionOps):
             self.device.synchronize()
             times.append(time.perf_counter() - start)
         return 2 * source.nbytes / median(times) / 1e9
+
+    def work_bytes(self, cfg: Config, n_tokens: int, n_ranks: int) -> int:
+        """Return the bytes that a step of so many tokens needs at most, beside weights and cache, and the libraries.
+
+        Args:
+            cfg: of the model.
+            n_tokens: in a step.
+            n_ranks: that share each matrix.
+        """
+        heads = (cfg.n_head + 2 * cfg.n_head_kv) * max(cfg.n_embd_head_k, cfg.n_embd_head_v)
+        # Of each token, float32: the residual, a branch, what goes in and comes out of a product; what makes a branch.
+        n_ff = cfg.n_ff_shexp if cfg.n_expert else cfg.n_ff
+        numbers = 4 * cfg.n_embd + max(3 * heads, 4 * n_ff) // n_ranks
+        if cfg.n_expert:
+            numbers += cfg.n_expert_used * (4 * cfg.n_ff_exp // n_ranks + 2 * cfg.n_embd)
+        logits = 2 * min(n_tokens, _WANTED_TOKENS) * cfg.n_vocab
+        libraries = (_BLAS_BYTES if self.device.gemm_tokens else 0) + (_NCCL_BYTES if n_ranks > 1 else 0)
+        # A fifth of a pool may lie between arrays.
+        return _LEAST_BYTES + libraries + 5 * (n_tokens * numbers + logits)
 
     def free_memory(self) -> int:
         """Return the bytes that are free on the device; 0 if it has no memory of its own."""

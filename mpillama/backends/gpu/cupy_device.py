@@ -22,6 +22,8 @@ _PIECE = 16 << 20
 _GEMM_TOKENS, _GEMM_TOKENS_PLAIN = 256, 128
 # AMD's GPUs that mma.cuh is made for: CDNA from 2 on.
 _MATRIX_ARCHS = frozenset({"gfx90a", "gfx940", "gfx941", "gfx942", "gfx950"})
+# Those that rocBLAS comes with kernels for; on others it ends the process.
+_BLAS_ARCHS = frozenset({"gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1101", "gfx1200", "gfx1201"})
 
 
 class CupyGraph:
@@ -61,16 +63,17 @@ class CupyDevice:
         # Not `device.attributes`, which asks ROCm by numbers that it has changed.
         properties = cuda.runtime.getDeviceProperties(index)
         self.warp, self.n_cores = int(properties["warpSize"]), int(properties["multiProcessorCount"])
-        self.matrix_units = self._has_matrix_units(device, properties)
+        # Like gfx90a:sramecc+:xnack-.
+        arch = f"sm_{device.compute_capability}" if kind == "cuda" else properties["gcnArchName"].decode().split(":")[0]
+        self.matrix_units = int(device.compute_capability) >= 80 if kind == "cuda" else arch in _MATRIX_ARCHS
         self._device, self._stream = device, cuda.Stream(non_blocking=True)
         self._stream.use()
         self._modules: dict[Unit, Any] = {}
         self._kernels: dict[tuple[Unit, str], Any] = {}
         self._pinned: list[tuple[Any, Any]] = []
-        self._blas = self._load_blas()
+        self._blas: Any = self._load_blas() if kind == "cuda" or arch in _BLAS_ARCHS else None
         least = _GEMM_TOKENS if self.matrix_units else _GEMM_TOKENS_PLAIN
         self.gemm_tokens = least if self._blas is not None else 0
-        arch = properties["gcnArchName"].decode() if kind == "hip" else f"sm_{device.compute_capability}"
         self.model = f"{properties['name'].decode()} {arch}, {self.n_cores} cores, gemm from {self.gemm_tokens}"
         # CuPy records nothing on ROCm.
         self.can_capture = kind == "cuda"
@@ -78,16 +81,8 @@ class CupyDevice:
         self._graph_pool: Any = None
         self._in_graph_memory = False
 
-    def _has_matrix_units(self, device: Any, properties: dict[str, Any]) -> bool:
-        if self.name == "cuda":
-            return int(device.compute_capability) >= 80
-        # Like gfx90a:sramecc+:xnack-.
-        return properties["gcnArchName"].decode().split(":")[0] in _MATRIX_ARCHS
-
     def _load_blas(self) -> Any:
-        """Return CuPy's cuBLAS module, or None; the tiled kernels then serve long prompts too, more slowly."""
-        if self.name == "hip":
-            return None
+        """Return CuPy's module for cuBLAS or hipBLAS, or None; kernels.matmul then serves long prompts, more slowly."""
         try:
             from cupy_backends.cuda.libs import cublas
         except (ImportError, RuntimeError):
@@ -262,6 +257,15 @@ class CupyDevice:
         right = (x.data.ptr, type, n_in)
         result = (out.data.ptr, runtime.CUDA_R_32F, n_rows)
         how = blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, n_rows, n_tokens, n_in
-        end = blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT
-        blas.gemmEx(handle, *how, one.ctypes.data, *left, *right, zero.ctypes.data, *result, *end)
-        blas.setPointerMode(handle, mode)
+        # CuPy hands hipBLAS the type of the sums.
+        end = runtime.CUDA_R_32F if self.name == "hip" else blas.CUBLAS_COMPUTE_32F, blas.CUBLAS_GEMM_DEFAULT
+        try:
+            blas.gemmEx(handle, *how, one.ctypes.data, *left, *right, zero.ctypes.data, *result, *end)
+        except blas.CUBLASError as error:
+            free, _ = self._cupy.cuda.runtime.memGetInfo()
+            raise UserError(
+                f"GPU {self.index} failed in a large product ({error}; {free / 1e9:.1f} GB are free): use a smaller -c "
+                "or -ub"
+            ) from None
+        finally:
+            blas.setPointerMode(handle, mode)

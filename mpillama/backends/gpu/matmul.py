@@ -26,7 +26,7 @@ _MATVEC_THREADS, _MATVEC_PARTS = 256, 3
 # As in matmul_mma.cuh; a block of threads that shares the columns with others has at least so many steps.
 _MMA_ROWS, _MMA_WARPS, _MMA_STEP, _MMA_SHARE = 128, 4, 128, 4
 # Weights that are made floats at a time, for a product with many tokens.
-_GEMM_ELEMENTS = 32 << 20
+GEMM_ELEMENTS = 32 << 20
 _MAX_GRID = 65535
 
 
@@ -335,7 +335,7 @@ class MatmulOps(ElementwiseOps):
             return
         halves, scales = self._halves_of(x, w.n_in, w.pad)
         result = self.device.empty((w.n_rows, n_tokens))
-        step = min(_MAX_GRID, max(1, _GEMM_ELEMENTS // w.n_in))
+        step = min(_MAX_GRID, max(1, GEMM_ELEMENTS // w.n_in))
         for start in range(0, w.n_rows, step):
             stop = min(w.n_rows, start + step)
             # Transposed, so that the result of some rows is in one piece.
