@@ -65,7 +65,8 @@ class CupyDevice:
         self.warp, self.n_cores = int(properties["warpSize"]), int(properties["multiProcessorCount"])
         # Like gfx90a:sramecc+:xnack-.
         arch = f"sm_{device.compute_capability}" if kind == "cuda" else properties["gcnArchName"].decode().split(":")[0]
-        self.matrix_units = int(device.compute_capability) >= 80 if kind == "cuda" else arch in _MATRIX_ARCHS
+        self.async_copies = kind == "cuda" and int(device.compute_capability) >= 80
+        self.matrix_units = self.async_copies or arch in _MATRIX_ARCHS
         self._device, self._stream = device, cuda.Stream(non_blocking=True)
         self._stream.use()
         self._modules: dict[Unit, Any] = {}

@@ -51,6 +51,7 @@ class Device(Protocol):
         gemm_tokens: from so many tokens on `gemm` is worth making the weights floats; 0: never.
         matrix_units: it has those of mma.cuh, and products of 9 tokens and more may use them; with warps of 32 also
             attention of prompts.
+        async_copies: its kernels copy to shared memory while they compute (``MPL_ASYNC``).
         can_capture: it has `capture`.
     """
 
@@ -59,6 +60,7 @@ class Device(Protocol):
     n_cores: int
     gemm_tokens: int
     matrix_units: bool
+    async_copies: bool
     can_capture: bool
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:

@@ -109,7 +109,7 @@ class EmulatedDevice:
         if not self._compiler:
             raise UserError("the emulated device compiles its kernels with g++, which is not on PATH; install g++")
         self.warp, self._order, self._seed, self._sanitize = warp, order, seed, sanitize
-        self.gemm_tokens, self.matrix_units = gemm_tokens, matrix_units
+        self.gemm_tokens, self.matrix_units, self.async_copies = gemm_tokens, matrix_units, warp == 32
         self._folder = folder or user_cache()
         self._libraries: dict[Unit, ctypes.CDLL] = {}
         self._kernels: dict[tuple[Unit, str], tuple[Any, list[str]]] = {}

@@ -207,7 +207,7 @@ class MatmulOps(ElementwiseOps):
         if w.type not in FLOATS:
             pieces = (warp * 32 // w.type.block_size * w.type.block_bytes + 14) // 16 + 1
             stage = pieces * 16 + 16
-            ring = stage * (2 if warp == 64 else 4 if stage > 640 else 8)
+            ring = stage * (2 if not self.device.async_copies else 4 if stage > 640 else 8)
             most = min(most, SHARED_BYTES // ring)
         chunks = max(1, -(-w.n_in // (warp * unit)))
         warps = -(-chunks // -(-chunks // most))

@@ -120,9 +120,9 @@ MPL_INLINE float add_dot(float sum, const Sub& s, const Operand& a) {
 }
 
 // What a warp reads of a row at a time: a sub-block for each lane. A stage has room for the pieces around it, and for the word
-// behind them. Warps of 64 have the copies of one row in registers while those of another are decoded.
+// behind them. Without asynchronous copies those of two rows are in registers while another is decoded.
 constexpr int kChunkBytes = MPL_WARP * 32 / kBlock * kBytes, kPieces = (kChunkBytes + 14) / 16 + 1;
-constexpr int kStage = kPieces * 16 + 16, kStages = MPL_WARP == 64 ? 2 : kStage > 640 ? 4 : 8;
+constexpr int kStage = kPieces * 16 + 16, kStages = !MPL_ASYNC ? 2 : kStage > 640 ? 4 : 8;
 constexpr int kRing = kStages * kStage, kTurns = (kPieces + MPL_WARP - 1) / MPL_WARP;
 
 // What a lane brings of a chunk of a row to the `ring` of its warp, stage `slot`: every MPL_WARP-th piece, the first being that
@@ -131,7 +131,7 @@ constexpr int kRing = kStages * kStage, kTurns = (kPieces + MPL_WARP - 1) / MPL_
 template <int SLOTS> struct Pipe {
   static constexpr int ahead = SLOTS - 1;
   SharedAt to;
-  __device__ __forceinline__ explicit Pipe(u8* own) : to(shared_at(own)) { MPL_KEEP(to); }
+  __device__ __forceinline__ Pipe(u8* own, const u8*) : to(shared_at(own)) { MPL_KEEP(to); }
   __device__ __forceinline__ void start(int slot, const u8* from, int left) {
     const int before = (int)((size_t)from & 15);
     const u8* piece = (const u8*)((size_t)from & ~(size_t)15);
@@ -149,15 +149,20 @@ template <int SLOTS> struct Pipe {
   // A row each, on their way: what comes next, and what is behind it.
   Piece first[kTurns], second[kTurns];
   int n_first, n_second;
+  // Lanes with nothing to bring read this: where only some lanes read, the others' registers would have to be kept, and for that
+  // all have to wait until what is on its way has come.
+  const Piece* any;
   u8* own;
-  __device__ __forceinline__ explicit Pipe(u8* shared) : n_first(0), n_second(0), own(shared) {}
+  __device__ __forceinline__ Pipe(u8* shared, const u8* weights) : n_first(0), n_second(0), any(piece_at(weights)), own(shared) {}
+  // By the difference: of a pointer that was a number AMD's compiler does not know what memory it is to, and waits for all.
+  static __device__ __forceinline__ const Piece* piece_at(const u8* p) { return (const Piece*)(p - (int)((size_t)p & 15)); }
   __device__ __forceinline__ void start(int, const u8* from, int left) {
-    const Piece* piece = (const Piece*)((size_t)from & ~(size_t)15);
+    const Piece* piece = piece_at(from);
     n_first = n_second, n_second = (int)((size_t)from & 15) + left;
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
       first[turn] = second[turn];
-      if (turn * MPL_WARP * 16 < n_second) second[turn] = piece[turn * MPL_WARP];
+      second[turn] = *(turn * MPL_WARP * 16 < n_second ? piece + turn * MPL_WARP : any);
     }
   }
   __device__ __forceinline__ void arrive(int slot) {
@@ -179,7 +184,7 @@ MPL_INLINE void add_products(float* sum, u8* ring, int lane, const Rows<group_of
     offset[r] = rows.offset(r);
     MPL_KEEP(offset[r]);
   }
-  Pipe<slots> pipe(ring + 16 * lane);
+  Pipe<slots> pipe(ring + 16 * lane, rows.base[0]);
   constexpr int ahead = pipe.ahead;
   // Of this chunk and the next: the rows' bytes from this lane's piece on, and how many of the chunk are left there.
   const int step = n_warps * kChunkBytes, shift = warp * kChunkBytes + 16 * lane;
