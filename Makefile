@@ -43,7 +43,7 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize test-arm test-gpu soak lint hooks compilers clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize test-arm test-gpu test-rocm soak lint hooks compilers clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -88,6 +88,10 @@ GPU_PY ?= $(PY)
 test-gpu: $(if $(filter $(PY),$(GPU_PY)),$(VENV)/.gpu)
 	$(GPU_PY) tests/run_gpu.py $(ARGS)
 
+test-rocm: $(VENV)/.test .rocm/.made
+	$(PY) tests/emulated_rocm.py -m pytest tests/rocm -n 2 --dist worksteal $(ARGS)
+	$(PY) tests/emulated_rocm.py tests/run_gpu.py --backend hip --only kernels -n 2 --dist worksteal -v $(ARGS)
+
 lint: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -103,7 +107,7 @@ compilers: $(VENV)/.venv
 	    echo "For AMD's: apt install --no-install-recommends hipcc clang-19 lld-19 (Debian 12); without, those tests are skipped."
 
 clean:
-	rm -rf .compilers .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .compilers .rocm .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up: one stamp file for each set of packages, renewed when what they are made of changes
@@ -135,6 +139,12 @@ $(VENV)/.gpu:
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	@extra=$$($(PYTHON) tests/run_gpu.py --extra) && echo "Installing what mpillama[$$extra] names into $(VENV) ..." && \
 	    $(PY) -m pip install --quiet $$($(PY) -c '$(NAMED_BY)' $$extra)
+	@touch $@
+
+# Beside the environment: mpillama must say what is missing where there is no ROCm.
+.rocm/.made: pyproject.toml | $(VENV)/.run
+	@echo "Fetching CuPy for ROCm into .rocm ..."
+	@$(PY) -m pip install --quiet --no-deps --upgrade --target .rocm $$($(PY) -c '$(NAMED_BY)' rocm)
 	@touch $@
 
 $(VENV)/.venv:

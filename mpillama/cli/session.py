@@ -277,11 +277,9 @@ def _device_memory(args: Namespace, model: Model, backend: Backend, n_ranks: int
     """Return the bytes that are free on this rank's device, 0 if it has none, and those that it works in."""
     if not isinstance(backend, GpuBackend):
         return 0, WORKSPACE
-    # Virtual ranks are all on this device; of ranks in a pipeline nobody has slices so narrow.
-    n_here = -(-VIRTUAL_RANKS // n_ranks) if args.deterministic else 1
-    n_slices = VIRTUAL_RANKS if args.deterministic else model.grid.tp
+    n_slices, n_here = (VIRTUAL_RANKS, -(-VIRTUAL_RANKS // n_ranks)) if args.deterministic else (model.grid.tp, 1)
     n_tokens = min(args.batch_size, args.ubatch_size)
-    return backend.free_memory(), n_here * backend.work_bytes(model.cfg, n_tokens, n_slices)
+    return backend.free_memory(), backend.work_bytes(model.cfg, n_tokens, n_slices, n_here)
 
 
 def _team(world: World, grid: Grid) -> Team:

@@ -59,24 +59,25 @@ class GpuBackend(AttentionOps):
             times.append(time.perf_counter() - start)
         return 2 * source.nbytes / median(times) / 1e9
 
-    def work_bytes(self, cfg: Config, n_tokens: int, n_ranks: int) -> int:
+    def work_bytes(self, cfg: Config, n_tokens: int, n_slices: int, n_here: int = 1) -> int:
         """Return the bytes that a step of so many tokens needs at most, beside weights and cache, and the libraries.
 
         Args:
             cfg: of the model.
             n_tokens: in a step.
-            n_ranks: that share each matrix.
+            n_slices: into which each matrix is cut.
+            n_here: of them on this device.
         """
         heads = (cfg.n_head + 2 * cfg.n_head_kv) * max(cfg.n_embd_head_k, cfg.n_embd_head_v)
         # Of each token, float32: the residual, a branch, what goes in and comes out of a product; what makes a branch.
         n_ff = cfg.n_ff_shexp if cfg.n_expert else cfg.n_ff
-        numbers = 4 * cfg.n_embd + max(3 * heads, 4 * n_ff) // n_ranks
+        numbers = 4 * cfg.n_embd + max(3 * heads, 4 * n_ff) // n_slices
         if cfg.n_expert:
-            numbers += cfg.n_expert_used * (4 * cfg.n_ff_exp // n_ranks + 2 * cfg.n_embd)
+            numbers += cfg.n_expert_used * (4 * cfg.n_ff_exp // n_slices + 2 * cfg.n_embd)
         logits = 2 * min(n_tokens, _WANTED_TOKENS) * cfg.n_vocab
-        libraries = (_BLAS_BYTES if self.device.gemm_tokens else 0) + (_NCCL_BYTES if n_ranks > 1 else 0)
+        libraries = (_BLAS_BYTES if self.device.gemm_tokens else 0) + (_NCCL_BYTES if n_slices > n_here else 0)
         # A fifth of a pool may lie between arrays.
-        return _LEAST_BYTES + libraries + 5 * (n_tokens * numbers + logits)
+        return _LEAST_BYTES + libraries + 5 * n_here * (n_tokens * numbers + logits)
 
     def free_memory(self) -> int:
         """Return the bytes that are free on the device; 0 if it has no memory of its own."""

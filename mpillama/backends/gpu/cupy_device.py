@@ -20,6 +20,8 @@ _PIECE = 16 << 20
 # From so many tokens on it should cost less to make all weights floats once than to decode them for each tile: with
 # matrix units, and without. By count of bytes and instructions; not measured yet.
 _GEMM_TOKENS, _GEMM_TOKENS_PLAIN = 256, 128
+# Both makers' number for it, for which CuPy has no name.
+_NO_MEMORY = 2
 # AMD's GPUs that mma.cuh is made for: CDNA from 2 on.
 _MATRIX_ARCHS = frozenset({"gfx90a", "gfx940", "gfx941", "gfx942", "gfx950"})
 # Those that rocBLAS comes with kernels for; on others it ends the process.
@@ -169,13 +171,15 @@ class CupyDevice:
     @contextmanager
     def graph_memory(self) -> Iterator[None]:
         """Use a pool of its own. It keeps its chunks when it thinks that they are free: graphs have their addresses."""
-        memory = self._cupy.cuda.memory
+        memory, runtime = self._cupy.cuda.memory, self._cupy.cuda.runtime
         if self._graph_pool is None:
 
             def allocate(size: int) -> Any:
                 try:
                     chunk = memory.Memory(size)
-                except memory.OutOfMemoryError:
+                except runtime.CUDARuntimeError as error:
+                    if error.status != _NO_MEMORY:
+                        raise
                     # The usual pool keeps what it has once had, of long prompts much.
                     self._cupy.get_default_memory_pool().free_all_blocks()
                     chunk = memory.Memory(size)

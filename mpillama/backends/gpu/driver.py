@@ -70,9 +70,10 @@ def visible_gpus(cupy: Any) -> int:
         count = int(runtime.getDeviceCount())
     except runtime.CUDARuntimeError as error:
         reason = str(error).split(":")[0]
+        shown = "ROCm (rocm-smi shows it)" if runtime.is_hip else "CUDA (nvidia-smi shows both)"
         raise UserError(
             f"there is no usable GPU here ({reason}): run on a GPU node, or with another --backend; if this is one, "
-            "its driver may be older than CuPy's CUDA (nvidia-smi shows both)"
+            f"its driver may be older than CuPy's {shown}"
         ) from None
     if not count:
         raise UserError("no GPU is visible to this process: ask the scheduler for one (srun --gpus-per-task=1)")
@@ -103,7 +104,7 @@ def compile_failure(kind: str, file: str, error: Exception) -> UserError:
     if "nvrtc" in text.lower() and ("not found" in text.lower() or "No such file" in text or "cannot open" in text):
         return UserError("CUDA's run-time compiler is missing: pip install nvidia-cuda-nvrtc (for CUDA 12 -cu12)")
     if kind == "hip" and "hipcc" in text:
-        return UserError("hipcc is not on PATH, which CuPy asks for the headers; load ROCm's module")
+        return UserError("CuPy asks hipcc for the headers, which is not on PATH or fails; load ROCm's module")
     head = next((line for line in text.splitlines() if "error" in line), text[:200])
     return UserError(f"{file} could not be compiled for this GPU ({head.strip()})")
 

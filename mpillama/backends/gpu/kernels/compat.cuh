@@ -31,9 +31,14 @@ typedef long long i64;
 #endif
 #define MPL_SHFL_XOR(v, m) __shfl_xor((v), (m), MPL_WARP)
 #define MPL_SHFL(v, from) __shfl((v), (from), MPL_WARP)
-#ifndef __syncwarp
-#define __syncwarp() __builtin_amdgcn_wave_barrier()
-#endif
+// Lanes go in step; the compiler may only not move what they write and read across it.
+#undef __syncwarp
+#define __syncwarp()                                       \
+  do {                                                     \
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront"); \
+    __builtin_amdgcn_wave_barrier();                       \
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront"); \
+  } while (0)
 #else
 #define MPL_SHFL_XOR(v, m) __shfl_xor_sync(0xffffffffu, (v), (m))
 #define MPL_SHFL(v, from) __shfl_sync(0xffffffffu, (v), (from))
@@ -86,10 +91,13 @@ MPL_INLINE u16 float_to_bf16(float f) {
 // c plus the products of four pairs of signed bytes.
 MPL_INLINE int dot4(int a, int b, int c) {
 #if defined(MPL_HIP) && (defined(__gfx1100__) || defined(__gfx1101__) || defined(__gfx1102__) || defined(__gfx1103__) || \
-                         defined(__gfx1150__) || defined(__gfx1151__) || defined(__gfx1200__) || defined(__gfx1201__))
+                         defined(__gfx1150__) || defined(__gfx1151__) || defined(__gfx1152__) || defined(__gfx1153__) || \
+                         defined(__gfx1200__) || defined(__gfx1201__))
   return __builtin_amdgcn_sudot4(true, a, true, b, c, false);
 #elif defined(MPL_HIP) && (defined(__gfx906__) || defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx940__) || \
-                           defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || defined(__gfx1030__))
+                           defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || defined(__gfx1011__) || \
+                           defined(__gfx1012__) || defined(__gfx1030__) || defined(__gfx1031__) || defined(__gfx1032__) || \
+                           defined(__gfx1033__) || defined(__gfx1034__) || defined(__gfx1035__) || defined(__gfx1036__))
   return __builtin_amdgcn_sdot4(a, b, c, false);
 #elif defined(MPL_HIP) || defined(MPL_EMULATE)
   for (int i = 0; i < 32; i += 8) c += (int)(i8)(a >> i) * (int)(i8)(b >> i);

@@ -178,6 +178,8 @@ MPL_INLINE void add_products(float* sum, u8* ring, int lane, const Rows<group_of
                              const float* xs, int share, int first, int n, int n_in) {
   constexpr int kGroup = group_of<NT>, slots = !MPL_ASYNC ? 2 : kStages < kGroup ? kStages : kGroup;
   const int warp = threadIdx.x / MPL_WARP, n_warps = blockDim.x / MPL_WARP, n_sub = n_in / 32;
+  // Of weights without columns there is no byte that could be read.
+  if (n_sub == 0) return;
   u32 offset[kGroup];
 #pragma unroll
   for (int r = 0; r < kGroup; r++) {

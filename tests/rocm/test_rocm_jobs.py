@@ -1,0 +1,132 @@
+"""Jobs on AMD GPUs that are not there: `--backend hip` through CuPy and RCCL."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import run_gpu
+from job import finish, launcher, ranks_of, run, start
+from mpillama.gguf.types import GGMLType
+from shared import shared
+from tiny import nmse, write_llama
+
+GPUS = {"ROCM_DEVICES": "4"}
+# Steps are recorded only on CUDA; here they can be.
+RECORDS = """
+import sys
+from mpillama.backends.gpu.cupy_device import CupyDevice
+from mpillama.cli.main import main
+make = CupyDevice.__init__
+def recording(self, *args):
+    make(self, *args)
+    self.can_capture = True
+CupyDevice.__init__ = recording
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def logits(model, tmp_path, n_ranks, *more, program=("-m", "mpillama"), **env):
+    out = tmp_path / "out.npy"
+    tokens = ",".join(str(1 + 7 * i % 90) for i in range(20))
+    # Keys that float16 would round may be between two of its numbers.
+    cache = "-ctk", "f32", "-ctv", "f32"
+    arguments = ["logits", "-m", model, "--tokens", tokens, "-ub", 1, "--out", out, *cache, *more]
+    ended = run(arguments, n_ranks, limit=120, env=GPUS | env, program=program)
+    assert ended.code == 0, ended.err
+    assert not ended.err.strip()
+    return np.load(out)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_ranks_compute_what_one_process_computes(experts, tmp_path, rng):
+    more = {"n_expert": 4, "n_expert_used": 2} if experts else {}
+    model = write_llama(tmp_path / "m.gguf", rng, GGMLType.F16, n_vocab=96, n_ff=256, **more)
+    exact = logits(model, tmp_path, 0, "--backend", "reference")
+    gpus, by_host = ("--backend", "hip"), {"MPILLAMA_COLLECTIVES": "host"}
+    ways = {
+        "one": logits(model, tmp_path, 0, *gpus),
+        "RCCL": logits(model, tmp_path, 3, *gpus, "-ts", "2,1,1"),
+        "recorded": logits(model, tmp_path, 2, *gpus, program=("-c", RECORDS)),
+        "host": logits(model, tmp_path, 2, *gpus, **by_host),
+        "an island and a CPU": logits(model, tmp_path, 3, "-dev", "hip:1,hip:3,cpu"),
+        "stages": logits(model, tmp_path, 2, *gpus, "--pp", "2") if experts else exact,
+    }
+    errors = {name: nmse(found, exact) for name, found in ways.items()}
+    assert max(errors.values()) < 1e-9, errors
+    assert (ways["recorded"] == logits(model, tmp_path, 2, *gpus)).all()
+
+
+def test_deterministic(tmp_path, rng):
+    model = write_llama(tmp_path / "m.gguf", rng, GGMLType.Q8_0, n_head=12, n_head_kv=12, n_ff=384, n_layer=1)
+    one, three = (
+        logits(model, tmp_path, n, "--backend", "hip", "--deterministic", MPILLAMA_COLLECTIVES="host") for n in (0, 3)
+    )
+    assert one.tobytes() == three.tobytes()
+
+
+def test_a_model_in_another_thread_than_the_one_that_made_it():
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from mpillama import LLM, GenerationParams\n"
+        "with LLM(backend='hip') as llm, ThreadPoolExecutor(1) as other:\n"
+        "    ask = lambda: llm.generate('Once upon a time', GenerationParams(max_tokens=12, temperature=0))[0].text\n"
+        "    print(ask() == other.submit(ask).result(), ask())\n"
+    )
+    ended = run([], program=("-c", code), env=GPUS)
+    assert ended.out.startswith("True , there was a little girl"), ended.err
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "flags", "env", "words"),
+    [
+        (2, ["--backend", "hip"], {"ROCM_DEVICES": "1"}, "ranks 0 and 1 would share a GPU"),
+        (2, ["--backend", "hip"], {"ROCM_DEVICES": "0"}, "there is no usable GPU here (hipErrorNoDevice)"),
+        (2, ["--backend", "cuda"], {}, "the installed CuPy is the one for ROCm"),
+        (2, ["-dev", "hip:0,hip:9"], {}, "hip:9 is not visible"),
+        (3, ["--backend", "hip"], {"ROCM_MEMORY": "100000000"}, "GPU of rank 0"),
+        (0, ["--backend", "hip"], {"LD_LIBRARY_PATH": ""}, "CuPy cannot be loaded (libamdhip64.so.7: cannot open"),
+    ],
+)
+def test_what_is_missing_is_said_once(n_ranks, flags, env, words):
+    ended = run(["generate", "-p", "Once", "-n", 3, *flags], n_ranks, env=GPUS | env)
+    assert ended.code in (1, 2)
+    assert words in ended.err
+    assert ended.err.count("mpillama: error") == 1
+    assert "Traceback" not in ended.err
+
+
+def endless():
+    stories = shared("models", "stories260K", "stories260K-f32.gguf")
+    return ["generate", "-m", stories, "-p", "Once upon a time", "-c", "100000", "--ignore-eos", "--backend", "hip"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job(victim):
+    job = start(endless(), 2, env=GPUS)
+    assert job.stdout.read(20)
+    os.kill(ranks_of(job, 2)[victim], signal.SIGKILL)
+    ended = finish(job, 30)
+    assert ended.code != 0
+    assert ended.seconds < 15
+
+
+def test_ctrl_c():
+    job = start(endless(), 2, env=GPUS)
+    assert job.stdout.read(20)
+    os.killpg(job.pid, signal.SIGINT)
+    ended = finish(job, 30)
+    assert "Traceback" not in ended.err
+    assert ended.seconds < 15
+    if "Open MPI" not in launcher():
+        assert ended.code == 130
+
+
+def test_what_test_gpu_does_with_ranks():
+    command = [sys.executable, run_gpu.__file__, "--backend", "hip", "--only", "ranks"]
+    done = subprocess.run(command, env=os.environ | GPUS, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("squared error relative to one rank") == 5
