@@ -4,6 +4,7 @@
 # make soak   ten minutes of good and bad clients against mpillama serve; ARGS="--seconds 60 --connections 200" for less
 # make test-sanitize   the kernel tests with sanitizers for memory errors and undefined behaviour
 # make test-arm   kernels and collectives on an emulated 64-bit ARM processor (needs qemu-user-static and g++-aarch64-linux-gnu)
+# make test-cupy   CuPy itself, for CUDA and for ROCm, and jobs of several ranks, on GPUs that are emulated (fetches 150 MB)
 # make test-gpu   on a machine with an NVIDIA GPU: everything that only a GPU can show, and two ranks over NCCL
 # make lint   ruff and mypy
 # make hooks  run the same before each commit
@@ -43,7 +44,7 @@ export PIP_USER = 0
 # pip install -e links to this folder; what other folders offer under the same names is not wanted.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize test-arm test-gpu test-rocm soak lint hooks compilers clean
+.PHONY: demo test test-unit test-jobs test-mpi test-openmpi test-cluster test-sanitize test-arm test-gpu test-cupy soak lint hooks compilers clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := demo
 
@@ -88,9 +89,13 @@ GPU_PY ?= $(PY)
 test-gpu: $(if $(filter $(PY),$(GPU_PY)),$(VENV)/.gpu)
 	$(GPU_PY) tests/run_gpu.py $(ARGS)
 
-test-rocm: $(VENV)/.test .rocm/.made
-	$(PY) tests/emulated_rocm.py -m pytest tests/rocm -n 2 --dist worksteal $(ARGS)
-	$(PY) tests/emulated_rocm.py tests/run_gpu.py --backend hip --only kernels -n 2 --dist worksteal -v $(ARGS)
+ON_CUPY = tests/cupy $(patsubst %,tests/unit/test_%.py,gpu_golden gpu_steps backend_contract)
+test-cupy: $(VENV)/.test
+	@failed=; for kind in cuda hip; do \
+	    echo "--- CuPy for $$kind on emulated GPUs ---"; \
+	    $(PY) tests/emulated_cupy.py $$kind -m pytest $(ON_CUPY) -k "not reference and not cpu-" -n 2 --dist worksteal $(ARGS) \
+	        || failed=1; \
+	done; [ -z "$$failed" ]
 
 lint: $(VENV)/.dev $(VENV)/.test
 	$(VENV)/bin/ruff check
@@ -107,7 +112,7 @@ compilers: $(VENV)/.venv
 	    echo "For AMD's: apt install --no-install-recommends hipcc clang-19 lld-19 (Debian 12); without, those tests are skipped."
 
 clean:
-	rm -rf .compilers .rocm .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .compilers .cupy .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up: one stamp file for each set of packages, renewed when what they are made of changes
@@ -139,12 +144,6 @@ $(VENV)/.gpu:
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	@extra=$$($(PYTHON) tests/run_gpu.py --extra) && echo "Installing what mpillama[$$extra] names into $(VENV) ..." && \
 	    $(PY) -m pip install --quiet $$($(PY) -c '$(NAMED_BY)' $$extra)
-	@touch $@
-
-# Beside the environment: mpillama must say what is missing where there is no ROCm.
-.rocm/.made: pyproject.toml | $(VENV)/.run
-	@echo "Fetching CuPy for ROCm into .rocm ..."
-	@$(PY) -m pip install --quiet --no-deps --upgrade --target .rocm $$($(PY) -c '$(NAMED_BY)' rocm)
 	@touch $@
 
 $(VENV)/.venv:

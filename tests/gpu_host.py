@@ -2,7 +2,7 @@
 
 ``MPILLAMA_TEST_GPU=cuda`` (or ``hip``) takes a real GPU; `run_gpu.py` sets it. With
 ``MPILLAMA_TEST_GPU_POOL=0`` each array is an allocation of its own, so that a tool that watches accesses knows where it
-ends. With ``MPILLAMA_TEST_GPU_GRAPHS=1`` steps are recorded on ROCm too, which `emulated_rocm.py` can do.
+ends. With ``MPILLAMA_TEST_GPU_GRAPHS=1`` steps are recorded on ROCm too, which `emulated_cupy.py` can do.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""`CupyDevice` on CuPy itself, on a device that does its work as late as it may."""
+"""`CupyDevice` on CuPy itself, for CUDA and ROCm, on a device that does its work as late as it may."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,15 +10,18 @@ from mpillama.backends import make_backend
 from mpillama.backends.base import RawWeight
 from mpillama.backends.gpu import cupy_device
 from mpillama.backends.gpu.cupy_device import CupyDevice
+from mpillama.backends.gpu.driver import identify, list_gpus, load_cupy
 from mpillama.backends.quants import dequantize
 from mpillama.errors import UserError
 from mpillama.gguf.types import GGMLType
 from tiny import nmse, random_blocks
 
+KIND = os.environ.get("MPILLAMA_TEST_GPU", "")
+
 
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch):
-    monkeypatch.setenv("ROCM_DEVICES", "2")
+    monkeypatch.setenv("EMULATED_GPUS", "2")
 
 
 def product(backend, rng, n_tokens=3):
@@ -36,19 +40,30 @@ def product(backend, rng, n_tokens=3):
         ("gfx1030", 32, False, True),
     ],
 )
-def test_what_a_gpu_is_like(arch, warp, matrix_units, library, monkeypatch):
-    monkeypatch.setenv("ROCM_ARCH", arch)
-    device = CupyDevice("hip", 1)
+@pytest.mark.skipif(KIND != "hip", reason="about AMD's GPUs")
+def test_what_an_amd_gpu_is_like(arch, warp, matrix_units, library, monkeypatch):
+    monkeypatch.setenv("EMULATED_ARCH", arch)
+    device = CupyDevice(KIND, 1)
     assert (device.warp, device.n_cores, device.matrix_units) == (warp, 4, matrix_units)
     assert bool(device.gemm_tokens) is library
     assert arch.split(":")[0] in device.model
-    assert device.model != CupyDevice("hip", 0).model
+    assert device.model != CupyDevice(KIND, 0).model
+
+
+@pytest.mark.skipif(KIND != "cuda", reason="about NVIDIA's GPUs")
+def test_what_an_nvidia_gpu_is_like():
+    device = CupyDevice("cuda", 1)
+    assert (device.warp, device.n_cores, device.matrix_units, device.async_copies) == (32, 4, True, True)
+    assert device.can_capture
+    assert "sm_90" in device.model
+    assert [gpu.name for gpu in list_gpus("cuda")] == ["Emulated H200", "Emulated H201"]
+    assert len({identify(load_cupy("cuda"), index) for index in (0, 1)}) == 2
 
 
 def test_host_arrays_may_change_after_an_upload(rng, monkeypatch):
     """Small ones, and those of several pieces; pinned ones too, as downloads are."""
     monkeypatch.setattr(cupy_device, "_PIECE", 1000)
-    device = CupyDevice("hip")
+    device = CupyDevice(KIND)
     for size in (1, 240, 250, 251, 2000):
         x = rng.standard_normal(size).astype(np.float32)
         pinned = device.download(device.upload(x))
@@ -62,7 +77,7 @@ def test_host_arrays_may_change_after_an_upload(rng, monkeypatch):
 
 
 def test_several_devices_in_turn_and_in_threads(rng):
-    backends = [make_backend("hip", device=index) for index in (0, 1, 0)]
+    backends = [make_backend(KIND, device=index) for index in (0, 1, 0)]
     errors = [product(backend, rng) for backend in (*backends, *backends[::-1])]
     with ThreadPoolExecutor(3) as threads:
         seeds = rng.integers(1 << 30, size=12)
@@ -73,13 +88,13 @@ def test_several_devices_in_turn_and_in_threads(rng):
 
 
 def test_products_of_the_library(rng, monkeypatch):
-    backend = make_backend("hip")
+    backend = make_backend(KIND)
     monkeypatch.setattr(backend.device, "gemm_tokens", 20)
     assert product(backend, rng, 25) < 1e-12
 
 
 def test_a_copy_within_the_device(rng):
-    device = CupyDevice("hip")
+    device = CupyDevice(KIND)
     x = rng.standard_normal((5, 7)).astype(np.float32)
     source, target = device.upload(x), device.empty((5, 7))
     device.copy(target, source)
@@ -88,9 +103,9 @@ def test_a_copy_within_the_device(rng):
 
 
 def test_graphs_get_the_memory_that_others_have_left(monkeypatch):
-    free = CupyDevice("hip").free_memory()
-    monkeypatch.setenv("ROCM_MEMORY", str((4 << 30) - free + (30 << 20)))
-    device = CupyDevice("hip")
+    free = CupyDevice(KIND).free_memory()
+    monkeypatch.setenv("EMULATED_MEMORY", str((4 << 30) - free + (30 << 20)))
+    device = CupyDevice(KIND)
     large = device.empty((20 << 20,), np.uint8)
     del large
     with device.graph_memory():
@@ -100,7 +115,7 @@ def test_graphs_get_the_memory_that_others_have_left(monkeypatch):
 
 
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
-    backend = make_backend("hip")
+    backend = make_backend(KIND)
     x = backend.asarray(np.ones(3))
     monkeypatch.setattr(cupy_device, "assemble", lambda unit, warp: "extern this is no kernel")
     with pytest.raises(UserError, match=r"elementwise\.cu could not be compiled for this GPU \(.*error"):

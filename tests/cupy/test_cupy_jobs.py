@@ -1,4 +1,4 @@
-"""Jobs on AMD GPUs that are not there: `--backend hip` through CuPy and RCCL."""
+"""Jobs on GPUs that are not there: `--backend cuda` and `hip` through CuPy and NCCL or RCCL."""
 
 import os
 import signal
@@ -14,7 +14,11 @@ from mpillama.gguf.types import GGMLType
 from shared import shared
 from tiny import nmse, write_llama
 
-GPUS = {"ROCM_DEVICES": "4"}
+KIND = os.environ.get("MPILLAMA_TEST_GPU", "")
+OWN, OTHER = ("ROCm", "cuda") if KIND == "hip" else ("CUDA", "hip")
+# Without what stands for the driver.
+NO_DRIVER = "libamdhip64.so.7: cannot open" if KIND == "hip" else "cudaErrorInsufficientDriver"
+GPUS = {"EMULATED_GPUS": "4"}
 # Steps are recorded only on CUDA; here they can be.
 RECORDS = """
 import sys
@@ -46,24 +50,24 @@ def test_ranks_compute_what_one_process_computes(experts, tmp_path, rng):
     more = {"n_expert": 4, "n_expert_used": 2} if experts else {}
     model = write_llama(tmp_path / "m.gguf", rng, GGMLType.F16, n_vocab=96, n_ff=256, **more)
     exact = logits(model, tmp_path, 0, "--backend", "reference")
-    gpus, by_host = ("--backend", "hip"), {"MPILLAMA_COLLECTIVES": "host"}
+    gpus, by_host = ("--backend", KIND), {"MPILLAMA_COLLECTIVES": "host"}
     ways = {
         "one": logits(model, tmp_path, 0, *gpus),
-        "RCCL": logits(model, tmp_path, 3, *gpus, "-ts", "2,1,1"),
+        "NCCL": logits(model, tmp_path, 3, *gpus, "-ts", "2,1,1"),
         "recorded": logits(model, tmp_path, 2, *gpus, program=("-c", RECORDS)),
         "host": logits(model, tmp_path, 2, *gpus, **by_host),
-        "an island and a CPU": logits(model, tmp_path, 3, "-dev", "hip:1,hip:3,cpu"),
+        "an island and a CPU": logits(model, tmp_path, 3, "-dev", f"{KIND}:1,{KIND}:3,cpu"),
         "stages": logits(model, tmp_path, 2, *gpus, "--pp", "2") if experts else exact,
     }
     errors = {name: nmse(found, exact) for name, found in ways.items()}
     assert max(errors.values()) < 1e-9, errors
-    assert (ways["recorded"] == logits(model, tmp_path, 2, *gpus)).all()
+    assert (ways["recorded"] == logits(model, tmp_path, 2, *gpus, MPILLAMA_GRAPHS="0")).all()
 
 
 def test_deterministic(tmp_path, rng):
     model = write_llama(tmp_path / "m.gguf", rng, GGMLType.Q8_0, n_head=12, n_head_kv=12, n_ff=384, n_layer=1)
     one, three = (
-        logits(model, tmp_path, n, "--backend", "hip", "--deterministic", MPILLAMA_COLLECTIVES="host") for n in (0, 3)
+        logits(model, tmp_path, n, "--backend", KIND, "--deterministic", MPILLAMA_COLLECTIVES="host") for n in (0, 3)
     )
     assert one.tobytes() == three.tobytes()
 
@@ -72,7 +76,7 @@ def test_a_model_in_another_thread_than_the_one_that_made_it():
     code = (
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from mpillama import LLM, GenerationParams\n"
-        "with LLM(backend='hip') as llm, ThreadPoolExecutor(1) as other:\n"
+        f"with LLM(backend='{KIND}') as llm, ThreadPoolExecutor(1) as other:\n"
         "    ask = lambda: llm.generate('Once upon a time', GenerationParams(max_tokens=12, temperature=0))[0].text\n"
         "    print(ask() == other.submit(ask).result(), ask())\n"
     )
@@ -83,12 +87,12 @@ def test_a_model_in_another_thread_than_the_one_that_made_it():
 @pytest.mark.parametrize(
     ("n_ranks", "flags", "env", "words"),
     [
-        (2, ["--backend", "hip"], {"ROCM_DEVICES": "1"}, "ranks 0 and 1 would share a GPU"),
-        (2, ["--backend", "hip"], {"ROCM_DEVICES": "0"}, "there is no usable GPU here (hipErrorNoDevice)"),
-        (2, ["--backend", "cuda"], {}, "the installed CuPy is the one for ROCm"),
-        (2, ["-dev", "hip:0,hip:9"], {}, "hip:9 is not visible"),
-        (3, ["--backend", "hip"], {"ROCM_MEMORY": "100000000"}, "GPU of rank 0"),
-        (0, ["--backend", "hip"], {"LD_LIBRARY_PATH": ""}, "CuPy cannot be loaded (libamdhip64.so.7: cannot open"),
+        (2, ["--backend", KIND], {"EMULATED_GPUS": "1"}, "ranks 0 and 1 would share a GPU"),
+        (2, ["--backend", KIND], {"EMULATED_GPUS": "0"}, "there is no usable GPU here (hipErrorNoDevice)"),
+        (2, ["--backend", OTHER], {}, f"the installed CuPy is the one for {OWN}"),
+        (2, ["-dev", f"{KIND}:0,{KIND}:9"], {}, f"{KIND}:9 is not visible"),
+        (3, ["--backend", KIND], {"EMULATED_MEMORY": "100000000"}, "GPU of rank 0"),
+        (0, ["--backend", KIND], {"LD_LIBRARY_PATH": ""}, NO_DRIVER),
     ],
 )
 def test_what_is_missing_is_said_once(n_ranks, flags, env, words):
@@ -101,7 +105,7 @@ def test_what_is_missing_is_said_once(n_ranks, flags, env, words):
 
 def endless():
     stories = shared("models", "stories260K", "stories260K-f32.gguf")
-    return ["generate", "-m", stories, "-p", "Once upon a time", "-c", "100000", "--ignore-eos", "--backend", "hip"]
+    return ["generate", "-m", stories, "-p", "Once upon a time", "-c", "100000", "--ignore-eos", "--backend", KIND]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -126,7 +130,7 @@ def test_ctrl_c():
 
 
 def test_what_test_gpu_does_with_ranks():
-    command = [sys.executable, run_gpu.__file__, "--backend", "hip", "--only", "ranks"]
+    command = [sys.executable, run_gpu.__file__, "--backend", KIND, "--only", "ranks"]
     done = subprocess.run(command, env=os.environ | GPUS, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("squared error relative to one rank") == 5

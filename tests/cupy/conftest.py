@@ -1,4 +1,4 @@
-"""These tests need the environment that `emulated_rocm.py` makes; without it they are skipped."""
+"""These tests need the environment that `emulated_cupy.py` makes; without it they are skipped."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ sys.path[:0] = [str(TESTS / "jobs"), str(TESTS / "unit")]
 
 
 def pytest_collection_modifyitems(items):
-    if "ROCM_PRELUDE" in os.environ:
+    if "EMULATED_PRELUDE" in os.environ:
         return
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason="CuPy on an emulated ROCm: make test-rocm"))
+            item.add_marker(pytest.mark.skip(reason="CuPy on emulated GPUs: make test-cupy"))

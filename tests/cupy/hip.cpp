@@ -4,7 +4,7 @@
 // be: what is put on a stream is done when somebody waits for that stream, or for an event on it, and not before. So results that are read too
 // early, and memory that is used again too early, show as wrong numbers. Host memory that is not pinned is read at once, as HIP does.
 //
-// hipRTC gives the text to g++ with emulate.h before it. ROCM_DEVICES, ROCM_MEMORY (bytes of each device) and ROCM_ARCH say what there is.
+// hipRTC gives the text to g++ with emulate.h before it. EMULATED_GPUS, EMULATED_MEMORY (bytes of each device) and EMULATED_ARCH say what there is.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <spawn.h>
@@ -58,9 +58,9 @@ const char* setting(const char* name, const char* otherwise) {
   const char* value = getenv(name);
   return value && *value ? value : otherwise;
 }
-int n_devices() { return atoi(setting("ROCM_DEVICES", "1")); }
-size_t memory_of_device() { return strtoull(setting("ROCM_MEMORY", "4294967296"), nullptr, 10); }
-const char* arch() { return setting("ROCM_ARCH", "gfx90a:sramecc+:xnack-"); }
+int n_devices() { return atoi(setting("EMULATED_GPUS", "1")); }
+size_t memory_of_device() { return strtoull(setting("EMULATED_MEMORY", "4294967296"), nullptr, 10); }
+const char* arch() { return setting("EMULATED_ARCH", "gfx90a:sramecc+:xnack-"); }
 int lanes() { return strncmp(arch(), "gfx9", 4) ? 32 : 64; }
 
 using Work = std::function<int()>;
@@ -74,7 +74,7 @@ struct Stream {
   std::unique_ptr<Graph> recorded;
 };
 struct Event { Stream* stream = nullptr; size_t upto = 0; };
-struct Function { const char* (*launch)(const unsigned*, size_t, void**); std::vector<unsigned> sizes; };
+struct Function { const char* (*launch)(const unsigned*, size_t, void**); std::vector<unsigned> sizes; unsigned most_shared = 65536; };
 struct Block { size_t size; int device; };
 using Blocks = std::map<uintptr_t, Block>;
 
@@ -189,6 +189,8 @@ int copy(void* to, const void* from, size_t n, int kind, Stream* stream, bool wa
   }
   return wait || !(to_device || to_pinned) ? flush(on) : Success;
 }
+
+struct Blas { Stream* stream; int mode; };
 
 // Ranks of a communicator, and where they leave numbers for each other.
 struct Meeting { std::atomic<int> arrived, round, over; };
@@ -471,7 +473,7 @@ int hipFuncGetAttribute(int* value, int attribute, Function*) {
 }
 int hipModuleLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, Stream* s,
                           void** args, void** extra) {
-  if (extra || !args || !gx || !gy || !gz || !bx || bx * by * bz > 1024 || gy > 65535 || gz > 65535 || shared > 65536) {
+  if (extra || !args || !gx || !gy || !gz || !bx || bx * by * bz > 1024 || gy > 65535 || gz > 65535 || shared > f->most_shared) {
     say("a launch of " + std::to_string(gx) + " x " + std::to_string(gy) + " x " + std::to_string(gz) + " blocks of " + std::to_string(bx) +
         " threads with " + std::to_string(shared) + " bytes of shared memory");
     return InvalidValue;
@@ -513,7 +515,7 @@ int hiprtcCompileProgram(Program* p, int n, const char** options) {
     if (option.rfind("-D", 0) == 0 || option.rfind("-std", 0) == 0 || option.rfind("-I", 0) == 0) command.push_back(option);
   }
   command.push_back("-DMPL_WARP=" + std::to_string(lanes()));
-  for (auto* part : {"-include", setting("ROCM_PRELUDE", "prelude.h"), source.c_str(), "-o", target.c_str()}) command.push_back(part);
+  for (auto* part : {"-include", setting("EMULATED_PRELUDE", "prelude.h"), source.c_str(), "-o", target.c_str()}) command.push_back(part);
   const int status = run(command, p->log);
   const auto code = bytes_of(target);
   unlink(source.c_str()), unlink(target.c_str()), rmdir(folder);
@@ -533,8 +535,6 @@ int hiprtcGetLoweredName(Program*, const char*, const char**) { return 1; }
 
 
 // -- hipBLAS: what `CupyDevice.gemm` calls. Matrices are by columns.
-
-struct Blas { Stream* stream; int mode; };
 
 int hipblasCreate(Blas** handle) { return *handle = new Blas{nullptr, 0}, 0; }
 int hipblasDestroy(Blas* handle) { return delete handle, 0; }
