@@ -57,3 +57,6 @@ class JobError(Exception):
 
     told = False
     """Whether all ranks have raised it, and can leave in peace."""
+
+    own = False
+    """Whether it is about the rank that raises it, whose name then stands before the message."""

@@ -255,7 +255,7 @@ def run(main: Callable[[World, Interrupts], int], limit: float | None = None, st
     except JobError as error:
         code = 1
         if world is None or not error.told or place.rank == 0:
-            _say(place, world, str(error), alone=True)
+            _say(place, world, str(error), alone=not error.own)
         if world is not None and not error.told:
             _abort(world, code)
     except Stopped as stopped:

@@ -266,7 +266,7 @@ class _Bench:
     def _group(self, grid: Grid, loaded: _Loaded) -> Group:
         """Return the group of this rank's stage, for arrays of its backend; groups of GPUs belong to one backend."""
         if set(loaded.kinds.names) & set(GPU_NAMES):
-            return stage_group(self._world, grid, loaded.backend, loaded.kinds.gpu)
+            return stage_group(self._args, self._world, grid, loaded.backend, loaded.kinds.gpu)
         group = self._groups.get(grid) or self._world.group(grid.stage_ranks(self._world.rank))
         return tensor_group(self._groups.setdefault(grid, group), loaded.backend)
 

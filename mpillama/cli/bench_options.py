@@ -12,7 +12,7 @@ from mpillama.bench.plan import Load
 from mpillama.cli.checks import check_model
 from mpillama.cli.grid_options import GRID
 from mpillama.cli.options import CONTEXT, LOGGING, MODEL, Option
-from mpillama.cli.parallel_options import BACKEND, DEVICE, TIMEOUT
+from mpillama.cli.parallel_options import BACKEND, COLLECTIVES, DEVICE, TIMEOUT
 from mpillama.cli.values import BadValueError, choice, integer, number, path
 from mpillama.errors import UsageError
 
@@ -175,7 +175,7 @@ _OUTPUT = (
 BENCH = (
     *(replace(option, group="what is measured") for option in _TEST),
     *(replace(option, group="what is measured") for option in (*BACKEND, *DEVICE)),
-    *(replace(option, group="what is measured") for option in TIMEOUT),
+    *(replace(option, group="what is measured") for option in (*COLLECTIVES, *TIMEOUT)),
     *(replace(option, env="") for option in GRID),
     *(replace(option, excludes=(), env="") for option in MODEL if option.dest in _HUGGING_FACE),
     *(replace(option, group="how") for option in _RUN),

@@ -50,6 +50,26 @@ DEVICE = _parallelism(
     ),
 )
 
+COLLECTIVES = _parallelism(
+    Option(
+        ("--collectives",),
+        "how GPUs add up: auto = NCCL (RCCL) where every rank has it, else by way of the host; host; mpi = an MPI "
+        "library that takes addresses of GPU memory",
+        values.choice("auto", "host", "mpi"),
+        "auto",
+        "{auto,host,mpi}",
+        "MPILLAMA_COLLECTIVES",
+    ),
+    Option(
+        ("--wire",),
+        "type in which NCCL sends and adds up what ranks have computed; 16 bits are half the traffic, less exact",
+        values.choice("f32", "bf16", "f16"),
+        "f32",
+        "{f32,bf16,f16}",
+        "MPILLAMA_WIRE",
+    ),
+)
+
 TIMEOUT = _parallelism(
     Option(
         ("--timeout", "--rank-timeout"),
@@ -109,6 +129,7 @@ PARALLEL = (
     *TENSOR_SPLIT,
     *LOAD,
     *FIT,
+    *COLLECTIVES,
     *TIMEOUT,
     *_parallelism(
         Option(

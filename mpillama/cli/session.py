@@ -30,7 +30,7 @@ from mpillama.cli.shares import choose_shares
 from mpillama.cli.words import layout_line, reading_lines
 from mpillama.comm.base import Group, Team, World, attempt, from_root, settle
 from mpillama.comm.metered import MeteredGroup, Traffic
-from mpillama.comm.nccl import device_group
+from mpillama.comm.nccl import Collectives, device_group
 from mpillama.comm.pipeline import Pipe, open_pipe
 from mpillama.comm.staged import tensor_group
 from mpillama.comm.virtual import VIRTUAL_RANKS, Crew
@@ -218,7 +218,7 @@ def load(
                 for i, member, group in zip(virtual[world.rank], backends, crew.groups(), strict=True)
             ]
         else:
-            group = stage_group(team, model.grid.one_replica, backend, gpu, model.grid.dp > 1)
+            group = stage_group(args, team, model.grid.one_replica, backend, gpu, model.grid.dp > 1)
             if group.size > 1:
                 group = metered = MeteredGroup(group)
                 traffic = metered.traffic
@@ -298,18 +298,22 @@ def wants_graphs() -> bool:
     return os.environ.get("MPILLAMA_GRAPHS", "") != "0"
 
 
-def stage_group(team: Team, grid: Grid, backend: Backend, gpu: str = "", several: bool = False) -> Group:
-    """Return the group of this rank's stage, for arrays of its backend; ``MPILLAMA_COLLECTIVES=host``: without NCCL."""
+def stage_group(
+    args: Namespace, team: Team, grid: Grid, backend: Backend, gpu: str = "", several: bool = False
+) -> Group:
+    """Return the group of this rank's stage, for arrays of its backend."""
     if grid.tp == team.size:
         # NCCL's own switch for ranks that share a GPU.
         if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "") == "1":
             gpu = ""
         try:
-            return device_group(team, backend, os.environ.get("MPILLAMA_COLLECTIVES", "") == "host", gpu)
+            return device_group(team, backend, Collectives(args.collectives, args.wire), gpu)
         except UserError as error:
             # The other replicas have not heard of it.
             error.told = error.told and (not several or isinstance(error, PeerFailure))
             raise
+    if args.wire != "f32" or args.collectives == "mpi":
+        raise UsageError("--wire and --collectives mpi are for ranks that are not in several stages: leave --pp out")
     return tensor_group(team.group(grid.stage_ranks(team.rank)), backend)
 
 

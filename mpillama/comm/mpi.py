@@ -129,6 +129,12 @@ class MPITeam:
         numbers = [[members.index(rank) for rank in host] for host in by_host]
         return SharedGroup(comm.rank, numbers, segment, exchange, self.watch, places)
 
+    def communicator(self) -> MPI.Comm:
+        """Return a communicator of these ranks for somebody's own use."""
+        comm = self._comm.Dup()
+        self._groups.append(comm)
+        return comm
+
     def link(self, partner: int) -> MPILink:
         """Return the channel to another rank."""
         return self._links.setdefault(partner, MPILink(self._link_comm, partner, self.watch))

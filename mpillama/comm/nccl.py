@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mpillama.comm.base import Group, Team, attempt, settle
+from mpillama.comm.base import Group, Team, attempt, from_root, settle
 from mpillama.comm.staged import Holder, tensor_group
-from mpillama.errors import UserError
+from mpillama.errors import JobError, UsageError, UserError
 from mpillama.layout import Cut
 
 
@@ -25,6 +26,28 @@ class OnGpu(Protocol):
         """Return arrays joined along the last axis."""
         ...
 
+    def narrow(self, x: Any, bf16: bool) -> Any:
+        """Return float32 numbers in 16 bits."""
+        ...
+
+    def widen(self, x: Any, bf16: bool, out: Any) -> None:
+        """Write numbers of 16 bits into a float32 array."""
+        ...
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """How ranks with GPUs add up.
+
+    Attributes:
+        by: ``auto`` (NCCL where all have it, else by way of the host), ``host``, or ``mpi``: an MPI library that takes
+            addresses of GPU memory.
+        wire: in which type NCCL sends and adds up partial sums: ``f32``, ``bf16`` or ``f16``.
+    """
+
+    by: str = "auto"
+    wire: str = "f32"
+
 
 class NcclGroup:
     """Ranks with a GPU each, of one maker; float32 arrays of CuPy.
@@ -38,13 +61,15 @@ class NcclGroup:
         name: the id of the group, see `meet`.
         rank: in the group.
         size: of the group.
+        wire: see `Collectives`; of sums of any size.
 
     Raises:
         UserError: NCCL fails on this rank.
     """
 
-    def __init__(self, nccl: Any, backend: OnGpu, name: Any, rank: int, size: int) -> None:
+    def __init__(self, nccl: Any, backend: OnGpu, name: Any, rank: int, size: int, wire: str = "f32") -> None:
         self.rank, self.size = rank, size
+        self._wire, self._bf16 = wire, wire == "bf16"
         self._nccl, self._backend, self._device = nccl, backend, backend.device
         try:
             self._comm = nccl.NcclCommunicator(size, name, rank)
@@ -63,8 +88,15 @@ class NcclGroup:
 
     def allreduce(self, x: Any) -> Any:
         """Return the sum over the ranks, in place."""
-        if x.size:
-            self._check("allReduce", x.data.ptr, x.data.ptr, x.size, self._nccl.NCCL_FLOAT32, self._nccl.NCCL_SUM)
+        if not x.size:
+            return x
+        sent, type = x, self._nccl.NCCL_FLOAT32
+        if self._wire != "f32":
+            sent = self._backend.narrow(x, self._bf16)
+            type = self._nccl.NCCL_BFLOAT16 if self._bf16 else self._nccl.NCCL_FLOAT16
+        self._check("allReduce", sent.data.ptr, sent.data.ptr, x.size, type, self._nccl.NCCL_SUM)
+        if sent is not x:
+            self._backend.widen(sent, self._bf16, x)
         return x
 
     def broadcast(self, x: Any) -> Any:
@@ -88,13 +120,15 @@ class NcclGroup:
         """Call NCCL, and learn of what went wrong in earlier calls.
 
         Raises:
-            UserError: NCCL says so.
+            JobError: NCCL says so; the others may wait for this rank inside of NCCL.
         """
         try:
             self._comm.check_async_error()
             getattr(self._comm, name)(*args, self._device.stream)
         except RuntimeError as error:
-            raise _failure(f"failed in {name}", str(error)) from None
+            fault = JobError(_failure(f"failed in {name}", str(error)).line)
+            fault.own = True
+            raise fault from None
 
 
 class IslandGroup:
@@ -131,8 +165,7 @@ class IslandGroup:
 
 def _failure(what: str, problem: str) -> UserError:
     return UserError(
-        f"NCCL {what}: {problem}; run with NCCL_DEBUG=WARN to learn more, or with MPILLAMA_COLLECTIVES=host to do "
-        "without"
+        f"NCCL {what}: {problem}; run with NCCL_DEBUG=WARN to learn more, or with --collectives host to do without"
     )
 
 
@@ -169,7 +202,7 @@ def meet(world: Team, islands: Sequence[Sequence[int]], nccl: Any) -> Any:
     return names[own[0]] if own else None
 
 
-def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Group:
+def device_group(world: Team, backend: Any, how: Collectives, gpu: str = "") -> Group:
     """Return a group of all ranks for the arrays of this backend.
 
     NCCL joins them if all compute on GPUs of one maker, each on its own, and all have the library. Else it joins those
@@ -178,23 +211,45 @@ def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Gro
     Args:
         world: all ranks.
         backend: of this rank.
-        by_host: go by way of the host in any case.
+        how: to add up.
         gpu: what tells this rank's GPU from others of its host; "" if nothing does.
 
     Raises:
-        UserError: see `meet` and `NcclGroup`.
+        UserError: see `meet` and `NcclGroup`; or ranks have different versions of NCCL, or this is not a group that
+            can do as it should.
     """
     holder: Holder = backend
-    if world.size == 1 or by_host:
+    if world.size == 1:
         return tensor_group(world.group(), holder)
-    nccl = load_nccl() if backend.name in ("cuda", "hip") else None
-    everyone = world.bcast(world.gather((backend.name if nccl else "", world.hosts[world.rank], gpu)))
+    maker = backend.name if backend.name in ("cuda", "hip") else ""
+    nccl = load_nccl() if maker and how.by == "auto" else None
+    version = nccl.get_version() if nccl else 0
+    told = world.bcast(world.gather((maker, maker if nccl else "", world.hosts[world.rank], gpu, version)))
+    everyone, versions = [rank[1:4] for rank in told], [rank[4] for rank in told]
     islands = islands_of(everyone)
+    all_by_nccl = bool(islands) and len(islands[0]) == world.size
+
+    def check() -> None:
+        if how.by == "mpi" and not all(rank[0] for rank in told):
+            raise UsageError("--collectives mpi hands MPI addresses of GPU memory: all ranks need a GPU")
+        if how.wire != "f32" and not all_by_nccl:
+            raise UsageError(f"--wire {how.wire} needs NCCL between all ranks; leave it out, or see mpillama doctor")
+        for first, *others in islands:
+            for rank in others:
+                if versions[rank] != versions[first]:
+                    raise UserError(
+                        f"rank {first} has NCCL {_spelled(versions[first])}, but rank {rank} on {world.hosts[rank]} "
+                        f"{_spelled(versions[rank])}: install the same on all hosts"
+                    )
+
+    from_root(world, check)
+    if how.by == "mpi":
+        return _aware_group(world, backend)
     if not islands:
         return tensor_group(world.group(), holder)
     name = meet(world, islands, nccl)
-    if len(islands[0]) == world.size:
-        return NcclGroup(nccl, backend, name, world.rank, world.size)
+    if all_by_nccl:
+        return NcclGroup(nccl, backend, name, world.rank, world.size, how.wire)
     mine = next((island for island in islands if world.rank in island), None)
     quiet = {rank for island in islands for rank in island[1:]}
     speakers = [rank for rank in range(world.size) if rank not in quiet]
@@ -202,6 +257,20 @@ def device_group(world: Team, backend: Any, by_host: bool, gpu: str = "") -> Gro
     whole, spoken = world.group(), world.group([world.rank] if world.rank in quiet else speakers)
     island = NcclGroup(nccl, backend, name, mine.index(world.rank), len(mine)) if mine else None
     return IslandGroup(whole, None if world.rank in quiet else spoken, island, holder)
+
+
+def _aware_group(world: Team, backend: Any) -> Group:
+    communicator = getattr(world, "communicator", None)
+    if communicator is None:
+        raise UsageError("--collectives mpi needs ranks that MPI has started")
+    from mpillama.comm.aware import AwareGroup
+
+    return AwareGroup(communicator(), backend, world.watch)
+
+
+def _spelled(version: int) -> str:
+    """Return 22703 as 2.27.3; before 2.9 there were four digits."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version >= 10000 else str(version)
 
 
 def islands_of(ranks: Sequence[tuple[str, str, str]]) -> list[list[int]]:

@@ -56,12 +56,57 @@ def test_ranks_compute_what_one_process_computes(experts, tmp_path, rng):
         "NCCL": logits(model, tmp_path, 3, *gpus, "-ts", "2,1,1"),
         "recorded": logits(model, tmp_path, 2, *gpus, program=("-c", RECORDS)),
         "host": logits(model, tmp_path, 2, *gpus, **by_host),
+        "MPI": logits(model, tmp_path, 3, *gpus, "--collectives", "mpi"),
         "an island and a CPU": logits(model, tmp_path, 3, "-dev", f"{KIND}:1,{KIND}:3,cpu"),
         "stages": logits(model, tmp_path, 2, *gpus, "--pp", "2") if experts else exact,
     }
     errors = {name: nmse(found, exact) for name, found in ways.items()}
     assert max(errors.values()) < 1e-9, errors
     assert (ways["recorded"] == logits(model, tmp_path, 2, *gpus, MPILLAMA_GRAPHS="0")).all()
+
+
+@pytest.mark.parametrize(("wire", "bound"), [("bf16", 1e-4), ("f16", 1e-6)])
+def test_sums_in_16_bits(wire, bound, tmp_path, rng):
+    """Of one token and of many; the same by a recorded step."""
+    model = write_llama(tmp_path / "m.gguf", rng, GGMLType.F16, n_vocab=96, n_ff=256)
+    exact = logits(model, tmp_path, 2, "--backend", KIND)
+    for more in ((), ("-ub", 7)):
+        found = logits(model, tmp_path, 2, "--backend", KIND, "--wire", wire, *more)
+        assert 0 < nmse(found, exact) < bound
+    plain = logits(model, tmp_path, 2, "--backend", KIND, MPILLAMA_WIRE=wire, MPILLAMA_GRAPHS="0")
+    assert (plain == logits(model, tmp_path, 2, "--backend", KIND, "--wire", wire, program=("-c", RECORDS))).all()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("1:join", "NCCL cannot join the GPUs"),
+        ("2:call", "NCCL failed in allReduce"),
+        ("0:later", "NCCL failed in"),
+    ],
+)
+def test_a_rank_whose_nccl_fails_is_named_and_ends_all(fault, words):
+    env = GPUS | {"EMULATED_NCCL_FAILS": fault}
+    ended = run(["generate", "-p", "Once", "-n", 9, "--backend", KIND], 3, limit=40, env=env)
+    assert ended.code == 1
+    told = [line for line in ended.err.splitlines() if "mpillama: error" in line]
+    assert len(told) == 1, ended.err
+    assert told[0].startswith(f"mpillama: error: rank {fault[0]} on ")
+    assert words in told[0]
+    assert "Traceback" not in ended.err
+    assert ended.seconds < 15
+
+
+def test_ranks_of_a_node_compile_once(tmp_path):
+    counts = []
+    for n_ranks in (1, 3):
+        count = tmp_path / f"{n_ranks}"
+        env = GPUS | {"EMULATED_COMPILES": str(count), "CUPY_CACHE_DIR": str(tmp_path / f"cache{n_ranks}")}
+        ended = run(["generate", "-p", "Once", "-n", 3, "--backend", KIND], n_ranks, limit=200, env=env)
+        assert ended.code == 0, ended.err
+        counts.append(count.stat().st_size)
+    assert counts[0] > 3
+    assert counts[1] == counts[0]
 
 
 def test_deterministic(tmp_path, rng):

@@ -45,6 +45,8 @@ DEFAULTS: dict[str, Any] = {
     "fit_ctx": 4096,
     "tensor_split": None,
     "rank_timeout": 60.0,  # mpillama's own
+    "collectives": "auto",  # mpillama's own
+    "wire": "f32",  # mpillama's own
     "deterministic": False,  # mpillama's own
     "rope_scaling": None,
     "rope_freq_base": 0.0,
@@ -123,6 +125,8 @@ VARIABLES: list[tuple[str, str, str, Any]] = [
     ("LLAMA_ARG_SPLIT_MODE", "none", "split_mode", "none"),
     ("LLAMA_ARG_DEVICE", "CUDA1,ROCm0,none,cuda:2,hip", "device", "cuda:1,hip:0,cpu,cuda:2,hip"),
     ("LLAMA_ARG_FIT", "off", "fit", "off"),
+    ("MPILLAMA_COLLECTIVES", "host", "collectives", "host"),
+    ("MPILLAMA_WIRE", "bf16", "wire", "bf16"),
     ("LLAMA_ARG_FIT_CTX", "7", "fit_ctx", 7),
     ("LLAMA_ARG_THREADS", "3", "threads", 3),
     ("LLAMA_ARG_TENSOR_SPLIT", "3/1", "tensor_split", (3.0, 1.0)),
@@ -276,7 +280,7 @@ def test_every_name_of_a_flag_does_the_same(command: Any, option: Option) -> Non
         return
     results: list[Namespace] = []
     samples = (
-        *("0.5", "3", "1", "none", "reference", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k"),
+        *("0.5", "3", "1", "none", "reference", "bf16", "f32", "linear", "7,1", "a=int:1", "1+1", "top_k", "k", "host"),
         *("llama.cpp", "on", "90s", "Q4_K", "h100", "64", "direct", '{"a": 1}'),
     )
     for sample in samples:

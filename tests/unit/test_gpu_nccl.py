@@ -8,17 +8,18 @@ import pytest
 
 import fake_cupy
 from comm_contract import allgather_joins_uneven_slices, allreduce_sums_to_the_same_bits
-from mpillama.comm.nccl import IslandGroup, NcclGroup, device_group, islands_of, meet
+from mpillama.comm.nccl import Collectives, IslandGroup, NcclGroup, device_group, islands_of, meet
 from mpillama.comm.solo import SoloWorld
 from mpillama.comm.staged import StagedGroup
 from mpillama.comm.threads import run_threads
-from mpillama.errors import PeerFailure, UserError
+from mpillama.errors import JobError, PeerFailure, UserError
 
 
 class FakeNccl:
     """What CuPy's module offers, for threads of one process."""
 
-    NCCL_FLOAT32, NCCL_SUM = 7, 0
+    NCCL_FLOAT32, NCCL_FLOAT16, NCCL_BFLOAT16, NCCL_SUM = 7, 6, 9, 0
+    version = 23203
 
     def __init__(self, size, fail_id=False, fail_join=(), fail_call=()):
         self.size, self.fail_id, self.fail_join, self.fail_call = size, fail_id, fail_join, fail_call
@@ -55,6 +56,9 @@ class FakeNccl:
                 _floats(receive, count)[:] = values[root]
 
         self.NcclCommunicator = NcclCommunicator
+
+    def get_version(self):
+        return self.version
 
     def get_unique_id(self):
         if self.fail_id:
@@ -159,7 +163,7 @@ def test_an_error_while_running_names_the_call():
 
     def main(world):
         group = join(world, nccl)
-        with pytest.raises(UserError, match="NCCL failed in allReduce: NCCL_ERROR_REMOTE_ERROR"):
+        with pytest.raises(JobError, match="NCCL failed in allReduce: NCCL_ERROR_REMOTE_ERROR"):
             group.allreduce(Memory().empty((3,)))
 
     run_threads(2, main)
@@ -174,10 +178,10 @@ def test_all_ranks_choose_alike(having, by_host, kind, monkeypatch):
 
     def main(world):
         here.rank = world.rank
-        return type(device_group(world, Backend(), by_host))
+        return type(device_group(world, Backend(), Collectives("host" if by_host else "auto")))
 
     assert run_threads(2, main) == [kind] * 2
-    assert type(device_group(SoloWorld(), Backend(), False)) is StagedGroup
+    assert type(device_group(SoloWorld(), Backend(), Collectives())) is StagedGroup
 
 
 @pytest.mark.parametrize(
@@ -194,9 +198,43 @@ def test_nccl_joins_only_different_gpus_of_one_maker(names, gpus, kind, monkeypa
     monkeypatch.setattr("mpillama.comm.nccl.load_nccl", lambda: nccl)
 
     def main(world):
-        return type(device_group(world, Backend(names[world.rank]), False, gpus[world.rank]))
+        return type(device_group(world, Backend(names[world.rank]), Collectives(), gpus[world.rank]))
 
     assert run_threads(2, main) == [kind] * 2
+
+
+def test_different_versions_are_told_once(monkeypatch):
+    libraries, here = [FakeNccl(3) for _ in range(3)], threading.local()
+    libraries[2].version = 22703
+    monkeypatch.setattr("mpillama.comm.nccl.load_nccl", lambda: libraries[here.rank])
+
+    def main(world):
+        here.rank = world.rank
+        with pytest.raises(PeerFailure if world.rank else UserError) as caught:
+            device_group(world, Backend(), Collectives(), str(world.rank))
+        assert caught.value.line.startswith("rank 0 has NCCL 2.32.3, but rank 2 on threads 2.27.3: install the same")
+
+    run_threads(3, main)
+
+
+@pytest.mark.parametrize(
+    ("how", "names", "words"),
+    [
+        (Collectives(wire="bf16"), ("cuda", "hip"), "--wire bf16 needs NCCL between all ranks"),
+        (Collectives("host", "f16"), ("cuda", "cuda"), "--wire f16 needs NCCL between all ranks"),
+        (Collectives("mpi"), ("cuda", "cpu"), "all ranks need a GPU"),
+        (Collectives("mpi"), ("cuda", "cuda"), "needs ranks that MPI has started"),
+    ],
+)
+def test_what_cannot_be_is_refused(how, names, words, monkeypatch):
+    nccl = FakeNccl(2)
+    monkeypatch.setattr("mpillama.comm.nccl.load_nccl", lambda: nccl)
+
+    def main(world):
+        with pytest.raises(UserError, match=words):
+            device_group(world, Backend(names[world.rank]), how, str(world.rank))
+
+    run_threads(2, main)
 
 
 def test_islands():
@@ -214,7 +252,7 @@ def on_islands(world, kinds):
     backend = Backend(kinds[world.rank])
     backend.asarray = lambda x: np.array(x).view(fake_cupy.Array)
     backend.to_host = lambda x: np.array(x, subok=False)
-    group = device_group(world, backend, False, str(world.rank))
+    group = device_group(world, backend, Collectives(), str(world.rank))
     assert isinstance(group, IslandGroup)
     return group
 

@@ -7,7 +7,8 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mpillama.errors import UserError
@@ -29,14 +30,21 @@ def user_cache() -> Path:
     return path
 
 
+@contextmanager
+def alone(folder: Path, key: str) -> Iterator[None]:
+    """Keep the user's other processes on this node from doing at the same time what ``key`` stands for."""
+    with (folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def cached(folder: Path, key: str, suffix: str, make: Callable[[Path], None]) -> Path:
     """Return the file that ``make`` once wrote for ``key``; of several processes that ask, one makes it."""
     name = hashlib.sha256(key.encode()).hexdigest()[:32] + suffix
     path = folder / name
     if path.exists():
         return path
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(folder, name):
         if not path.exists():
             unfinished = folder / f"{name}.{os.getpid()}"
             try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mpillama.backends.gpu.cache import alone, user_cache
 from mpillama.backends.gpu.device import SHARED_BYTES, Array, Unit
 from mpillama.backends.gpu.driver import compile_failure, load_cupy, visible_gpus
 from mpillama.backends.gpu.source import assemble
@@ -235,13 +236,15 @@ class CupyDevice:
 
     def _kernel(self, unit: Unit, name: str) -> Any:
         module = self._modules.get(unit)
-        if module is None:
-            text = assemble(unit, self.warp)
-            module = self._modules[unit] = self._cupy.RawModule(code=text, options=("-std=c++17",))
-        try:
-            function = module.get_function(name)
-        except (RuntimeError, OSError, self._cupy.cuda.compiler.CompileException) as error:
-            raise compile_failure(self.name, unit.file, error) from error
+        # The first rank of a node compiles, when it asks for a kernel; the others then find all in CuPy's cache.
+        with nullcontext() if module else alone(user_cache(), f"{unit} {self.warp}"):
+            if module is None:
+                text = assemble(unit, self.warp)
+                module = self._modules[unit] = self._cupy.RawModule(code=text, options=("-std=c++17",))
+            try:
+                function = module.get_function(name)
+            except (RuntimeError, OSError, self._cupy.cuda.compiler.CompileException) as error:
+                raise compile_failure(self.name, unit.file, error) from error
         self._kernels[unit, name] = function
         return function
 

@@ -101,6 +101,16 @@ class ElementwiseOps:
             start += width
         return out
 
+    def narrow(self, x: Array, bf16: bool) -> Array:
+        """Return float32 numbers rounded to bfloat16, or to float16, as uint16."""
+        out = self.device.empty(tuple(x.shape), np.uint16)
+        self.run.elements("narrow", x.size, x, np.int32(bf16), np.int64(x.size), out)
+        return out
+
+    def widen(self, x: Array, bf16: bool, out: Array) -> None:
+        """Write what `narrow` has made into a float32 array."""
+        self.run.elements("widen", out.size, x, np.int32(bf16), np.int64(out.size), out)
+
     def move_rows(self, source: Array, rows: Array | None, target: Array, places: Array | None) -> None:
         """Copy rows of bytes, whole pieces of 16, of one array to places in another; None: the first, in order."""
         n = product(tuple(target.shape[1:])) // 16

@@ -141,6 +141,19 @@ extern "C" __global__ void held(const int* index, int start, int stop, i64 size,
 }
 MPL_EXPORT(held)
 
+// Between float32 and 16 bits: bfloat16, or float16.
+extern "C" __global__ void narrow(const float* x, int bf16, i64 size, u16* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = bf16 ? float_to_bf16(x[id]) : float_to_half(x[id]);
+}
+MPL_EXPORT(narrow)
+
+extern "C" __global__ void widen(const u16* x, int bf16, i64 size, float* out) {
+  const i64 id = THREAD_ID;
+  if (id < size) out[id] = bf16 ? bf16_to_float(x[id]) : half_to_float(x[id]);
+}
+MPL_EXPORT(widen)
+
 extern "C" __global__ void to_float(const int* x, i64 size, float* out) {
   const i64 id = THREAD_ID;
   if (id < size) out[id] = (float)x[id];
