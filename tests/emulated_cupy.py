@@ -77,9 +77,9 @@ def build(kind: str) -> None:
     Raises:
         subprocess.CalledProcessError: a compiler fails.
     """
-    folder, sources = BUILT / kind, [path for path in SOURCE.glob("*.cpp") if kind == "cuda" or path.stem == "hip"]
+    folder, texts = BUILT / kind, [*SOURCE.glob("*.h"), *SOURCE.glob("*.cpp")]
     library = folder / "library.so"
-    if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in [*sources, Path(__file__)]):
+    if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in [*texts, Path(__file__)]):
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -91,7 +91,7 @@ def build(kind: str) -> None:
         text = subprocess.run(["objdump", "-pT", path], capture_output=True, text=True, check=True).stdout
         names |= set(_LIBRARY[kind].findall(text))
         wanted |= {name: version for version, name in _WANTED.findall(text)}
-    found = _OWN.findall("".join(path.read_text() for path in sources))
+    found = _OWN.findall("".join(path.read_text() for path in texts))
     # What nothing here needs fails when it is called.
     missing = wanted.keys() - {a or b for a, b in found}
     (folder / "missing.c").write_text("".join(f"int {name}() {{ return 999; }}\n" for name in sorted(missing)))
@@ -104,9 +104,11 @@ def build(kind: str) -> None:
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"]
     objects = ["missing.o", "-Wl,--version-script=versions", "-ldl", "-lrt", "-o", "new.so"]
     subprocess.run(["gcc", "-c", "-w", "-fPIC", "missing.c"], cwd=folder, check=True)
+    sources = [SOURCE / "hip.cpp"]
     if kind == "cuda":
+        # It includes the other.
+        sources = [SOURCE / "cuda.cpp", SOURCE / "cuda_properties.cpp"]
         flags.append(f"-I{wheel / 'nvidia' / 'cu13' / 'include'}")
-        sources = [path for path in sources if path.stem != "hip"]
     subprocess.run(["g++", *flags, *map(str, sources), *objects], cwd=folder, check=True)
     for name in names:
         (folder / name).unlink(missing_ok=True)
