@@ -106,8 +106,9 @@ hooks: $(VENV)/.dev
 	$(VENV)/bin/pre-commit install
 
 compilers: $(VENV)/.venv
-	@echo "Fetching CUDA's run-time compiler into .compilers ..."
+	@echo "Fetching CUDA's run-time compiler and a clang that knows AMD's newest GPUs (of Zig) into .compilers ..."
 	@$(PY) -m pip install --quiet --no-deps --upgrade --target .compilers nvidia-cuda-nvrtc
+	@$(PY) -m pip install --quiet --no-deps --upgrade --target .compilers ziglang
 	@command -v hipcc >/dev/null && command -v clang-19 >/dev/null || \
 	    echo "For AMD's: apt install --no-install-recommends hipcc clang-19 lld-19 (Debian 12); without, those tests are skipped."
 

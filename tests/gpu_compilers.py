@@ -30,9 +30,10 @@ from mpillama.gguf.types import GGMLType
 ROOT = Path(__file__).parents[1]
 COMPILERS = ROOT / ".compilers"
 CUDA = ("75", "80", "86", "89", "90", "100", "120")
-# hipRTC of Debian 12 aborts on those that it does not know; clang 19 knows the rest.
+# hipRTC of Debian 12 aborts on those that it does not know; clang 19 knows the rest, but for the newest.
 HIPRTC = ("gfx906", "gfx90a", "gfx1030")
 CLANG = ("gfx942", "gfx1100", "gfx1201")
+NEWEST = ("gfx950",)
 HEADS = (64, 80, 96, 128, 192, 256)
 PLAIN = (Unit("elementwise.cu"), Unit("experts.cu"), TOP_K)
 
@@ -102,10 +103,22 @@ def find_hiprtc() -> str | None:
     return None
 
 
-def find_clang() -> str | None:
-    """Return a clang that knows today's AMD GPUs, if HIP's headers are there too."""
+def find_clang(arch: str = CLANG[0]) -> list[str] | None:
+    """Return the command of a clang that knows this AMD GPU, if HIP's headers are there too.
+
+    For the newest ones it is the one within Zig, which `make compilers` fetches, with the headers of Debian's.
+    """
     found = next((path for n in (21, 20, 19) if (path := shutil.which(f"clang-{n}"))), None)
-    return found if found and Path("/usr/include/hip/hip_runtime.h").exists() else None
+    if not found or not Path("/usr/include/hip/hip_runtime.h").exists():
+        return None
+    zig = COMPILERS / "ziglang" / "zig"
+    if arch not in NEWEST:
+        return [found]
+    if not zig.exists():
+        return None
+    headers = subprocess.run([found, "-print-resource-dir"], capture_output=True, text=True, check=True).stdout.strip()
+    # HIP 5.2's headers take it from the compiler, which no longer says it.
+    return [str(zig), "clang", "-resource-dir", headers, f"-D__AMDGCN_WAVEFRONT_SIZE={warp_of(arch)}"]
 
 
 def _rtc(library: ctypes.CDLL, prefix: str, text: str, options: list[str]) -> tuple[bool, str]:
@@ -144,7 +157,7 @@ def hiprtc(unit: Unit, arch: str) -> tuple[bool, str]:
 
 def clang(unit: Unit, arch: str) -> tuple[bool, str]:
     """Compile to assembly; returns success, and what the compiler says of each kernel."""
-    compiler = find_clang()
+    compiler = find_clang(arch)
     assert compiler is not None
     flags = [
         "-x",
@@ -158,7 +171,7 @@ def clang(unit: Unit, arch: str) -> tuple[bool, str]:
         "-w",
     ]
     flags += ["--rocm-path=/usr", "-include", "hip/hip_runtime.h", "-Rpass-analysis=kernel-resource-usage"]
-    command = [compiler, *flags, "-", "-o", "/dev/null"]
+    command = [*compiler, *flags, "-", "-o", "/dev/null"]
     done = subprocess.run(command, input=assemble(unit, warp_of(arch)), capture_output=True, text=True)
     return done.returncode == 0, done.stderr
 
@@ -171,9 +184,10 @@ def resources(log: str) -> dict[str, tuple[int, int]]:
     )
     for name, stores, loads, registers in re.findall(pattern, log, re.DOTALL):
         found[name] = int(registers), int(stores) + int(loads)
-    pattern = r"Function Name: (\w+).*?VGPRs: (\d+).*?ScratchSize \[bytes/lane\]: (\d+)"
+    # Newer clangs say how many registers there are in the assembly only.
+    pattern = r"Function Name: (\w+).*?VGPRs: (\d+|[\w.]+).*?ScratchSize \[bytes/lane\]: (\d+)"
     for name, registers, scratch in re.findall(pattern, log, re.DOTALL):
-        found[name] = int(registers), int(scratch)
+        found[name] = int(registers) if registers.isdigit() else 1, int(scratch)
     return found
 
 
@@ -191,6 +205,7 @@ def main() -> int:
         (find_nvrtc(), nvrtc, CUDA),
         (find_hiprtc(), hiprtc, HIPRTC),
         (find_clang(), clang, CLANG),
+        (find_clang(NEWEST[0]), clang, NEWEST),
     ):
         for arch in archs if found else ():
             for unit in units(arch):

@@ -44,6 +44,13 @@ def test_clang(arch, rng):
     check(compilers.clang, arch, rng)
 
 
+@pytest.mark.parametrize("arch", compilers.NEWEST)
+def test_the_newest_gpus(arch, rng):
+    if compilers.find_clang(arch) is None:
+        pytest.skip(f"no clang that knows {arch} is installed; make compilers fetches one")
+    check(compilers.clang, arch, rng)
+
+
 def test_real_gpus_get_no_trace_of_the_emulator():
     for unit in compilers.units("90"):
         text = assemble(unit, 32)
