@@ -188,11 +188,12 @@ for warp, type in ((32, {types}[0]), (64, "F16")):
 units = emulated(32, 2, 3, sanitize=True, matrix_units=True)
 pair = Pair(rng, units, (6, 2, 64, 32), ("f16", "q8_0"), n_blocks=6, sinks=True)
 for n in (33, 1, 100):
-    pair.step(n)
+    pair.error(n)
 units.copy_blocks(pair.cache, np.array([[0, 5], [1, 4]], "i4"))
 units.write_blocks(pair.cache, np.array([5, 2], "i4"), *units.read_blocks(pair.cache, np.array([3, 0], "i4")))
-units.join((answers[:, 0], h[:, :7].copy(), answers[:, 1, :33].copy()))
-units.take(table, units.held(index, 1, 3) + units.held(index, 0, 4))
+parts = [np.ascontiguousarray(part) for part in (answers[:, 0], h[:, :7], answers[:, 1, :33])]
+units.join(list(map(units.backend.device.upload, parts)))
+units.take(table, units.held(index, 0, 4))
 units.add_taken(answers, table, units.held(index, 1, 3))
 units.as_index(units.as_numbers(index))
 for bf16 in (False, True):
