@@ -288,6 +288,23 @@ def test_routing(gating, normalize, backend, rng):
         np.testing.assert_allclose(weights[t], expected / expected.sum() if normalize else expected, rtol=1e-5)
 
 
+def test_experts_of_a_rank(backend, rng):
+    """Which of them were chosen, by number and as what travels; biases of those alone."""
+    to_host, n_tokens, n_used = backend.to_host, int(rng.integers(1, 9)), int(rng.integers(1, 5))
+    index, _ = backend.route(backend.asarray(rng.standard_normal((n_tokens, 12))), n_used, "softmax", True)
+    chosen, (start, stop) = to_host(index).astype(int), sorted(rng.integers(0, 13, 2))
+    inside = (chosen >= start) & (chosen < stop)
+    held = backend.held(index, int(start), int(stop))
+    np.testing.assert_array_equal(to_host(held), np.where(inside, chosen - start, -1))
+    again = backend.as_index(backend.as_numbers(index))
+    assert to_host(backend.as_numbers(index)).dtype == np.float32
+    np.testing.assert_array_equal(to_host(again), chosen)
+    x, table = rng.standard_normal((n_tokens, n_used, 33)), rng.standard_normal((max(1, stop - start), 33))
+    expected = np.where(inside[..., None], x + table[np.where(inside, chosen - start, 0)], x)
+    result = backend.add_taken(backend.asarray(x), backend.asarray(table), held)
+    np.testing.assert_allclose(to_host(result), expected, atol=1e-5)
+
+
 def test_largest_of_each_row(backend, rng):
     """Also from several parts, as ranks have them; among equals the first, and nothing of -inf."""
     n_rows, k = int(rng.integers(1, 4)), int(rng.integers(1, 40))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from attention_pair import kept
 from gpu_host import EVERY_VARIANT, emulated, needs_compiler
 from mpillama.backends.gpu import source
 from mpillama.backends.gpu.device import Unit
@@ -125,6 +126,19 @@ def test_ops_of_rows_and_heads_in_every_order(warp, order, rng):
     exact = np.einsum("tkn,tk->tn", answers.astype("f8"), weights)
     np.testing.assert_allclose(backend.sum_experts(answers, weights), exact, atol=1e-5, rtol=1e-5)
     np.testing.assert_array_equal(backend.take(answers[:, 0], index % n_tokens), answers[:, 0][index % n_tokens])
+    upload, parts = backend.backend.device.upload, [rows[:, : k + i].copy() for i in range(3)]
+    joined = backend.to_host(backend.backend.join(list(map(upload, parts))))
+    np.testing.assert_array_equal(joined, np.concatenate(parts, 1))
+    for bf16, rounded in ((False, rows.astype("f2").astype("f4")), (True, kept(rows, "bf16"))):
+        wide = upload(np.zeros_like(rows))
+        backend.backend.widen(backend.backend.narrow(upload(rows), bf16), bf16, wide)
+        np.testing.assert_array_equal(backend.to_host(wide), rounded)
+    stored, places = rng.integers(0, 256, (9, 2, 48)).astype("u1"), rng.permutation(9)[:4].astype("i4")
+    moved = upload(np.zeros_like(stored))
+    backend.backend.move_rows(upload(stored), upload(places), moved, upload(places[::-1].copy()))
+    expected = np.zeros_like(stored)
+    expected[places[::-1]] = stored[places]
+    np.testing.assert_array_equal(backend.to_host(moved), expected)
 
     heads, half = rng.standard_normal((n_tokens, 3, 2 * short)).astype("f4"), int(rng.integers(1, short + 1))
     neox = bool(rng.integers(2))
