@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mpillama.errors import PeerFailure, UserError
 
 # What a rank on a CPU needs beside its weights and its KV cache; GPUs tell it (`GpuBackend.work_bytes`).
 WORKSPACE = 128 << 20
+# GPUs that are told of one by one.
+_FEW = 8
 # Of the free memory, at most so much is taken for a KV cache whose size nobody has asked for.
 _OWN_CHOICE = 0.8
 
@@ -99,7 +102,14 @@ def check_memory(world: World, need: int, what: str, own: int = 0) -> None:
 
 
 def fit_memory(
-    world: World, weights: list[int], kv: list[int], n_kv: int, n_kv_min: int, own: int = 0, work: int = WORKSPACE
+    world: World,
+    weights: list[int],
+    kv: list[int],
+    n_kv: int,
+    n_kv_min: int,
+    own: int = 0,
+    work: int = WORKSPACE,
+    say: Callable[[str], object] = str,
 ) -> int:
     """Return how many tokens the KV cache can hold where each host, or each rank's device, has room; at best ``n_kv``.
 
@@ -111,13 +121,20 @@ def fit_memory(
         n_kv_min: with fewer than these there is no use in starting.
         own: bytes free on this rank's own device; 0: it computes in the host's memory.
         work: bytes that this rank works in.
+        say: is told what GPUs need and have: all of a few, else the one that is most short of memory.
 
     Raises:
         UserError: on rank 0, naming the host, what is needed and what would fit; the other ranks raise PeerFailure.
     """
     granted, largest = n_kv, n_kv
     tightest: tuple[_Place, int, int] | None = None
-    for place in _places(world, own, work):
+    places = _places(world, own, work)
+    shortage = {place: sum(weights[r] + kv[r] for r in place.ranks) + place.work - place.room for place in places}
+    gpus = sorted((place for place in places if place.is_gpu), key=lambda place: -shortage[place])
+    for place in gpus if len(gpus) <= _FEW else gpus[:1]:
+        needed = format_bytes(shortage[place] + place.room)
+        say(f"{place.name} needs {needed} with a KV cache of {n_kv} tokens, and has {format_bytes(place.room)} free")
+    for place in places:
         fixed = sum(weights[rank] for rank in place.ranks) + place.work
         cache = sum(kv[rank] for rank in place.ranks)
         if fixed + cache <= place.room:

@@ -192,7 +192,7 @@ def load(
         """Return the bytes of each rank's KV cache."""
         return [sum(kv_bytes(model.cfg, *partition.of(i), n_kv, *kv_types) for i in here) for here in slices]
 
-    n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room, work)
+    n_kv = fit_memory(world, shares, kv_shares(model.n_kv), model.n_kv, model.n_kv_min, room, work, log.info)
     if n_kv < model.n_kv:
         tell = log.report if args.ctx_size else log.info
         tell(f"the memory holds a context of {n_kv} tokens, where {model.n_kv} were asked for")

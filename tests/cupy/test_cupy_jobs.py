@@ -109,6 +109,14 @@ def test_ranks_of_a_node_compile_once(tmp_path):
     assert counts[1] == counts[0]
 
 
+def test_what_gpus_need_and_have_is_said():
+    ended = run(["generate", "-p", "Once", "-n", 1, "--backend", KIND, "-v"], 2, env=GPUS)
+    assert ended.code == 0
+    for rank in (0, 1):
+        assert f"the GPU of rank {rank} on " in ended.err
+    assert "with a KV cache of 512 tokens, and has 4.00 GiB free" in ended.err
+
+
 def test_deterministic(tmp_path, rng):
     model = write_llama(tmp_path / "m.gguf", rng, GGMLType.Q8_0, n_head=12, n_head_kv=12, n_ff=384, n_layer=1)
     one, three = (
