@@ -128,15 +128,15 @@ def fit_memory(
     """
     granted, largest = n_kv, n_kv
     tightest: tuple[_Place, int, int] | None = None
-    places = _places(world, own, work)
-    shortage = {place: sum(weights[r] + kv[r] for r in place.ranks) + place.work - place.room for place in places}
-    gpus = sorted((place for place in places if place.is_gpu), key=lambda place: -shortage[place])
+    needs = {
+        place: (sum(weights[rank] for rank in place.ranks) + place.work, sum(kv[rank] for rank in place.ranks))
+        for place in _places(world, own, work)
+    }
+    gpus = sorted((place for place in needs if place.is_gpu), key=lambda place: place.room - sum(needs[place]))
     for place in gpus if len(gpus) <= _FEW else gpus[:1]:
-        needed = format_bytes(shortage[place] + place.room)
+        needed = format_bytes(sum(needs[place]))
         say(f"{place.name} needs {needed} with a KV cache of {n_kv} tokens, and has {format_bytes(place.room)} free")
-    for place in places:
-        fixed = sum(weights[rank] for rank in place.ranks) + place.work
-        cache = sum(kv[rank] for rank in place.ranks)
+    for place, (fixed, cache) in needs.items():
         if fixed + cache <= place.room:
             continue
         per_block = max(1, cache * KV_BLOCK // n_kv)

@@ -5,41 +5,21 @@ namespace {
 
 struct Program { std::string text, log; std::vector<char> code; };
 
-int run(const std::vector<std::string>& command, std::string& output) {
-  std::vector<char*> argv;
-  for (auto& part : command) argv.push_back((char*)part.c_str());
-  argv.push_back(nullptr);
-  char path[] = "/tmp/hiprtcXXXXXX";
-  const int fd = mkstemp(path);
-  unlink(path);
-  posix_spawn_file_actions_t files;
-  posix_spawn_file_actions_init(&files);
-  posix_spawn_file_actions_adddup2(&files, fd, 1);
-  posix_spawn_file_actions_adddup2(&files, fd, 2);
-  pid_t child;
-  int status = 1;
-  // Libraries that Python was started with are none of the compiler's.
-  std::vector<char*> env;
-  for (char** e = environ; *e; e++)
-    if (strncmp(*e, "LD_PRELOAD=", 11)) env.push_back(*e);
-  env.push_back(nullptr);
-  if (!posix_spawnp(&child, argv[0], &files, nullptr, argv.data(), env.data())) waitpid(child, &status, 0);
-  posix_spawn_file_actions_destroy(&files);
-  const off_t n = lseek(fd, 0, SEEK_END);
-  output.resize(n);
-  if (pread(fd, output.data(), n, 0) != n) output = "unreadable";
-  close(fd);
-  return status;
+std::vector<char> rest_of(FILE* f) {
+  std::vector<char> bytes;
+  char piece[65536];
+  for (size_t n; f && (n = fread(piece, 1, sizeof piece, f)) > 0;) bytes.insert(bytes.end(), piece, piece + n);
+  return bytes;
 }
 
-std::vector<char> bytes_of(const std::string& path) {
-  std::vector<char> bytes;
-  if (FILE* f = fopen(path.c_str(), "rb")) {
-    char piece[65536];
-    for (size_t n; (n = fread(piece, 1, sizeof piece, f)) > 0;) bytes.insert(bytes.end(), piece, piece + n);
-    fclose(f);
-  }
-  return bytes;
+int run(const std::vector<std::string>& command, std::string& output) {
+  // Libraries that Python was started with are none of the compiler's.
+  std::string line = "exec env -u LD_PRELOAD";
+  for (auto& part : command) line += " '" + part + "'";
+  FILE* pipe = popen((line + " 2>&1").c_str(), "r");
+  const auto said = rest_of(pipe);
+  output.assign(said.begin(), said.end());
+  return pipe ? pclose(pipe) : 1;
 }
 
 struct Blas { Stream* stream; int mode; };
@@ -102,13 +82,7 @@ int hiprtcCompileProgram(Program* p, int n, const char** options) {
   char folder[] = "/tmp/hiprtcXXXXXX";
   if (!mkdtemp(folder)) return 6;
   const std::string source = std::string(folder) + "/k.cpp", target = std::string(folder) + "/k.so";
-  std::string text = p->text;
-  if (text.find("MPL_EXPORT(") == std::string::npos) {
-    // A kernel of CuPy's own.
-    static const std::regex kernel("extern\\s+\"C\"\\s+__global__\\s+void\\s+(\\w+)\\s*\\(");
-    for (std::sregex_iterator at(p->text.begin(), p->text.end(), kernel), end; at != end; ++at) text += "\nMPL_EXPORT(" + (*at)[1].str() + ")\n";
-  }
-  if (FILE* f = fopen(source.c_str(), "w")) fwrite(text.data(), 1, text.size(), f), fclose(f);
+  if (FILE* f = fopen(source.c_str(), "w")) fwrite(p->text.data(), 1, p->text.size(), f), fclose(f);
   std::vector<std::string> command{"g++", "-O1", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE", "-DMPL_EMULATE"};
   for (int i = 0; i < n; i++) {
     const std::string option = options[i];
@@ -117,7 +91,9 @@ int hiprtcCompileProgram(Program* p, int n, const char** options) {
   command.push_back("-DMPL_WARP=" + std::to_string(lanes()));
   for (auto* part : {"-include", setting("EMULATED_PRELUDE", "prelude.h"), source.c_str(), "-o", target.c_str()}) command.push_back(part);
   const int status = run(command, p->log);
-  const auto code = bytes_of(target);
+  FILE* made = fopen(target.c_str(), "rb");
+  const auto code = rest_of(made);
+  if (made) fclose(made);
   unlink(source.c_str()), unlink(target.c_str()), rmdir(folder);
   if (status) return 6;
   const size_t size = code.size();

@@ -1,4 +1,4 @@
-// Before each kernel that hipRTC compiles: the emulator, how large a kernel's arguments are, and what CuPy's own kernels ask for.
+// Before each kernel that hipRTC compiles: the emulator, and how large a kernel's arguments are.
 #pragma once
 #include "emulate.h"
 
